@@ -1,0 +1,139 @@
+# `make help` lists what there is. Paths are relative throughout: make cannot handle spaces in
+# names, and the checkout may lie under any path.
+
+PYTHON ?= python3
+MODEL ?= demo/checkpoint
+NAME = $(if $(filter demo/checkpoint,$(MODEL)),demo,$(shell basename -- '$(MODEL)'))
+REPOSITORY ?= build/repositories/$(NAME)
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+TESTS ?= tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SILENT:
+
+# Always the interpreter, never a script of .venv/bin: those break when the path has spaces.
+python := .venv/bin/python
+sources := python_backend export demo benchmarks examples tests
+demo_repository := build/repositories/demo/settings.json
+export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
+    model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
+    python_backend/llava_triton/settings.py)
+
+##@ The main job
+
+demo: .venv/runtime $(demo_repository) ## Show a picture to a real server and ask about it
+	$(python) -m demo.run
+
+serve: .venv/runtime repository ## Serve in the foreground (REPOSITORY= or MODEL=, HTTP_PORT= ...)
+	exec $(python) -m llava_triton.server --repository '$(REPOSITORY)' --log build/serve.log \
+	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+export: .venv/runtime ## Fill build/repositories/NAME from MODEL= (a directory or a hub name)
+	$(call export_model,$(MODEL),build/repositories/$(NAME))
+
+##@ Checking and measuring
+
+test: .venv/development libb64 lint ## Everything: lint, types, tests (TESTS= picks some)
+	$(python) -m pytest $(TESTS)
+
+lint: .venv/development ## Style and types
+	$(python) -m ruff check .
+	$(python) -m ruff format --check --quiet .
+	$(python) -m mypy $(wildcard $(sources))
+	for model in model_repository/*/1/model.py; do $(python) -m mypy --no-error-summary "$$model"; done
+
+bench: .venv/runtime $(demo_repository) ## Later turns against first ones, sessions against none
+	$(python) -m benchmarks.turns
+
+profile: .venv/runtime libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
+	$(python) -m benchmarks.profile
+
+##@ The demo checkpoint
+
+train: .venv/runtime ## Train it again, from nothing (an hour on 2 cores)
+	$(python) -m demo.train
+
+evaluate: .venv/runtime ## Its answers to 1,000 questions about unseen pictures
+	$(python) -m demo.evaluate
+
+##@ House-keeping
+
+clean: ## Remove what was built, except the virtual environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environment too
+	rm -rf .venv python_backend/*.egg-info *.egg-info
+
+help: ## This list
+	awk 'BEGIN {FS = ":.*## "} \
+	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	    /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo serve export test lint bench profile train evaluate clean distclean help
+.PHONY: repository libb64 force
+
+# ---- model repositories ----
+
+# $(call export_model,MODEL,REPOSITORY)
+export_model = echo "exporting $(1) to $(2)"; $(python) -m llava_export --model '$(1)' --output '$(2)'
+
+$(demo_repository): $(export_inputs) | .venv/runtime
+	$(call export_model,demo/checkpoint,$(@D))
+	touch $@
+
+# The repository that `serve` serves: exported when it is missing (the demo's: also when outdated).
+repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_repository)) | .venv/runtime
+	if [ ! -e '$(REPOSITORY)/settings.json' ]; then \
+	    case '$(REPOSITORY)' in build/repositories/*) $(call export_model,$(MODEL),$(REPOSITORY));; esac; \
+	fi
+
+# ---- what must be installed ----
+
+# Stamps: made again when the pins, the project's needs or the place of the checkout change.
+.venv/runtime: .venv/bin/python pyproject.toml constraints.txt
+	$(call pip_install,server$(comma)export)
+	touch $@
+
+.venv/development: .venv/runtime
+	$(call pip_install,server$(comma)export$(comma)dev$(comma)tensorrt)
+	touch $@
+
+# A virtual environment knows its own path and the checkout's: one that was moved is made anew.
+.venv/bin/python: $(if $(filter-out yes,$(shell [ "$$(cat .venv/checkout 2>&1)" = "$$PWD" ] && echo yes)),force)
+	'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: '$(PYTHON)' must be a Python 3.11 or later; name one with PYTHON=" >&2; exit 1; }
+	'$(PYTHON)' -c 'import ensurepip' 2>/dev/null || { $(call debian,python3-venv); }
+	echo "making .venv with $$('$(PYTHON)' --version)"
+	'$(PYTHON)' -m venv --clear .venv
+	pwd > .venv/checkout
+
+comma := ,
+
+# $(call pip_install,EXTRAS): the project in place, with pinned dependencies; a dot a package.
+define pip_install
+echo "installing the project with [$(1)]: a minute or two"
+{ $(python) -m pip install -q -c constraints.txt setuptools && \
+    $(python) -m pip install --progress-bar off --no-build-isolation -c constraints.txt \
+        -e '.[$(1)]' | while read -r word rest; do \
+	    case "$$word" in Collecting) printf .;; Installing) printf ' unpacking ';; esac; \
+        done; \
+} 2> .venv/pip-messages || { echo; cat .venv/pip-messages >&2; exit 1; }
+echo done
+endef
+
+libb64: # a library that perf_analyzer needs
+	/sbin/ldconfig -p | grep -q libb64.so.0d || { $(call debian,libb64-0d); }
+
+# $(call debian,PACKAGE)
+sudo := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+debian = echo "installing the Debian package $(1)"; \
+    { $(sudo) apt-get update -qq && $(sudo) env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -qq -y --no-install-recommends $(1) >/dev/null; } || { \
+    echo "error: the Debian package $(1) is needed, and installing it needs root: ask for apt-get install $(1)" >&2; exit 1; }

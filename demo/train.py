@@ -1,0 +1,245 @@
+"""Trains the demo checkpoint from nothing: ``python demo/train.py``.
+
+First the vision tower learns to tell what is in each cell of a picture, as LLaVA starts from a
+vision tower that can see. Then everything learns to answer, from generated conversations in which
+only the answers count. Every seed is fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
+
+# Allows `python demo/train.py` beside `python -m demo.train`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from demo.build import IMAGE_SIDE, PATCH_SIDE, build_model, build_processor, write_processor
+from demo.data import (
+    PROPERTIES,
+    VALIDATION,
+    Batch,
+    ConversationBatches,
+    PictureBatches,
+    make_batch,
+    normalized,
+)
+from demo.write_checkpoint import write_llava_checkpoint
+
+PATCHES = IMAGE_SIDE // PATCH_SIDE
+SEED = 1
+PICTURE_STEPS, PICTURES = 6000, 48
+ANSWER_STEPS, CONVERSATIONS, TOKENS = 5500, 32, 224
+PICTURE_RATE, ANSWER_RATE = 2e-3, 1.5e-3
+REPORT_EVERY, SAVE_EVERY = 100, 500
+
+
+def log(text: str) -> None:
+    """A line that is in the log at once, also when the log is a file."""
+    print(text, flush=True)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 arithmetic where the hardware has it; elsewhere it would only be slower."""
+    fast = True
+    if device.type == "cpu":
+        cpu = Path("/proc/cpuinfo")
+        fast = cpu.exists() and "avx512_bf16" in cpu.read_text()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+class Schedule:
+    """AdamW with a short warm-up and a cosine that ends near zero."""
+
+    def __init__(self, groups: list[tuple[list[nn.Parameter], float]], steps: int) -> None:
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if (p.ndim > 1) == decayed], "lr": rate,
+                 "weight_decay": 0.05 if decayed else 0.0}
+                for parameters, rate in groups
+                for decayed in (True, False)
+            ],
+            betas=(0.9, 0.98),
+        )  # fmt: skip
+        warm_up = max(1, min(100, steps // 10))
+
+        def share(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One update."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+
+
+class Progress:
+    """Prints a line now and then, with the time that is left."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.name, self.steps, self.start, self.losses = name, steps, time.monotonic(), list[float]()
+
+    def report(self, step: int, loss: float, extra: str = "") -> None:
+        """Count a step; print every now and then."""
+        self.losses.append(loss)
+        elapsed = time.monotonic() - self.start
+        left = elapsed / (step + 1) * (self.steps - step - 1)
+        mean = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        log(
+            f"{self.name} {step + 1}/{self.steps}  loss {mean:.4f}{extra}  "
+            f"elapsed {elapsed / 60:.1f} min  left {left / 60:.1f} min"
+        )
+
+
+def picture_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """What the language model gets to see: one vector for every patch."""
+    tower = model.model.vision_tower(pixels, output_hidden_states=True)
+    chosen = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
+    features: torch.Tensor = model.model.multi_modal_projector(chosen)
+    return features
+
+
+def learn_to_see(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, device: torch.device, steps: int
+) -> None:
+    """Teach every patch's vector what is in the cell that the patch belongs to."""
+    sizes = [len(values) + 1 for values in PROPERTIES.values()]
+    head = nn.Linear(model.config.text_config.hidden_size, sum(sizes)).to(device)
+    side = torch.arange(PATCHES) * 3 // PATCHES
+    cell_of_patch = (side[:, None] * 3 + side[None, :]).flatten().to(device)
+    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    schedule = Schedule([([*seeing, *head.parameters()], PICTURE_RATE)], steps)
+    progress = Progress("pictures", steps)
+    batches = DataLoader(PictureBatches(steps, PICTURES, processor), batch_size=None, num_workers=1)
+    # Steps this small gain nothing from a second thread, which the drawing of pictures needs.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for step, (raw, classes) in enumerate(batches):
+        with autocast(device):
+            logits = head(picture_features(model, normalized(raw.to(device), processor)))
+        target = classes.to(device)[:, cell_of_patch]
+        parts = logits.float().split(sizes, dim=-1)
+        losses = [
+            cross_entropy(part.flatten(0, 1), target[:, :, column].flatten())
+            for column, part in enumerate(parts)
+        ]
+        schedule.step(torch.stack(losses).sum())
+        if step % REPORT_EVERY == REPORT_EVERY - 1 or step == steps - 1:
+            # Of the patches in cells that hold a shape, the share with every property right.
+            held = target[:, :, 0] > 0
+            right = torch.stack([part.argmax(-1) for part in parts], -1) == target
+            accuracy = right.all(-1)[held].float().mean().item()
+            progress.report(step, torch.stack(losses).sum().item(), f"  patches right {accuracy:.1%}")
+    torch.set_num_threads(threads)
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: Batch, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and true tokens, at the places of answer tokens only."""
+    tokens, turn = batch.tokens.to(device), batch.turn.to(device)
+    with autocast(device):
+        # No attention mask: with padding on the right, no real token ever looks at it.
+        hidden = model.model(
+            input_ids=tokens,
+            pixel_values=normalized(batch.pixels.to(device), processor),
+            use_cache=False,
+        ).last_hidden_state
+        answers = turn[:, 1:] > 0
+        logits = model.lm_head(hidden[:, :-1][answers])
+    return logits.float(), tokens[:, 1:][answers]
+
+
+@torch.no_grad()
+def validate(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: Batch, device: torch.device
+) -> float:
+    """Share of held-out answers with every token right, given the right history."""
+    logits, truth = answer_logits(model, processor, batch, device)
+    right = (logits.argmax(-1) == truth).cpu()
+    turn = batch.turn[:, 1:]
+    row = torch.arange(len(turn))[:, None].expand_as(turn)[turn > 0]
+    answer = row * 1000 + turn[turn > 0]
+    wrong = answer[~right].unique()
+    return 1 - len(wrong) / len(answer.unique())
+
+
+def learn_to_answer(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    device: torch.device,
+    steps: int,
+    output: Path,
+) -> None:
+    """Teach the whole model the answers of the generated conversations."""
+    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    speaking = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    schedule = Schedule([(seeing, ANSWER_RATE / 4), (speaking, ANSWER_RATE)], steps)
+    held_out = make_batch(VALIDATION, 0, 96, TOKENS, processor, PATCHES**2)
+    data = ConversationBatches(steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
+    progress = Progress("answers", steps)
+    for step, batch in enumerate(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)):
+        logits, truth = answer_logits(model, processor, batch, device)
+        loss = cross_entropy(logits, truth)
+        schedule.step(loss)
+        if step % REPORT_EVERY == REPORT_EVERY - 1 or step == steps - 1:
+            right = validate(model, processor, held_out, device)
+            progress.report(step, loss.item(), f"  held-out answers right {right:.1%}")
+        if step % SAVE_EVERY == SAVE_EVERY - 1 or step == steps - 1:
+            write_llava_checkpoint(model, output, torch.float16)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent / "checkpoint",
+        help="where to write the checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to see that everything works"
+    )
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = build_processor()
+    model = build_model(processor.tokenizer).to(device)
+    # With pictures of 36 tokens, plain matrix products beat the fused kernels on a CPU.
+    model.set_attn_implementation("eager")
+    write_processor(processor, arguments.output)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    log(f"{count:,} parameters, {len(processor.tokenizer)} tokens, on {device.type}")
+    start = time.monotonic()
+    learn_to_see(model, processor, device, 10 if arguments.quick else PICTURE_STEPS)
+    steps = 10 if arguments.quick else ANSWER_STEPS
+    learn_to_answer(model, processor, device, steps, arguments.output)
+    log(f"wrote {arguments.output} after {(time.monotonic() - start) / 60:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

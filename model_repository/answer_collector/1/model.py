@@ -1,0 +1,56 @@
+"""Calls the decoupled language_model and answers once: the last step of `llava`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from llava_triton import protocol
+from llava_triton.settings import Settings
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """`answer_collector`: a thread per turn waits for its answer."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Make room for as many waiting turns as the engine takes, and one to hear its refusal."""
+        settings = Settings.of_repository(Path(args["model_repository"]).parent)
+        self._waiting = ThreadPoolExecutor(max_workers=settings.max_queued_turns + 1)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Pass every request on; its answer follows through its response sender."""
+        for request in requests:
+            call = pb_utils.InferenceRequest(
+                model_name="language_model",
+                requested_output_names=list(protocol.ANSWER_OUTPUTS),
+                inputs=request.inputs(),
+                correlation_id=request.correlation_id(),
+                flags=request.flags(),
+                parameters={protocol.WHOLE_ANSWER: True},
+            )
+            self._waiting.submit(_answer, call, request.get_response_sender())
+
+    def finalize(self) -> None:
+        """Let waiting turns finish."""
+        self._waiting.shutdown()
+
+
+def _answer(call: Any, sender: Any) -> None:
+    try:
+        outputs: list[Any] = []
+        error = None
+        for response in call.exec(decoupled=True):
+            if response.has_error():
+                error = response.error()
+            else:
+                outputs = response.output_tensors() or outputs
+        response = pb_utils.InferenceResponse(outputs, error=error)
+    except Exception as failure:
+        error = pb_utils.TritonError(f"INTERNAL: {failure}", pb_utils.TritonError.INTERNAL)
+        response = pb_utils.InferenceResponse(error=error)
+    sender.send(response, flags=FINAL)

@@ -1,0 +1,192 @@
+"""Triton's side of the session engine: sequences in, streams of text out."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+from llava_triton import protocol
+from llava_triton.checkpoint import default_device, default_dtype, load_checkpoint
+from llava_triton.delta import Delta
+from llava_triton.engine import Engine, TurnRequest
+from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.settings import Settings
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+START = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
+END = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
+WATCH_SECONDS = 0.1
+"""How often a streaming turn asks disconnect_watch whether its client is still there."""
+
+
+class TritonPythonModel:
+    """`language_model`: one instance, because it owns every session."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the checkpoint and start the engine."""
+        repository = Path(args["model_repository"])
+        settings = Settings.of_repository(repository.parent)
+        device = default_device()
+        checkpoint = load_checkpoint(
+            repository / args["model_version"] / "checkpoint",
+            dtype=default_dtype(device),
+            device=device,
+        )
+        self._settings = settings
+        self._engine = Engine(ModelRunner(checkpoint), checkpoint.tokenizer, settings)
+        self._responses = ResponseThread()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand the requests to the engine; the answers follow through their response senders."""
+        for request in requests:
+            parameters = json.loads(request.parameters() or "{}")
+            if protocol.CANCEL_TURN in parameters:
+                self._engine.cancel(parameters[protocol.CANCEL_TURN])
+                request.get_response_sender().send(flags=FINAL)
+                continue
+            whole = protocol.WHOLE_ANSWER in parameters
+            responder = Responder(request.get_response_sender(), self._responses, whole)
+            try:
+                turn = self._turn_request(request)
+            except SessionError as error:
+                self._refuse(request, responder, error)
+                continue
+            responder.turn_id = self._engine.submit(turn, responder)
+
+    def finalize(self) -> None:
+        """Free every session."""
+        self._engine.shutdown()
+        self._responses.stop()
+
+    def _refuse(self, request: Any, responder: Responder, error: SessionError) -> None:
+        """Answer with an error; the session stays as it is, unless the request ends it."""
+        if request.flags() & END:
+            closing = TurnRequest(request.correlation_id(), end=True)
+            self._engine.submit(closing, lambda _: responder(error))
+        else:
+            responder(error)
+
+    def _turn_request(self, request: Any) -> TurnRequest:
+        text, sampling = protocol.parse_turn(
+            _array(request, protocol.TEXT_INPUT),
+            _array(request, protocol.SAMPLING_PARAMETERS),
+            self._settings,
+        )
+        flags = request.flags()
+        return TurnRequest(
+            session_id=request.correlation_id(),
+            start=bool(flags & START),
+            end=bool(flags & END),
+            text=text,
+            image_features=_features(request),
+            sampling=sampling,
+        )
+
+
+class Responder:
+    """The listener of one turn: turns its events into Triton responses.
+
+    Args:
+        sender: Triton's response sender of the request.
+        responses: the thread that sends.
+        whole: gather the answer and send it once, for callers that cannot stream.
+    """
+
+    def __init__(self, sender: Any, responses: ResponseThread, whole: bool) -> None:
+        self._sender = sender
+        self._responses = responses
+        self._pieces: list[str] | None = [] if whole else None
+        self._watched_at = time.monotonic()
+        self.turn_id = ""
+
+    def __call__(self, event: Delta | SessionError) -> None:
+        """Called on the engine's thread, in order; the last event is final."""
+        self._responses.put(self, event)
+
+    def send(self, event: Delta | SessionError) -> None:
+        """Send one event; called on the response thread."""
+        if isinstance(event, SessionError):
+            self._sender.send(
+                pb_utils.InferenceResponse(error=_triton_error(event)), flags=FINAL
+            )
+            return
+        if self._pieces is not None:
+            self._pieces.append(event.text)
+            if not event.is_final:
+                return
+            event = event.with_text("".join(self._pieces))
+        outputs = protocol.output_arrays(event)
+        outputs[protocol.TURN_ID] = np.array([self._turn_to_watch(event)], dtype=np.object_)
+        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+        self._sender.send(
+            pb_utils.InferenceResponse(tensors), flags=FINAL if event.is_final else 0
+        )
+
+    def _turn_to_watch(self, event: Delta) -> bytes:
+        now = time.monotonic()
+        if event.is_final or now - self._watched_at < WATCH_SECONDS:
+            return b""
+        self._watched_at = now
+        return self.turn_id.encode()
+
+
+class ResponseThread:
+    """Sends responses beside the engine's thread, which need not wait for Triton then."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Responder, Delta | SessionError] | None]
+        self._queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="responses", daemon=True)
+        self._thread.start()
+
+    def put(self, responder: Responder, event: Delta | SessionError) -> None:
+        """Send `event` after everything put before it."""
+        self._queue.put((responder, event))
+
+    def stop(self) -> None:
+        """Send what is left, then end."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            responder, event = item
+            try:
+                responder.send(event)
+            except Exception as error:  # a request Triton has given up: nobody is there to tell
+                pb_utils.Logger.log_warn(f"a response could not be sent: {error}")
+
+
+def _array(request: Any, name: str) -> np.ndarray | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def _features(request: Any) -> torch.Tensor | None:
+    """The request's image features [N, T, D]; None where it has no image (N = 0)."""
+    tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE_FEATURES)
+    if tensor is None:
+        return None
+    # The request's memory is Triton's again once the answer is sent; the session outlives it.
+    features = torch.from_dlpack(tensor.to_dlpack()).clone()
+    return features if features.shape[0] else None
+
+
+def _triton_error(error: SessionError) -> Any:
+    codes = {
+        ErrorCode.INVALID_ARG: pb_utils.TritonError.INVALID_ARG,
+        ErrorCode.NOT_FOUND: pb_utils.TritonError.NOT_FOUND,
+        ErrorCode.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+        ErrorCode.CANCELLED: pb_utils.TritonError.CANCELLED,
+        ErrorCode.INTERNAL: pb_utils.TritonError.INTERNAL,
+    }
+    return pb_utils.TritonError(str(error), codes[error.code])

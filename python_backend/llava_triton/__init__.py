@@ -1,0 +1,1 @@
+"""Chat about a picture with low latency: LLaVA sessions on NVIDIA Triton."""

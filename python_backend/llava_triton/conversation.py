@@ -1,0 +1,142 @@
+"""Turns as tokens: from a user's message to the token IDs that continue a conversation.
+
+A session's history is the token IDs the model has really seen and said. A new turn is rendered by
+the checkpoint's chat template and only *its* text is tokenized, because tokenizing the whole
+conversation again could split an earlier answer differently and make its cached keys useless.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from llava_triton.errors import invalid
+
+
+class ConversationRenderer:
+    """Renders turns with a checkpoint's chat template and tokenizer.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer, with a chat template.
+        image_token_id: the placeholder that stands for image features.
+        tokens_per_image: how many features one image has, `T`.
+    """
+
+    def __init__(self, tokenizer: Any, image_token_id: int, tokens_per_image: int) -> None:
+        self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
+        self._image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
+        self._tokens_per_image = tokens_per_image
+        # Stands for the last answer in a rendered window; nothing a client sends can equal it.
+        self._answer_mark = uuid.uuid4().hex
+
+    def prompt(
+        self,
+        history: Sequence[int],
+        last_answer: str | None,
+        text: str | None,
+        images: int,
+    ) -> list[int]:
+        """Token IDs of the whole conversation up to where the model speaks.
+
+        Args:
+            history: token IDs up to the end of the last answer; empty in a new conversation.
+            last_answer: text of the last answer; None in a new conversation.
+            text: the user's text; None where only images came so far: the prompt then ends with
+                the last image's last token, because what follows depends on the question.
+            images: number of images in this message, counting those that came without text.
+
+        Returns:
+            `history`, then the new message, every image as `tokens_per_image` placeholders.
+
+        Raises:
+            SessionError: INVALID_ARG, the text holds the image placeholder.
+        """
+        if text is not None and self._image_token in text:
+            raise invalid(
+                f"text_input contains the image placeholder {self._image_token!r}, which stands "
+                "for a picture; send the picture in the input 'image' and leave the placeholder out"
+            )
+        if text is None and images == 0:
+            return list(history)
+        message = self._user_message(text or "", images)
+        if last_answer is None:
+            new_ids = self._tokenize_opening(self._render([message]))
+        else:
+            window = self._render(
+                [self._user_message("", 0), self._assistant_message(), message]
+            )
+            new_ids = self._tokenize_after(last_answer, window.split(self._answer_mark, 1)[1])
+        if new_ids.count(self._image_token_id) != images:
+            raise ValueError(
+                f"the checkpoint's chat template rendered {new_ids.count(self._image_token_id)} "
+                f"image placeholders for {images} images"
+            )
+        if text is None:
+            last_image = len(new_ids) - 1 - new_ids[::-1].index(self._image_token_id)
+            new_ids = new_ids[: last_image + 1]
+        return [*history, *self._expand_images(new_ids)]
+
+    def tokens_of(self, answer_ids: Sequence[int], shown: str) -> list[int]:
+        """Token IDs of the part of an answer that was shown.
+
+        They differ from `answer_ids` when a stop string cut the text, perhaps inside a token.
+
+        Args:
+            answer_ids: every token generated, end-of-sequence excluded.
+            shown: the text the client got.
+        """
+        for length in range(len(answer_ids), 0, -1):
+            decoded = self._tokenizer.decode(answer_ids[:length], skip_special_tokens=True)
+            for candidate in (decoded, decoded.removeprefix(" ")):
+                if shown.startswith(candidate):
+                    rest = shown[len(candidate) :]
+                    return [*answer_ids[:length], *self._tokenize(rest)]
+        return self._tokenize(shown)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    @staticmethod
+    def _user_message(text: str, images: int) -> dict[str, Any]:
+        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+        if text:
+            content.append({"type": "text", "text": text})
+        return {"role": "user", "content": content}
+
+    def _assistant_message(self) -> dict[str, Any]:
+        content = [{"type": "text", "text": self._answer_mark}]
+        return {"role": "assistant", "content": content}
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _tokenize_opening(self, text: str) -> list[int]:
+        bos = self._tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _tokenize_after(self, answer: str, text: str) -> list[int]:
+        """Tokenize `text` as it would be split where it follows `answer`.
+
+        A tokenizer treats the beginning of a text differently from its middle (SentencePiece puts
+        a space in front), so the answer's last word goes along and is taken off again.
+        """
+        anchor = (answer.split() or [""])[-1]
+        anchor_ids = self._tokenize(anchor)
+        ids = self._tokenize(anchor + text)
+        if ids[: len(anchor_ids)] == anchor_ids:
+            return ids[len(anchor_ids) :]
+        return self._tokenize(text)
+
+    def _expand_images(self, ids: list[int]) -> list[int]:
+        expanded: list[int] = []
+        for token in ids:
+            repeat = self._tokens_per_image if token == self._image_token_id else 1
+            expanded.extend([token] * repeat)
+        return expanded

@@ -1,0 +1,9 @@
+"""The session engine: open sessions, their memory on the device, and the loop that answers turns.
+
+It knows nothing of Triton. `Engine.submit` takes a turn and calls back with pieces of its answer.
+"""
+
+from llava_triton.engine.engine import Engine
+from llava_triton.engine.turn import Statistics, TurnRequest
+
+__all__ = ["Engine", "Statistics", "TurnRequest"]

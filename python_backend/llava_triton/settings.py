@@ -1,0 +1,91 @@
+"""Every limit of the system, in one place.
+
+The export writes one `settings.json` into the model repository, generates the numbers in Triton's
+`config.pbtxt` files from the same object, and the Python models read it when they load.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+FILE_NAME = "settings.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may want to change; everything else is derived from the checkpoint."""
+
+    max_sessions: int = 256
+    """Sessions open at once; one more START is refused with UNAVAILABLE."""
+    max_queued_turns: int = 1024
+    """Turns waiting or running over all sessions; one more is refused with UNAVAILABLE."""
+    session_idle_seconds: float = 1200.0
+    """A session unused for this long is closed."""
+    session_lifetime_seconds: float = 86_400.0
+    """A session is closed this long after it was opened, used or not."""
+    default_max_tokens: int = 256
+    """Length of an answer, in tokens, when the client names none."""
+    prefill_chunk_tokens: int = 512
+    """A prompt is computed in pieces of at most this many tokens, so that running answers
+    of other sessions go on between them."""
+    max_image_pixels: int = 50_000_000
+    """Larger pictures are refused before they are decoded."""
+    max_image_bytes: int = 32 * 1024 * 1024
+    """Larger encoded pictures are refused."""
+    max_images_per_turn: int = 8
+    max_text_bytes: int = 256 * 1024
+    """Longer texts are refused before they are tokenized."""
+    vision_max_batch: int = 8
+    """Pictures the vision encoder takes in one batch."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"setting {field.name} is {value!r}; it must be a number above 0")
+        if self.max_images_per_turn > self.vision_max_batch:
+            raise ValueError(
+                f"max_images_per_turn is {self.max_images_per_turn}, more than vision_max_batch "
+                f"({self.vision_max_batch}); the encoder takes a turn's pictures in one batch"
+            )
+
+    @property
+    def triton_idle_microseconds(self) -> int:
+        """Triton's own idle limit of a sequence: a little shorter than the engine's, so that
+        the engine never drops a session that Triton would still accept a request for."""
+        return int(self.session_idle_seconds * 1_000_000)
+
+    @property
+    def engine_idle_seconds(self) -> float:
+        """The engine's idle limit. Triton does not tell the model that a sequence ended idle."""
+        return self.session_idle_seconds + 5.0
+
+    @property
+    def max_candidate_sequences(self) -> int:
+        """Sequences Triton admits: above `max_sessions`, so that the engine can refuse at once;
+        Triton would let one more wait silently. Refused and expired ones linger here too."""
+        return 16 * self.max_sessions
+
+    def to_json(self) -> str:
+        """This object as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Read settings back; a name that no setting has is an error, not a typo ignored.
+
+        Raises:
+            ValueError: an unknown name, or a value out of range.
+        """
+        values = json.loads(text)
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown settings: {', '.join(unknown)}")
+        return cls(**values)
+
+    @classmethod
+    def of_repository(cls, repository: Path) -> Settings:
+        """The settings that the export wrote into a model repository."""
+        return cls.from_json((repository / FILE_NAME).read_text())

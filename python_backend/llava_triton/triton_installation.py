@@ -1,0 +1,105 @@
+"""Where a Triton server is found, and how it is started from there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class InstallationError(RuntimeError):
+    """No usable Triton server on this machine; the sentence says what to install."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A Triton server on disk."""
+
+    binary: Path
+    backends: Path
+    """The directory of backends that came with it."""
+    stub: Path | None
+    """The Python backend's stub for the running Python, where it is not with its backend."""
+    libraries: tuple[Path, ...] = ()
+    """Directories the dynamic loader must search."""
+
+    def backend_directory(self, run_folder: Path) -> Path:
+        """The directory for `--backend-directory`.
+
+        The wheel keeps stubs for many Pythons apart from the backend; ours is put beside a copy
+        of the backend in the run folder.
+        """
+        if self.stub is None:
+            return self.backends
+        python_backend = run_folder / "backends" / "python"
+        shutil.copytree(self.backends / "python", python_backend)
+        shutil.copy2(self.stub, python_backend / "triton_python_backend_stub")
+        return python_backend.parent
+
+    def environment(self) -> dict[str, str]:
+        """The environment under which the models find this Python and its packages.
+
+        The wheel's stub ignores PYTHONPATH: it takes the virtual environment that the first
+        `python3` on PATH belongs to. Other releases' stubs go by PYTHONPATH.
+        """
+        paths = sysconfig.get_paths()
+        packages = [str(Path(__file__).resolve().parents[1]), paths["purelib"], paths["platlib"]]
+        environment = dict(os.environ)
+        _put_first(environment, "PATH", [str(Path(sys.executable).parent)])
+        _put_first(environment, "PYTHONPATH", packages)
+        _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in self.libraries])
+        # What a model prints belongs in the log at once, not when its buffer is full.
+        environment["PYTHONUNBUFFERED"] = "1"
+        return environment
+
+
+def find_installation() -> Installation:
+    """The machine's own Triton (NVIDIA's container has one), else the wheel's.
+
+    Raises:
+        InstallationError: neither is there, or the wheel does not support this Python.
+    """
+    for candidate in (shutil.which("tritonserver"), "/opt/tritonserver/bin/tritonserver"):
+        if candidate and os.access(candidate, os.X_OK):
+            binary = Path(candidate).resolve()
+            backends = binary.parents[1] / "backends"
+            if (backends / "python").is_dir():
+                return Installation(binary=binary, backends=backends, stub=None)
+    return _wheel_installation()
+
+
+def _wheel_installation() -> Installation:
+    specification = importlib.util.find_spec("pytriton")
+    if specification is None or not specification.submodule_search_locations:
+        raise InstallationError(
+            "no Triton server found: neither `tritonserver` on PATH nor the wheel that carries "
+            'one; install it with `pip install "llava-triton[server]"`'
+        )
+    package = Path(specification.submodule_search_locations[0])
+    root = package / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        supported = ", ".join(sorted(path.name for path in stub.parents[1].glob("3.*")))
+        raise InstallationError(
+            f"the Triton server in {package} has no stub for Python {version} (it supports "
+            f"{supported}); make the virtual environment with one of those"
+        )
+    library_directory = sysconfig.get_config_var("LIBDIR")
+    return Installation(
+        binary=root / "bin" / "tritonserver",
+        backends=root / "backends",
+        stub=stub,
+        libraries=(package.parent / "nvidia_pytriton.libs", Path(library_directory)),
+    )
+
+
+def _put_first(environment: dict[str, str], name: str, values: list[str]) -> None:
+    inherited = [environment[name]] if environment.get(name) else []
+    joined = os.pathsep.join(dict.fromkeys(values + inherited))
+    if joined:
+        environment[name] = joined

@@ -1,0 +1,95 @@
+"""The slow reference: plain transformers, everything computed again at every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+
+class TransformersChat:
+    """A conversation with a checkpoint by `generate` on the whole of it, float32 on the CPU.
+
+    The history is kept as token IDs: the answers as the model gave them, without the
+    end-of-sequence token, and each user message as the LLaVA-1.5 template of the tests'
+    checkpoints renders it.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = load_reference(checkpoint)
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        self.tokenizer = self.processor.tokenizer
+        self._ids: list[int] = []
+        self._images: list[Image] = []
+
+    def restart(self) -> None:
+        """Forget the conversation."""
+        self._ids, self._images = [], []
+
+    def ask(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> list[int]:
+        """The greedy answer's token IDs, end-of-sequence excluded."""
+        self._listen(text, images)
+        answer = self._generate(max_tokens)
+        self._ids += answer
+        return answer
+
+    def say(self, text: str, images: Sequence[Image] = (), *, answer: str) -> None:
+        """Add a turn whose answer was `answer`."""
+        self._listen(text, images)
+        self._ids += self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+
+    def _listen(self, text: str, images: Sequence[Image]) -> None:
+        opening = "</s>" if self._ids else "<s>"
+        message = f"{opening}USER: " + "<image>\n" * len(images) + f"{text} ASSISTANT:"
+        self._images.extend(images)
+        per_image = (
+            self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        ) ** 2
+        message = message.replace("<image>", "<image>" * per_image)
+        self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text, without the space that leads it."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(" ")
+
+    def answer(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> str:
+        """The greedy answer as text."""
+        return self.decode(self.ask(text, images, max_tokens))
+
+    def _generate(self, max_tokens: int) -> list[int]:
+        pixels = None
+        if self._images:
+            pixels = self.processor.image_processor(self._images, return_tensors="pt").pixel_values
+        ids = torch.tensor([self._ids])
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+            )
+        answer = [int(token) for token in output[0, ids.shape[1] :]]
+        eos = self.model.generation_config.eos_token_id
+        return answer[:-1] if answer and answer[-1] == eos else answer
+
+
+def load_reference(checkpoint: Path) -> Any:
+    """The checkpoint as plain transformers loads it, in float32."""
+    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def image_features(model: Any, processor: Any, images: Sequence[Image]) -> torch.Tensor:
+    """Features [N, T, D] by transformers' own vision tower and projector."""
+    pixels = processor.image_processor(list(images), return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        output = model.model.get_image_features(
+            pixel_values=pixels,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        )
+    return torch.stack(list(output.pooler_output))
