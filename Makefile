@@ -28,7 +28,7 @@ export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
 ##@ The main job
 
 demo: .venv/runtime $(demo_repository) ## Show a picture to a real server and ask about it
-	$(python) -m demo.run
+	$(python) -m demo.run --repository build/repositories/demo
 
 serve: .venv/runtime repository ## Serve in the foreground (REPOSITORY= or MODEL=, HTTP_PORT= ...)
 	exec $(python) -m llava_triton.server --repository '$(REPOSITORY)' --log build/serve.log \
@@ -97,7 +97,7 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 # ---- what must be installed ----
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
-.venv/runtime: .venv/bin/python pyproject.toml constraints.txt
+.venv/runtime: .venv/checkout pyproject.toml constraints.txt
 	$(call pip_install,server$(comma)export)
 	touch $@
 
@@ -106,13 +106,14 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
-.venv/bin/python: $(if $(filter-out yes,$(shell [ "$$(cat .venv/checkout 2>&1)" = "$$PWD" ] && echo yes)),force)
+unmoved := $(shell [ -x .venv/bin/python ] && [ "$$(cat .venv/checkout 2>/dev/null)" = "$$(pwd)" ] && echo yes)
+.venv/checkout: $(if $(unmoved),,force)
 	'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "error: '$(PYTHON)' must be a Python 3.11 or later; name one with PYTHON=" >&2; exit 1; }
 	'$(PYTHON)' -c 'import ensurepip' 2>/dev/null || { $(call debian,python3-venv); }
 	echo "making .venv with $$('$(PYTHON)' --version)"
 	'$(PYTHON)' -m venv --clear .venv
-	pwd > .venv/checkout
+	pwd > $@
 
 comma := ,
 
@@ -129,7 +130,7 @@ echo done
 endef
 
 libb64: # a library that perf_analyzer needs
-	/sbin/ldconfig -p | grep -q libb64.so.0d || { $(call debian,libb64-0d); }
+	/sbin/ldconfig -p | grep libb64.so.0d >/dev/null || { $(call debian,libb64-0d); }
 
 # $(call debian,PACKAGE)
 sudo := $(shell [ "$$(id -u)" = 0 ] || echo sudo)

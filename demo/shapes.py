@@ -23,7 +23,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 FORMS = ("circle", "square", "triangle", "star", "cross")
 # Radius of the circle around a shape, as a share of the arrangement's side.
-SIZES: dict[str, tuple[float, float]] = {"small": (0.062, 0.080), "large": (0.118, 0.145)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.070, 0.086), "large": (0.122, 0.147)}
 # In reading order: cell 0 is the top left one, cell 8 the bottom right one.
 PLACES = (
     "at the top left",

@@ -35,13 +35,14 @@ from demo.data import (
     make_batch,
     normalized,
 )
+from demo.muon import Muon
 from demo.write_checkpoint import write_llava_checkpoint
 
 PATCHES = IMAGE_SIDE // PATCH_SIDE
 SEED = 1
-PICTURE_STEPS, PICTURES = 6000, 48
-ANSWER_STEPS, CONVERSATIONS, TOKENS = 5500, 32, 224
-PICTURE_RATE, ANSWER_RATE = 2e-3, 1.5e-3
+PICTURE_STEPS, PICTURES = 2000, 48
+ANSWER_STEPS, CONVERSATIONS, TOKENS = 5000, 32, 224
+MUON_RATE, ADAMW_RATE = 0.015, 2e-3
 REPORT_EVERY, SAVE_EVERY = 100, 500
 
 
@@ -59,36 +60,40 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-class Schedule:
-    """AdamW with a short warm-up and a cosine that ends near zero."""
+class Optimizer:
+    """Muon for the matrices inside the layers, AdamW for all else; warm-up, then a cosine.
 
-    def __init__(self, groups: list[tuple[list[nn.Parameter], float]], steps: int) -> None:
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if (p.ndim > 1) == decayed], "lr": rate,
-                 "weight_decay": 0.05 if decayed else 0.0}
-                for parameters, rate in groups
-                for decayed in (True, False)
-            ],
-            betas=(0.9, 0.98),
-        )  # fmt: skip
+    With AdamW alone the vision tower needs several times as many pictures.
+    """
+
+    def __init__(self, modules: list[nn.Module], steps: int) -> None:
+        named = [pair for module in modules for pair in module.named_parameters()]
+        self.matrices = [p for name, p in named if "layers." in name and p.ndim == 2]
+        inside = {id(p) for p in self.matrices}
+        self.others = [p for _, p in named if id(p) not in inside]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(self.matrices, MUON_RATE, decay=0.01),
+            torch.optim.AdamW(self.others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01),
+        ]
         warm_up = max(1, min(100, steps // 10))
 
         def share(step: int) -> float:
             if step < warm_up:
                 return (step + 1) / warm_up
-            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in self.optimizers
+        ]
 
     def step(self, loss: torch.Tensor) -> None:
         """One update."""
         loss.backward()  # type: ignore[no-untyped-call]
-        for group in self.optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
+        nn.utils.clip_grad_norm_(self.others, 1.0)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
 
 
 class Progress:
@@ -126,8 +131,8 @@ def learn_to_see(
     head = nn.Linear(model.config.text_config.hidden_size, sum(sizes)).to(device)
     side = torch.arange(PATCHES) * 3 // PATCHES
     cell_of_patch = (side[:, None] * 3 + side[None, :]).flatten().to(device)
-    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    schedule = Schedule([([*seeing, *head.parameters()], PICTURE_RATE)], steps)
+    seeing = [model.model.vision_tower, model.model.multi_modal_projector]
+    optimizer = Optimizer([*seeing, head], steps)
     progress = Progress("pictures", steps)
     batches = DataLoader(PictureBatches(steps, PICTURES, processor), batch_size=None, num_workers=1)
     # Steps this small gain nothing from a second thread, which the drawing of pictures needs.
@@ -142,7 +147,7 @@ def learn_to_see(
             cross_entropy(part.flatten(0, 1), target[:, :, column].flatten())
             for column, part in enumerate(parts)
         ]
-        schedule.step(torch.stack(losses).sum())
+        optimizer.step(torch.stack(losses).sum())
         if step % REPORT_EVERY == REPORT_EVERY - 1 or step == steps - 1:
             # Of the patches in cells that hold a shape, the share with every property right.
             held = target[:, :, 0] > 0
@@ -191,16 +196,14 @@ def learn_to_answer(
     output: Path,
 ) -> None:
     """Teach the whole model the answers of the generated conversations."""
-    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    speaking = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    schedule = Schedule([(seeing, ANSWER_RATE / 4), (speaking, ANSWER_RATE)], steps)
+    optimizer = Optimizer([model], steps)
     held_out = make_batch(VALIDATION, 0, 96, TOKENS, processor, PATCHES**2)
     data = ConversationBatches(steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
     progress = Progress("answers", steps)
     for step, batch in enumerate(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)):
         logits, truth = answer_logits(model, processor, batch, device)
         loss = cross_entropy(logits, truth)
-        schedule.step(loss)
+        optimizer.step(loss)
         if step % REPORT_EVERY == REPORT_EVERY - 1 or step == steps - 1:
             right = validate(model, processor, held_out, device)
             progress.report(step, loss.item(), f"  held-out answers right {right:.1%}")

@@ -84,7 +84,8 @@ class EngineHarness:
         end: bool = False,
         **sampling: Any,
     ) -> Pending:
-        """Send a turn and return at once."""
+        """Send a turn and return at once; answers are as long as the reference's by default."""
+        sampling.setdefault("max_tokens", 32)
         pending = Pending()
         request = TurnRequest(
             session_id=session_id,

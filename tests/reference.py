@@ -61,17 +61,19 @@ class TransformersChat:
         return self.decode(self.ask(text, images, max_tokens))
 
     def _generate(self, max_tokens: int) -> list[int]:
-        pixels = None
+        inputs = {}
         if self._images:
-            pixels = self.processor.image_processor(self._images, return_tensors="pt").pixel_values
+            inputs = self.processor.image_processor(self._images, return_tensors="pt")
         ids = torch.tensor([self._ids])
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=pixels,
+                **inputs,
                 max_new_tokens=max_tokens,
                 do_sample=False,
+                # A picture is nothing that a model can say; the engine rules it out likewise.
+                suppress_tokens=[self.model.config.image_token_id],
             )
         answer = [int(token) for token in output[0, ids.shape[1] :]]
         eos = self.model.generation_config.eos_token_id

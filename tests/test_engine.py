@@ -127,8 +127,8 @@ def test_turns_of_one_session_run_in_order(harness: EngineHarness) -> None:
     images = [picture("red")]
     turns = [harness.submit("s", QUESTIONS[0], images, start=True)]
     turns += [harness.submit("s", question) for question in QUESTIONS[1:]]
-    expected = [reference.answer(QUESTIONS[0], images, 256)]
-    expected += [reference.answer(question, max_tokens=256) for question in QUESTIONS[1:]]
+    expected = [reference.answer(QUESTIONS[0], images)]
+    expected += [reference.answer(question) for question in QUESTIONS[1:]]
     assert [turn.wait()[0] for turn in turns] == expected
 
 

@@ -6,6 +6,7 @@ sentence is for the person who reads it.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 
@@ -35,6 +36,31 @@ class SessionError(Exception):
         super().__init__(f"{code.name}: {sentence}")
         self.code = code
         self.sentence = sentence
+
+
+_CODE_IN_TEXT = re.compile(rf"\b({'|'.join(ErrorCode.__members__)}): ")
+
+
+def error_from_text(text: str) -> SessionError:
+    """What an error's text says: ours, which Triton wraps, or one of Triton's own.
+
+    Triton's sequence batcher refuses requests of sequences that it does not know before any model
+    sees them; it does so also for sessions that were idle for too long.
+    """
+    ours = _CODE_IN_TEXT.search(text)
+    if ours:
+        return SessionError(ErrorCode[ours.group(1)], text[ours.end() :])
+    if "must specify the START flag" in text:
+        return not_found(
+            "the session is unknown or has expired; open a new one by a request with the "
+            "sequence start flag"
+        )
+    if "non-zero or non-empty correlation ID" in text:
+        return invalid(
+            "the request names no session; give it a sequence ID, and the sequence start flag if "
+            "it is the session's first"
+        )
+    return SessionError(ErrorCode.INTERNAL, text)
 
 
 def invalid(sentence: str) -> SessionError:

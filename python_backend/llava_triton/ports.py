@@ -8,8 +8,10 @@ import random
 import socket
 from collections.abc import Mapping
 
+from llava_triton.server_error import ServerError
 
-class PortError(RuntimeError):
+
+class PortError(ServerError):
     """A port cannot be used; the sentence names it and what to change."""
 
 

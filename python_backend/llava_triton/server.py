@@ -22,8 +22,9 @@ from types import FrameType, TracebackType
 from typing import IO, NoReturn
 
 from llava_triton import server_guard
-from llava_triton.ports import PortError, check_ports, free_ports
-from llava_triton.triton_installation import Installation, InstallationError, find_installation
+from llava_triton.ports import check_ports, free_ports
+from llava_triton.server_error import ServerError
+from llava_triton.triton_installation import Installation, find_installation
 
 __all__ = ["ServerError", "TritonServer", "free_ports"]
 
@@ -31,10 +32,6 @@ START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
 _EXIT_SECONDS = 1
 """Triton's own wait, at its end, for open sequences and running requests."""
-
-
-class ServerError(RuntimeError):
-    """The server did not start, or died; the text ends with the log lines that tell why."""
 
 
 class TritonServer:
@@ -107,9 +104,8 @@ class TritonServer:
         """Start the server and return when every model is ready.
 
         Raises:
-            InstallationError: there is no Triton server on this machine.
-            PortError: a port is taken.
-            ServerError: no such repository, a model failed to load, or `timeout` seconds passed.
+            ServerError: there is no Triton server on this machine, a port is taken, there is no
+                such repository, a model failed to load, or `timeout` seconds passed.
         """
         if self._guard is not None:
             raise ServerError("this server was started already")
@@ -327,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         _serve(server)
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
-    except (ServerError, InstallationError, PortError, OSError) as error:
+    except (ServerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

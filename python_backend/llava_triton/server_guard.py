@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import glob
 import os
 import select
 import shutil
@@ -23,11 +24,13 @@ import sys
 import time
 from pathlib import Path
 
-PREFIX = "llava-triton-"
-"""Run folders and shared-memory files are named `llava-triton-<random>`, one name a server."""
+PREFIX = "llava-triton-server-"
+"""Run folders and shared-memory files begin with `llava-triton-server-<random>`: one name a
+server."""
 GRACE_SECONDS = 2.0
 """How long tritonserver may take over its own shutdown before it is killed."""
 _SHARED_MEMORY = Path("/dev/shm")
+_LOCK = "guard.lock"
 _STUB = b"triton_python_backend_stub"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -45,18 +48,20 @@ def remove_traces(run_folder: Path) -> None:
         raise ValueError(f"{run_folder} is not a run folder of a server")
     for process in _stubs(name):
         _kill(process, signal.SIGKILL)
-    for path in _SHARED_MEMORY.glob(f"{name}*"):
+    for path in _SHARED_MEMORY.glob(f"{glob.escape(name)}*"):
         path.unlink(missing_ok=True)
     shutil.rmtree(run_folder, ignore_errors=True)
 
 
 def remove_stale(parent_folder: Path) -> None:
     """Remove the traces of servers whose guard was killed: their lock files are free again."""
-    for lock_path in parent_folder.glob(f"{PREFIX}*/lock"):
+    for lock_path in parent_folder.glob(f"{PREFIX}*/{_LOCK}"):
         try:
+            if lock_path.stat().st_uid != os.getuid():
+                continue
             with lock_path.open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by a living guard, gone meanwhile, or another user's
+        except OSError:  # held by a living guard, or gone meanwhile
             continue
         remove_traces(lock_path.parent)
 
@@ -83,9 +88,9 @@ def _kill(process: int, number: signal.Signals) -> None:
 def _hold_lock(run_folder: Path) -> None:
     """Lock the run folder for this process's life. The lock appears under its name only once it
     is held, so that `remove_stale` in another process never sees it free by mistake."""
-    descriptor = os.open(run_folder / "lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(run_folder / "new.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.rename(run_folder / "lock.new", run_folder / "lock")
+    os.rename(run_folder / "new.lock", run_folder / _LOCK)
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:

@@ -10,8 +10,10 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_triton.server_error import ServerError
 
-class InstallationError(RuntimeError):
+
+class InstallationError(ServerError):
     """No usable Triton server on this machine; the sentence says what to install."""
 
 

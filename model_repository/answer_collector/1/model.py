@@ -9,6 +9,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
+from llava_triton.errors import error_from_text
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -46,7 +47,7 @@ def _answer(call: Any, sender: Any) -> None:
         error = None
         for response in call.exec(decoupled=True):
             if response.has_error():
-                error = response.error()
+                error = _with_code(response.error())
             else:
                 outputs = response.output_tensors() or outputs
         response = pb_utils.InferenceResponse(outputs, error=error)
@@ -54,3 +55,9 @@ def _answer(call: Any, sender: Any) -> None:
         error = pb_utils.TritonError(f"INTERNAL: {failure}", pb_utils.TritonError.INTERNAL)
         response = pb_utils.InferenceResponse(error=error)
     sender.send(response, flags=FINAL)
+
+
+def _with_code(error: Any) -> Any:
+    """Triton drops an error's code where one model calls another; its text still tells."""
+    told = error_from_text(error.message())
+    return pb_utils.TritonError(str(told), getattr(pb_utils.TritonError, told.code.name))

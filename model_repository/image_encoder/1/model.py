@@ -1,4 +1,4 @@
-"""Encoded pictures -> image features, on worker threads, so that one picture never waits for another's decoding."""
+"""Encoded pictures -> image features, on worker threads: they do not wait for each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
-from llava_triton.errors import SessionError
+from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.images import PixelValues, decode_images
 from llava_triton.settings import Settings
 
@@ -62,24 +62,22 @@ class TritonPythonModel:
                 preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
             ).exec()
             if response.has_error():
-                _send_error(sender, response.error())
-                return
+                raise RuntimeError(response.error().message())
             features = pb_utils.get_output_tensor_by_name(response, protocol.IMAGE_FEATURES)
             _send(sender, features)
         except SessionError as error:
             _send_error(sender, error)
         except Exception as error:
-            _send_error(sender, f"INTERNAL: the picture could not be encoded: {error!r}")
+            pb_utils.Logger.log_error(f"a picture could not be encoded: {error!r}")
+            sentence = f"the picture could not be encoded: {error}"
+            _send_error(sender, SessionError(ErrorCode.INTERNAL, sentence))
 
 
 def _send(sender: Any, tensor: Any) -> None:
     sender.send(pb_utils.InferenceResponse([tensor]), flags=FINAL)
 
 
-def _send_error(sender: Any, error: Any) -> None:
-    if isinstance(error, SessionError):
-        code = getattr(pb_utils.TritonError, error.code.name)
-        error = pb_utils.TritonError(str(error), code)
-    elif isinstance(error, str):
-        error = pb_utils.TritonError(error, pb_utils.TritonError.INTERNAL)
-    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+def _send_error(sender: Any, error: SessionError) -> None:
+    code = getattr(pb_utils.TritonError, error.code.name)
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    sender.send(response, flags=FINAL)

@@ -18,7 +18,7 @@ from llava_triton.checkpoint import default_device, default_dtype, load_checkpoi
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.errors import SessionError
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -182,11 +182,4 @@ def _features(request: Any) -> torch.Tensor | None:
 
 
 def _triton_error(error: SessionError) -> Any:
-    codes = {
-        ErrorCode.INVALID_ARG: pb_utils.TritonError.INVALID_ARG,
-        ErrorCode.NOT_FOUND: pb_utils.TritonError.NOT_FOUND,
-        ErrorCode.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
-        ErrorCode.CANCELLED: pb_utils.TritonError.CANCELLED,
-        ErrorCode.INTERNAL: pb_utils.TritonError.INTERNAL,
-    }
-    return pb_utils.TritonError(str(error), codes[error.code])
+    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code.name))

@@ -81,7 +81,8 @@ class ModelRunner:
                 none.
 
         Returns:
-            Logits [V] of the token after the last one, float32.
+            Logits [V] of the token after the last one, float32. The image placeholder's is -inf:
+            spoken by the model it would stand for a picture that does not exist.
         """
         id_tensor = torch.tensor(ids, device=self.device)
         is_image = id_tensor == self.image_token_id
@@ -91,7 +92,9 @@ class ModelRunner:
         output = self._text_model(
             inputs_embeds=embeddings[None], past_key_values=key_values.cache, use_cache=True
         )
-        return self._lm_head(output.last_hidden_state[0, -1]).float()
+        logits: Tensor = self._lm_head(output.last_hidden_state[0, -1]).float()
+        logits[self.image_token_id] = -torch.inf
+        return logits
 
 
 def _tokens_per_image(config: Any) -> int:

@@ -1,0 +1,204 @@
+"""Makes the vision encoder's file and its report, or finds that the last one still fits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaConfig
+
+from llava_export import artifact
+from llava_export.artifact import EncoderMetadata
+from llava_export.gpu_runner import engine_encoder
+from llava_export.mixed_precision import to_mixed_precision
+from llava_export.onnx_export import export_onnx
+from llava_export.progress import step
+from llava_export.report import Encode, Report, compare, onnx_encoder
+from llava_export.tensorrt_engine import (
+    RTX,
+    build_engine,
+    check_capability,
+    find_tensorrt,
+    local_compute_capability,
+)
+from llava_export.vision import VisionEncoder, features_shape, load_vision_encoder
+from llava_export.weights import CheckpointWeights
+
+REPORT = "report.json"
+_GRAPH_SOURCES = ("vision.py", "mixed_precision.py", "onnx_export.py", "tensorrt_engine.py")
+_GRAPH_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the export reads of a checkpoint."""
+
+    config: LlavaConfig
+    weights: CheckpointWeights
+    image_processor: Any
+
+
+class EncoderBuild:
+    """One vision encoder to be made.
+
+    Args:
+        checkpoint: whose encoder.
+        precision: "fp32", or "fp16" for an engine.
+        max_batch: the largest batch that is served.
+        target: "cpu" for an ONNX graph, "gpu" for a TensorRT plan.
+        compute_capability: of the GPU to build for; None for this machine's.
+
+    Raises:
+        ExportError: no TensorRT, or none that builds for that GPU.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        precision: str,
+        max_batch: int,
+        target: str,
+        compute_capability: str | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tensorrt: ModuleType | None = None
+        capability = None
+        if target == "gpu":
+            self._tensorrt = find_tensorrt()
+            capability = check_capability(self._tensorrt, compute_capability)
+        side = image_side(checkpoint.image_processor)
+        self.metadata = EncoderMetadata(
+            format="onnx" if self._tensorrt is None else "tensorrt",
+            builder="torch" if self._tensorrt is None else self._tensorrt.__name__,
+            builder_version=version("torch")
+            if self._tensorrt is None
+            else self._tensorrt.__version__,
+            compute_capability=capability,
+            precision=precision,
+            input_shape=(3, side, side),
+            output_shape=features_shape(checkpoint.config, side),
+            max_batch=max_batch,
+            checkpoint_sha256=checkpoint.weights.vision_sha256(),
+            exporter=_exporter_sha256(),
+        )
+
+    @property
+    def is_for_rtx(self) -> bool:
+        """Whether TensorRT for RTX builds, whose plans only its own runtime loads."""
+        return self._tensorrt is not None and self._tensorrt.__name__ == RTX
+
+    def make(self, directory: Path, previous: Path) -> Report | None:
+        """Fill `directory` with the encoder, its metadata and its report.
+
+        Args:
+            directory: the new repository's `vision_encoder/1`.
+            previous: the same of the repository it will replace; need not exist.
+
+        Returns:
+            The comparison with PyTorch; None where the previous encoder still fits.
+
+        Raises:
+            ExportError: the checkpoint is incomplete, the build fails, or the features are too
+                far from PyTorch's.
+        """
+        if artifact.is_current(previous, self.metadata) and (previous / REPORT).is_file():
+            for name in [*artifact.sealed_files(previous), artifact.METADATA, REPORT]:
+                _link_or_copy(previous / name, directory / name)
+            print("  the vision encoder is up to date")
+            return None
+        with step("loading the vision encoder"):
+            encoder = load_vision_encoder(self._checkpoint.config, self._checkpoint.weights)
+        report = self._build(encoder, directory)
+        (directory / REPORT).write_text(report.to_json())
+        report.require()
+        artifact.seal(directory, self.metadata)
+        return report
+
+    def _build(self, encoder: VisionEncoder, directory: Path) -> Report:
+        if self._tensorrt is None:
+            graph = directory / self.metadata.file_name
+            self._export(encoder, graph)
+            return self._compare(encoder, onnx_encoder(graph), "ONNX Runtime on the CPU")
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            graph = Path(scratch) / "model.onnx"
+            self._export(encoder, graph)
+            return self._build_plan(self._tensorrt, encoder, graph, directory)
+
+    def _build_plan(
+        self, tensorrt: ModuleType, encoder: VisionEncoder, graph: Path, directory: Path
+    ) -> Report:
+        metadata = self.metadata
+        assert metadata.compute_capability is not None
+        plan = directory / metadata.file_name
+        name = f"{tensorrt.__name__} {tensorrt.__version__}"
+        with step(f"building the engine for {metadata.compute_capability} by {name}"):
+            build_engine(
+                tensorrt,
+                graph,
+                plan,
+                capability=metadata.compute_capability,
+                input_shape=metadata.input_shape,
+                max_batch=metadata.max_batch,
+            )
+        if torch.cuda.is_available() and local_compute_capability() == metadata.compute_capability:
+            gpu = torch.cuda.get_device_name()
+            return self._compare(encoder, engine_encoder(tensorrt, plan), f"the engine on {gpu}")
+        return self._compare(
+            encoder,
+            onnx_encoder(graph),
+            "ONNX Runtime on the CPU, for the engine's graph; the engine itself has not run: "
+            f"this machine has no GPU of compute capability {metadata.compute_capability}",
+        )
+
+    def _export(self, encoder: VisionEncoder, path: Path) -> None:
+        with step(f"exporting it to ONNX ({self.metadata.precision})"):
+            graph = to_mixed_precision(encoder) if self.metadata.precision == "fp16" else encoder
+            export_onnx(graph, self.metadata.input_shape[1], path)
+
+    def _compare(self, encoder: VisionEncoder, exported: Encode, computed_by: str) -> Report:
+        def reference(pixels: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return encoder(torch.from_numpy(pixels)).numpy()
+
+        with step("comparing its features with PyTorch's"):
+            return compare(
+                reference,
+                exported,
+                self._checkpoint.image_processor,
+                max_batch=self.metadata.max_batch,
+                precision=self.metadata.precision,
+                computed_by=computed_by,
+            )
+
+
+def image_side(image_processor: Any) -> int:
+    """Pixels a side of what an image processor makes of a picture; tried out, not read."""
+    picture = np.zeros((30, 40, 3), dtype=np.uint8)
+    pixels = image_processor(picture, return_tensors="np")["pixel_values"]
+    return int(np.shape(pixels)[-1])
+
+
+def _exporter_sha256() -> str:
+    digest = hashlib.sha256()
+    for name in _GRAPH_SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    for package in _GRAPH_PACKAGES:
+        digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,176 @@
+"""How far an exported vision encoder is from PyTorch in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_export.errors import ExportError
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""float32 pixel values [N, 3, H, W] -> float32 features [N, T, D]."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an encoder may be off by."""
+
+    max_error: float
+    """Largest difference of one value, in units of the root mean square of PyTorch's features."""
+    min_cosine: float
+    """Least cosine between one token's features and PyTorch's."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(max_error=1e-3, min_cosine=0.999999),
+    "fp16": Tolerance(max_error=5e-2, min_cosine=0.9999),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The errors of one batch."""
+
+    pixels: str
+    """"noise" or "pictures"."""
+    batch: int
+    max_abs: float
+    """Largest absolute difference."""
+    max_relative: float
+    """Largest difference relative to the value itself or, where that is smaller, to the root mean
+    square of all: values near zero would say nothing."""
+    max_scaled: float
+    """`max_abs` in units of that root mean square."""
+    min_cosine: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparison of one encoder, over several batches."""
+
+    precision: str
+    computed_by: str
+    """What computed the features that are compared, in words."""
+    tolerance: Tolerance
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every batch is within tolerance (a NaN never is)."""
+        return all(
+            row.max_scaled <= self.tolerance.max_error
+            and row.min_cosine >= self.tolerance.min_cosine
+            for row in self.rows
+        )
+
+    def table(self) -> str:
+        """The rows as text."""
+        lines = ["  pixels     batch   max abs   max rel   max abs/rms   min cosine"]
+        lines += [
+            f"  {row.pixels:<9} {row.batch:>6} {row.max_abs:>9.1e} {row.max_relative:>9.1e} "
+            f"{row.max_scaled:>13.1e}   {row.min_cosine:.8f}"
+            for row in self.rows
+        ]
+        lines.append(
+            f"  allowed {self.tolerance.max_error:>40.1e}   {self.tolerance.min_cosine:.8f}"
+        )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self) | {"passed": self.passed}, indent=2) + "\n"
+
+    def require(self) -> None:
+        """Accept the encoder or not.
+
+        Raises:
+            ExportError: a batch is out of tolerance.
+        """
+        if not self.passed:
+            raise ExportError(
+                f"the exported encoder's features are too far from PyTorch's, so it is not used "
+                f"({self.computed_by}, {self.precision}):\n{self.table()}"
+            )
+
+
+def compare(
+    reference: Encode,
+    exported: Encode,
+    image_processor: Any,
+    *,
+    max_batch: int,
+    precision: str,
+    computed_by: str,
+) -> Report:
+    """Run both encoders on noise and on picture-like pixels, in batches of several sizes.
+
+    Args:
+        reference: PyTorch in float32.
+        exported: the encoder in question.
+        image_processor: the checkpoint's own.
+        max_batch: the largest batch that is served.
+        precision: "fp32" or "fp16"; picks the tolerance.
+        computed_by: what `exported` is, in words.
+    """
+    rows = [
+        _row(kind, reference(pixels), exported(pixels))
+        for kind, pixels in _batches(image_processor, max_batch)
+    ]
+    return Report(precision, computed_by, TOLERANCES[precision], tuple(rows))
+
+
+def onnx_encoder(path: Path) -> Encode:
+    """An ONNX file run by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pixels: session.run(None, {name: pixels})[0]
+
+
+def _row(kind: str, expected: np.ndarray, found: np.ndarray) -> Row:
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    if expected.shape != found.shape:
+        raise ExportError(
+            f"the exported encoder gives features {found.shape}, not {expected.shape}"
+        )
+    error = np.abs(expected - found)
+    rms = float(np.sqrt(np.mean(expected**2)))
+    lengths = np.linalg.norm(expected, axis=-1) * np.linalg.norm(found, axis=-1)
+    cosines = (expected * found).sum(axis=-1) / np.maximum(lengths, 1e-30)
+    return Row(
+        pixels=kind,
+        batch=len(expected),
+        max_abs=float(error.max()),
+        max_relative=float((error / np.maximum(np.abs(expected), rms)).max()),
+        max_scaled=float(error.max()) / rms,
+        min_cosine=float(cosines.min()),
+    )
+
+
+def _batches(image_processor: Any, max_batch: int) -> Iterator[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    middle = min(3, max_batch)
+    for kind, batch in (("noise", 1), ("pictures", 1), ("noise", middle), ("pictures", max_batch)):
+        pictures = [_picture(random) for _ in range(batch)]
+        pixels = image_processor(pictures, return_tensors="np")["pixel_values"]
+        if kind == "noise":
+            pixels = random.standard_normal(np.shape(pixels))
+        yield kind, np.asarray(pixels, dtype=np.float32)
+
+
+def _picture(random: np.random.Generator) -> Image.Image:
+    """A smooth scene with one sharp-edged object and a little grain, as photographs have."""
+    width, height = (int(side) for side in random.integers(200, 600, 2))
+    coarse = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    scene = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    values = scene + random.normal(0, 6, scene.shape)
+    top, left = height // 4, width // 3
+    values[top : top + height // 3, left : left + width // 4] = random.integers(0, 256, 3)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))

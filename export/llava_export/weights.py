@@ -1,0 +1,173 @@
+"""A checkpoint's weights as they lie on disk: what is there, what it hashes to, parts of it loaded.
+
+The vision encoder is a few percent of a LLaVA. Reading it alone keeps the export of a 13B model
+within the memory of a laptop; the names and shapes of everything else are checked all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_export.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "config.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_WRAPPERS = {"model", "vision_model", "language_model"}
+_COMPUTED = ("position_ids", "inv_freq")
+"""Buffers that some published checkpoints contain and no release of transformers reads."""
+_VISION = ("vision_tower.", "multi_modal_projector.")
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without the modules that LLaVA releases put around its parts.
+
+    `language_model.model.layers.0.mlp.up_proj.weight` of the published checkpoints and
+    `model.language_model.layers.0.mlp.up_proj.weight` of transformers 5 are the same tensor,
+    `layers.0.mlp.up_proj.weight`.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    file: Path
+    name: str
+    """Its name in that file."""
+    dtype: str
+    """As safetensors spells it: "F16", "BF16", "F32", ..."""
+    shape: tuple[int, ...]
+    begin: int
+    """Offset of its first byte in the file."""
+    size: int
+    """Bytes."""
+
+
+class CheckpointWeights:
+    """The tensors of a checkpoint directory by canonical name; nothing is loaded yet.
+
+    Raises:
+        ExportError: the directory has no safetensors weights, or a file is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(directory):
+            for tensor in _read_header(file):
+                self._tensors[canonical_name(tensor.name)] = tensor
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
+        """Compare names and shapes with what the model needs.
+
+        Args:
+            expected: shapes by any release's names.
+            optional: those of them that may be missing, such as tied weights.
+
+        Raises:
+            ExportError: a weight is missing, unexpected or of the wrong shape. transformers would
+                fill it with random numbers and go on.
+        """
+        shapes = {canonical_name(name): shape for name, shape in expected.items()}
+        present = {name for name in self._tensors if not name.endswith(_COMPUTED)}
+        faults = {
+            "missing": sorted(
+                shapes.keys() - present - {canonical_name(name) for name in optional}
+            ),
+            "unexpected": sorted(present - shapes.keys()),
+            "of the wrong shape": sorted(
+                name
+                for name in present & shapes.keys()
+                if self._tensors[name].shape != tuple(shapes[name])
+            ),
+        }
+        found = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
+        if found:
+            raise ExportError(
+                f"the weights in {self.directory} do not fit its config.json: {'; '.join(found)}; "
+                "give a complete checkpoint"
+            )
+
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors in float32, under the names they are asked for by."""
+        import torch
+        from safetensors import safe_open
+
+        loaded = {}
+        for name in names:
+            stored = self._tensors[canonical_name(name)]
+            with safe_open(stored.file, framework="pt") as file:
+                loaded[name] = file.get_tensor(stored.name).to(torch.float32)
+        return loaded
+
+    def vision_sha256(self) -> str:
+        """SHA-256 over `config.json` and the names, types, shapes and bytes of the vision tower's
+        and the projector's weights: all that a vision encoder is made of."""
+        digest = hashlib.sha256((self.directory / CONFIG).read_bytes())
+        for name in sorted(name for name in self._tensors if name.startswith(_VISION)):
+            tensor = self._tensors[name]
+            digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
+            with tensor.file.open("rb") as file:
+                file.seek(tensor.begin)
+                left = tensor.size
+                while left and (block := file.read(min(left, 1 << 22))):
+                    digest.update(block)
+                    left -= len(block)
+        return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / _INDEX).is_file():
+        index = json.loads((directory / _INDEX).read_text())
+        files = sorted({directory / name for name in index["weight_map"].values()})
+    else:
+        files = [directory / _SINGLE]
+    for file in files:
+        if not file.is_file():
+            raise ExportError(
+                f"{directory} has no {file.name}; a checkpoint's weights are read from safetensors "
+                "files (`save_pretrained` of transformers writes them)"
+            )
+    return files
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """The table at the head of a safetensors file: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            size = file.stat().st_size
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = [
+            StoredTensor(
+                file=file,
+                name=name,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                begin=8 + length + entry["data_offsets"][0],
+                size=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        ]
+        if any(tensor.begin + tensor.size > size for tensor in tensors):
+            raise ValueError("it is shorter than its header says")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{file} is no intact safetensors file: {error}") from error
+    return tensors
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
