@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from llava_triton.server import ServerError, TritonServer, free_ports
 
 from benchmarks.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Turn, write_sessions
+from llava_triton.server import ServerError, TritonServer, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"

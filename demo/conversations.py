@@ -161,7 +161,13 @@ class Teller:
                 return turn
 
     def _turn(
-        self, kind: str, templates: Sequence[str], answer: str, *, follow_up: bool = False, **words: str
+        self,
+        kind: str,
+        templates: Sequence[str],
+        answer: str,
+        *,
+        follow_up: bool = False,
+        **words: str,
     ) -> Turn:
         question = self.rng.choice(templates).format(**words)
         return Turn(phrases.typed(self.rng, question), answer, kind, follow_up, False)
@@ -213,13 +219,22 @@ class Teller:
             color=wanted.color,
         )
 
-    def _unique(self, without: str = "", other_than: Shape | None = None) -> tuple[Wanted, Shape] | None:
+    def _unique(
+        self, without: str = "", other_than: Shape | None = None
+    ) -> tuple[Wanted, Shape] | None:
         """A description that fits exactly one shape and does not name ``without``."""
         options = []
         for shape in self.shapes:
             if shape is other_than:
                 continue
-            for names in ("form", "color", "form color", "form size", "color size", "form color size"):
+            for names in (
+                "form",
+                "color",
+                "form color",
+                "form size",
+                "color size",
+                "form color size",
+            ):
                 if without and without in names:
                     continue
                 wanted = Wanted(
@@ -250,7 +265,11 @@ class Teller:
             self.context = _Context(kind)
             answer = _sentence(f"there is no {missing.noun()}")
             return self._turn(
-                shown if ask else "missing", templates, answer, follow_up=follow_up, noun=missing.noun()
+                shown if ask else "missing",
+                templates,
+                answer,
+                follow_up=follow_up,
+                noun=missing.noun(),
             )
         found = self._unique(without=kind, other_than=other_than)
         if found is None:
@@ -280,7 +299,9 @@ class Teller:
         guess = truth if self.rng.random() < 0.5 else self.rng.choice(values)
         word = "Yes" if guess == truth else "No"
         templates = phrases.IS_IT if subject == "it" else phrases.IS_THE
-        return [text.replace("{value}", guess) for text in templates], f"{word}, {subject} is {truth}."
+        return [
+            text.replace("{value}", guess) for text in templates
+        ], f"{word}, {subject} is {truth}."
 
     def _exists(self, templates: Sequence[str] = phrases.EXISTS, follow_up: bool = False) -> Turn:
         wanted = self._random_wanted()
@@ -333,7 +354,9 @@ class Teller:
         context, options = self.context, list[Callable[[], Turn | None]]()
         if context.it is not None:
             # "What color is it?" is odd when the colour has just been said.
-            open_kinds = [kind for kind in ("color", "where", "size", "form") if kind not in context.told]
+            open_kinds = [
+                kind for kind in ("color", "where", "size", "form") if kind not in context.told
+            ]
             options += [lambda kind=kind: self._it(kind) for kind in open_kinds]  # type: ignore[misc]
             options += [self._is_it] * any(kind in ("color", "size") for kind in open_kinds)
         if len(context.those) > 1:
@@ -358,7 +381,9 @@ class Teller:
     def _is_it(self) -> Turn:
         shape = self.context.it
         assert shape is not None
-        kind = self.rng.choice([kind for kind in ("color", "size") if kind not in self.context.told])
+        kind = self.rng.choice(
+            [kind for kind in ("color", "size") if kind not in self.context.told]
+        )
         templates, answer = self._confirm(kind, shape, "it")
         self._keep_it(kind)
         return self._turn("it", templates, answer, follow_up=True)
@@ -372,7 +397,9 @@ class Teller:
         names = [name for name in ("form", "color", "color", "size") if name not in asked.told]
         name = self.rng.choice(names)
         values = [str(getattr(shape, name)) for shape in those]
-        choices: list[str] = list({"form": FORMS, "color": tuple(COLORS), "size": tuple(SIZES)}[name])
+        choices: list[str] = list(
+            {"form": FORMS, "color": tuple(COLORS), "size": tuple(SIZES)}[name]
+        )
         value = self.rng.choice(values if self.rng.random() < 0.6 else choices)
         count = values.count(value)
         said = Wanted(form=value).noun(plural=True) if name == "form" else value
@@ -396,7 +423,9 @@ class Teller:
             wanted = Wanted(color=other)
             return self._counted(wanted, phrases.AND_HOW_MANY, follow_up=True)
         ones = wanted.told == {"color"}
-        return self._counted(wanted, phrases.AND_ONES if ones else phrases.AND_COUNT, follow_up=True)
+        return self._counted(
+            wanted, phrases.AND_ONES if ones else phrases.AND_COUNT, follow_up=True
+        )
 
 
 def _no_picture(rng: random.Random) -> Turn:
@@ -406,9 +435,11 @@ def _no_picture(rng: random.Random) -> Turn:
         return Turn(question, "Hello! Please show me a picture.", "small talk", False, False)
     question = Teller(rng, random_scene(rng)).opening()
     if question.kind == "small talk":
-        return Turn(question.question, question.answer, "small talk", False, False) if (
-            question.answer == "You are welcome."
-        ) else _no_picture(rng)
+        return (
+            Turn(question.question, question.answer, "small talk", False, False)
+            if (question.answer == "You are welcome.")
+            else _no_picture(rng)
+        )
     return Turn(question.question, "I do not see a picture yet.", "no picture", False, False)
 
 

@@ -53,7 +53,9 @@ def normalized(raw: torch.Tensor, processor: LlavaProcessor) -> torch.Tensor:
     return (raw.float() / 255 - mean) / std
 
 
-def encode(conversation: Conversation, processor: LlavaProcessor, image_tokens: int) -> list[list[int]]:
+def encode(
+    conversation: Conversation, processor: LlavaProcessor, image_tokens: int
+) -> list[list[int]]:
     """Token ids, a list for every question followed by one for its answer.
 
     Joined, they are what the processor makes of the conversation; that an answer's tokens never

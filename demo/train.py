@@ -80,7 +80,9 @@ class Optimizer:
         def share(step: int) -> float:
             if step < warm_up:
                 return (step + 1) / warm_up
-            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+            return 0.01 + 0.99 * 0.5 * (
+                1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))
+            )
 
         self.schedulers = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in self.optimizers
@@ -100,7 +102,12 @@ class Progress:
     """Prints a line now and then, with the time that is left."""
 
     def __init__(self, name: str, steps: int) -> None:
-        self.name, self.steps, self.start, self.losses = name, steps, time.monotonic(), list[float]()
+        self.name, self.steps, self.start, self.losses = (
+            name,
+            steps,
+            time.monotonic(),
+            list[float](),
+        )
 
     def report(self, step: int, loss: float, extra: str = "") -> None:
         """Count a step; print every now and then."""
@@ -124,7 +131,10 @@ def picture_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor)
 
 
 def learn_to_see(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, device: torch.device, steps: int
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    device: torch.device,
+    steps: int,
 ) -> None:
     """Teach every patch's vector what is in the cell that the patch belongs to."""
     sizes = [len(values) + 1 for values in PROPERTIES.values()]
@@ -153,12 +163,17 @@ def learn_to_see(
             held = target[:, :, 0] > 0
             right = torch.stack([part.argmax(-1) for part in parts], -1) == target
             accuracy = right.all(-1)[held].float().mean().item()
-            progress.report(step, torch.stack(losses).sum().item(), f"  patches right {accuracy:.1%}")
+            progress.report(
+                step, torch.stack(losses).sum().item(), f"  patches right {accuracy:.1%}"
+            )
     torch.set_num_threads(threads)
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: Batch, device: torch.device
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    batch: Batch,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and true tokens, at the places of answer tokens only."""
     tokens, turn = batch.tokens.to(device), batch.turn.to(device)
@@ -176,7 +191,10 @@ def answer_logits(
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: Batch, device: torch.device
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    batch: Batch,
+    device: torch.device,
 ) -> float:
     """Share of held-out answers with every token right, given the right history."""
     logits, truth = answer_logits(model, processor, batch, device)
@@ -200,7 +218,9 @@ def learn_to_answer(
     held_out = make_batch(VALIDATION, 0, 96, TOKENS, processor, PATCHES**2)
     data = ConversationBatches(steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
     progress = Progress("answers", steps)
-    for step, batch in enumerate(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)):
+    for step, batch in enumerate(
+        DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)
+    ):
         logits, truth = answer_logits(model, processor, batch, device)
         loss = cross_entropy(logits, truth)
         optimizer.step(loss)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+
 from llava_triton.server import TritonServer, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]

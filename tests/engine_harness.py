@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from tests.reference import image_features, load_reference
 from transformers import AutoProcessor
 
 from llava_triton.checkpoint import load_checkpoint
@@ -21,6 +20,7 @@ from llava_triton.engine.session import SessionId
 from llava_triton.errors import SessionError
 from llava_triton.sampling import SamplingParameters
 from llava_triton.settings import Settings
+from tests.reference import image_features, load_reference
 
 PATIENCE_SECONDS = 120.0
 """No answer of a tiny model takes this long: a test that waits longer has found a hang."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
+from llava_triton.errors import ErrorCode, SessionError
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import TransformersChat
-
-from llava_triton.errors import ErrorCode, SessionError
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo" / "checkpoint"
@@ -67,9 +67,7 @@ def test_conversations_equal_transformers(
             if index == 2:
                 images = [picture("blue"), picture("green")]
             expected = reference.ask(question, images, max_tokens=24)
-            text, final = harness.ask(
-                "s", question, images, start=index == 0, max_tokens=24
-            )
+            text, final = harness.ask("s", question, images, start=index == 0, max_tokens=24)
             assert text == reference.decode(expected)
             assert final.num_output_tokens == len(expected)
     finally:
@@ -137,9 +135,7 @@ def test_a_cancelled_turn_leaves_no_trace(harness: EngineHarness) -> None:
     images = [picture("red")]
     first = harness.ask("s", QUESTIONS[0], images, start=True)
     reference.ask(QUESTIONS[0], images)
-    doomed = harness.submit(
-        "s", "Forget me", [picture("blue")], max_tokens=800, ignore_eos=True
-    )
+    doomed = harness.submit("s", "Forget me", [picture("blue")], max_tokens=800, ignore_eos=True)
     next(doomed.deltas())
     waiting = harness.submit("s", "And me")
     harness.engine.cancel(waiting.id)
@@ -224,9 +220,7 @@ def test_an_integer_and_its_digits_are_two_sessions(harness: EngineHarness) -> N
         (None, "neither text_input nor image"),
     ],
 )
-def test_bad_turns_change_nothing(
-    harness: EngineHarness, text: str | None, sentence: str
-) -> None:
+def test_bad_turns_change_nothing(harness: EngineHarness, text: str | None, sentence: str) -> None:
     reference = TransformersChat(DEMO)
     harness.ask("s", QUESTIONS[0], [picture("red")], start=True)
     reference.ask(QUESTIONS[0], [picture("red")])

@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_triton.server import TritonServer
-
 from benchmarks.perf_analyzer import Turn
 from benchmarks.profile import summarize
+from llava_triton.server import TritonServer
 from tests.conftest import ROOT
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from llava_triton.ports import PortError
 from llava_triton.server import ServerError, TritonServer, free_ports
-
 from tests.triton import Stream
 
 STOP_SECONDS = 3.5

@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         choices=("cpu", "gpu"),
         default="cpu",
-        help="vision encoder: cpu = ONNX Runtime in the Python backend; gpu = a TensorRT plan, for a "
-        "Triton with its TensorRT backend (default: %(default)s)",
+        help="vision encoder: cpu = ONNX Runtime in the Python backend; gpu = a TensorRT plan, for "
+        "a Triton with its TensorRT backend (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--settings",
         type=Path,
         metavar="FILE",
-        help="JSON file with limits that are not the defaults",
+        help="JSON file with the limits that are to differ from the defaults",
     )
     return parser
 

@@ -73,16 +73,16 @@ class EncoderBuild:
         self._checkpoint = checkpoint
         self._tensorrt: ModuleType | None = None
         capability = None
+        builder, builder_version = "torch", version("torch")
         if target == "gpu":
             self._tensorrt = find_tensorrt()
             capability = check_capability(self._tensorrt, compute_capability)
+            builder, builder_version = self._tensorrt.__name__, self._tensorrt.__version__
         side = image_side(checkpoint.image_processor)
         self.metadata = EncoderMetadata(
             format="onnx" if self._tensorrt is None else "tensorrt",
-            builder="torch" if self._tensorrt is None else self._tensorrt.__name__,
-            builder_version=version("torch")
-            if self._tensorrt is None
-            else self._tensorrt.__version__,
+            builder=builder,
+            builder_version=builder_version,
             compute_capability=capability,
             precision=precision,
             input_shape=(3, side, side),
@@ -168,7 +168,8 @@ class EncoderBuild:
     def _compare(self, encoder: VisionEncoder, exported: Encode, computed_by: str) -> Report:
         def reference(pixels: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
-                return encoder(torch.from_numpy(pixels)).numpy()
+                features: torch.Tensor = encoder(torch.from_numpy(pixels))
+            return features.numpy()
 
         with step("comparing its features with PyTorch's"):
             return compare(

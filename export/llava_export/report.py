@@ -28,7 +28,7 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "fp32": Tolerance(max_error=1e-3, min_cosine=0.999999),
+    "fp32": Tolerance(max_error=1e-4, min_cosine=0.999999),
     "fp16": Tolerance(max_error=5e-2, min_cosine=0.9999),
 }
 

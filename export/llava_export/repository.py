@@ -52,7 +52,7 @@ def export(job: ExportJob) -> bool:
         ExportError: it cannot be done; `job.output` is as it was.
     """
     checkpoint = find_checkpoint(job.model)
-    _check_output(job.output)
+    _check_output(job.output, checkpoint)
     made_from = _fingerprint(job, checkpoint)
     if manifest.is_current(job.output, made_from):
         return False
@@ -88,8 +88,13 @@ def _fingerprint(job: ExportJob, checkpoint: Path) -> dict[str, Any]:
     )
 
 
-def _check_output(output: Path) -> None:
-    """Refuse to replace anything that an export has not made."""
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse to replace anything that an export has not made, or that it reads."""
+    if checkpoint.is_relative_to(output.resolve()):
+        raise ExportError(
+            f"the checkpoint {checkpoint} lies inside {output}, which the export replaces; "
+            "name another directory for the model repository"
+        )
     if output.exists() and not (output / manifest.FILE_NAME).is_file():
         if not output.is_dir():
             raise ExportError(f"{output} is a file; name a directory for the model repository")

@@ -9,7 +9,7 @@ from llava_export.errors import ExportError
 from llava_export.weights import CONFIG
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""What a checkpoint is loaded from; published ones contain the same weights in other formats too."""
+"""What a checkpoint is loaded from; published ones hold the weights in other formats too."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 

@@ -1,8 +1,8 @@
 """ONNX graph -> TensorRT plan, by TensorRT or by TensorRT for RTX: one code path for both.
 
-TensorRT itself (`tensorrt`) comes with NVIDIA's containers, is what Triton's TensorRT backend loads,
-and builds for the GPU of the machine it runs on. TensorRT for RTX (`tensorrt_rtx_bindings`, from
-PyPI) builds without a GPU, for the compute capabilities it knows.
+TensorRT itself (`tensorrt`) comes with NVIDIA's containers, is what Triton's TensorRT backend
+loads, and builds for the GPU of the machine it runs on. TensorRT for RTX (`tensorrt_rtx_bindings`,
+from PyPI) builds without a GPU, for the compute capabilities it knows.
 """
 
 from __future__ import annotations

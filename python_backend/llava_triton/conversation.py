@@ -64,9 +64,7 @@ class ConversationRenderer:
         if last_answer is None:
             new_ids = self._tokenize_opening(self._render([message]))
         else:
-            window = self._render(
-                [self._user_message("", 0), self._assistant_message(), message]
-            )
+            window = self._render([self._user_message("", 0), self._assistant_message(), message])
             new_ids = self._tokenize_after(last_answer, window.split(self._answer_mark, 1)[1])
         if new_ids.count(self._image_token_id) != images:
             raise ValueError(

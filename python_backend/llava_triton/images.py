@@ -99,8 +99,18 @@ def decode_image(data: bytes, settings: Settings) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise invalid(f"has too many pixels: {error}") from error
     # What Pillow's decoders raise on damaged files is no closed set.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, ArithmeticError,
-            LookupError, TypeError, AttributeError, MemoryError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+    ) as error:
         raise invalid(f"is damaged or cut off and cannot be decoded: {error}") from error
 
 

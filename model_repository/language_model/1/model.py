@@ -115,9 +115,7 @@ class Responder:
     def send(self, event: Delta | SessionError) -> None:
         """Send one event; called on the response thread."""
         if isinstance(event, SessionError):
-            self._sender.send(
-                pb_utils.InferenceResponse(error=_triton_error(event)), flags=FINAL
-            )
+            self._sender.send(pb_utils.InferenceResponse(error=_triton_error(event)), flags=FINAL)
             return
         if self._pieces is not None:
             self._pieces.append(event.text)
@@ -127,9 +125,7 @@ class Responder:
         outputs = protocol.output_arrays(event)
         outputs[protocol.TURN_ID] = np.array([self._turn_to_watch(event)], dtype=np.object_)
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
-        self._sender.send(
-            pb_utils.InferenceResponse(tensors), flags=FINAL if event.is_final else 0
-        )
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if event.is_final else 0)
 
     def _turn_to_watch(self, event: Delta) -> bytes:
         now = time.monotonic()

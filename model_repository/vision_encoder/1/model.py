@@ -1,4 +1,4 @@
-"""Pixel values -> image features by ONNX Runtime: the vision encoder of servers without TensorRT."""
+"""Pixel values -> image features by ONNX Runtime, for servers without TensorRT."""
 
 from __future__ import annotations
 

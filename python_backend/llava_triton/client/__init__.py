@@ -1,0 +1,7 @@
+"""A client for people: open a session on a picture, ask, read the answer as it comes."""
+
+from llava_triton.client.answer import Answer, AnswerStream
+from llava_triton.client.session import Session
+from llava_triton.errors import ErrorCode, SessionError
+
+__all__ = ["Answer", "AnswerStream", "ErrorCode", "Session", "SessionError"]

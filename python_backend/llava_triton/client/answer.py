@@ -1,0 +1,94 @@
+"""What a session answers: whole, or piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llava_triton.delta import Delta, FinishReason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer, with what it cost."""
+
+    text: str
+    finish_reason: FinishReason
+    num_input_tokens: int
+    """Prompt tokens: the whole conversation before the answer, pictures included."""
+    num_output_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that the server did not compute again."""
+    first_token_seconds: float
+    """Streamed: from sending the turn to its first piece, as seen here. Whole: from the turn's
+    arrival in the engine to its first token, as the server says."""
+    seconds: float
+    """From sending the turn to the end of its answer, as seen here."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens that were computed for this answer."""
+        return self.num_input_tokens - self.num_cached_tokens
+
+
+class AnswerStream:
+    """An answer on its way: iterate over its pieces, then read `answer`.
+
+    Leaving it early (`close`, or the end of a `with` block) cancels the turn: the session is back
+    at its last completed one.
+    """
+
+    def __init__(self, deltas: Iterator[Delta], sent_at: float) -> None:
+        self._deltas = deltas
+        self._sent_at = sent_at
+        self._answer: Answer | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once every piece has been read.
+
+        Raises:
+            RuntimeError: it has not ended yet, or was left early.
+        """
+        if self._answer is None:
+            raise RuntimeError("the answer has not ended; iterate over the stream to its end first")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop the answer, if it has not ended."""
+        close = getattr(self._deltas, "close", None)
+        if close is not None:
+            close()
+
+    def __iter__(self) -> Iterator[str]:
+        text: list[str] = []
+        first: float | None = None
+        for delta in self._deltas:
+            if first is None:
+                first = time.perf_counter() - self._sent_at
+            text.append(delta.text)
+            if delta.is_final:
+                seconds = time.perf_counter() - self._sent_at
+                self._answer = whole_answer(delta.with_text("".join(text)), first, seconds)
+            if delta.text:
+                yield delta.text
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def whole_answer(final: Delta, first_token_seconds: float, seconds: float) -> Answer:
+    """An answer from its last piece, which holds the whole text and the final numbers."""
+    return Answer(
+        text=final.text,
+        finish_reason=final.finish_reason,
+        num_input_tokens=final.num_input_tokens,
+        num_output_tokens=final.num_output_tokens,
+        num_cached_tokens=final.num_cached_tokens,
+        first_token_seconds=first_token_seconds,
+        seconds=seconds,
+    )

@@ -1,0 +1,48 @@
+"""HTTP: whole answers through `llava`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from llava_triton.client.transport import Transport, TurnMessage, delta_of, session_error
+from llava_triton.delta import Delta
+from llava_triton.errors import invalid
+
+ANSWER_SECONDS = 600.0
+"""The longest an answer may take; tritonclient's own default is a minute."""
+
+
+class HttpTransport(Transport):
+    """A connection to `host:port`."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = triton.InferenceServerClient(address, network_timeout=ANSWER_SECONDS)
+
+    def ask(self, turn: TurnMessage) -> Delta:
+        """One request, one answer."""
+        try:
+            result = self._client.infer(
+                "llava",
+                turn.inputs(triton),
+                sequence_id=turn.session_id,
+                sequence_start=turn.start,
+                sequence_end=turn.end,
+            )
+        except (InferenceServerException, OSError) as error:
+            raise session_error(error, self._address) from error
+        return delta_of(result)
+
+    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+        """Not possible: Triton's HTTP streaming endpoint takes no sequence ID."""
+        raise invalid(
+            "Triton cannot stream a session's answers over HTTP; open the session by a "
+            "grpc://host:port URL, or use ask()"
+        )
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._client.close()

@@ -1,0 +1,158 @@
+"""A session with a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava_triton.client.answer import Answer, AnswerStream, whole_answer
+from llava_triton.client.transport import Transport, TurnMessage
+from llava_triton.delta import Delta
+from llava_triton.errors import SessionError, invalid
+
+Picture = bytes | str | PathLike[str]
+"""An encoded picture file's bytes, or its path."""
+
+
+class Session:
+    """A conversation whose state stays on the server; make one with `Session.open`.
+
+        with Session.open("grpc://localhost:8001", image="cat.jpg") as session:
+            print(session.ask("What is in the picture?").text)
+            for piece in session.stream("And what colour is it?"):
+                print(piece, end="", flush=True)
+
+    One turn at a time: a session is not for several threads.
+    """
+
+    def __init__(self, transport: Transport, session_id: int | str) -> None:
+        self.id = session_id
+        self._transport = transport
+        self._open = False
+        self._stream: AnswerStream | None = None
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        image: Picture | Iterable[Picture] | None = None,
+        session_id: int | str | None = None,
+    ) -> Session:
+        """Open a session; the server encodes and prefills the pictures before this returns.
+
+        Args:
+            url: `grpc://host:port` or `http://host:port`.
+            image: a picture or several, to begin with.
+            session_id: the correlation ID; by default a random one, which nobody can guess.
+
+        Raises:
+            SessionError: no server there, a bad picture, or a full server.
+        """
+        transport = _transport(url)
+        session = cls(transport, uuid.uuid4().hex if session_id is None else session_id)
+        try:
+            session._ask(None, _pictures(image), {}, start=True)
+        except BaseException:
+            transport.close()
+            raise
+        session._open = True
+        return session
+
+    def ask(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Ask, and wait for the whole answer.
+
+        Args:
+            text: the question.
+            image: pictures that join the conversation with it.
+            sampling: max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos.
+
+        Raises:
+            SessionError: the session is as it was before the turn.
+        """
+        return self._ask(text, _pictures(image), sampling)
+
+    def stream(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None = None,
+        **sampling: Any,
+    ) -> AnswerStream:
+        """Ask, and get the answer piece by piece; arguments as for `ask`."""
+        self._leave_stream()
+        turn = TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
+        self._stream = AnswerStream(self._transport.stream(turn), time.perf_counter())
+        return self._stream
+
+    def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
+        """Show more pictures without asking; the next question is about them too."""
+        return self._ask(None, _pictures(image), {})
+
+    def close(self) -> None:
+        """End the session; the server frees all it held. Closing twice is fine."""
+        if self._open:
+            self._open = False
+            # It may have expired, or the server may be gone: then it is closed already.
+            with contextlib.suppress(SessionError):
+                self._ask(None, [], {}, end=True)
+        self._transport.close()
+
+    def _ask(
+        self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any], **flags: bool
+    ) -> Answer:
+        self._leave_stream()
+        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling, **flags)
+        began = time.perf_counter()
+        final: Delta = self._transport.ask(turn)
+        return whole_answer(final, final.first_token_ms / 1000.0, time.perf_counter() - began)
+
+    def _leave_stream(self) -> None:
+        """A new turn ends the one whose answer nobody reads any more."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _transport(url: str) -> Transport:
+    parts = urlsplit(url)
+    if parts.scheme == "grpc" and parts.netloc:
+        from llava_triton.client.grpc import GrpcTransport
+
+        return GrpcTransport(parts.netloc)
+    if parts.scheme == "http" and parts.netloc:
+        from llava_triton.client.http import HttpTransport
+
+        return HttpTransport(parts.netloc)
+    raise invalid(f"the URL is {url!r}; give grpc://host:port or http://host:port")
+
+
+def _pictures(image: Picture | Iterable[Picture] | None) -> list[bytes]:
+    if image is None:
+        return []
+    if isinstance(image, bytes | str | PathLike):
+        return list(_read([image]))
+    return list(_read(image))
+
+
+def _read(pictures: Iterable[Picture]) -> Iterator[bytes]:
+    for picture in pictures:
+        try:
+            yield picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        except OSError as error:
+            raise invalid(f"the picture {str(picture)!r} cannot be read: {error}") from error

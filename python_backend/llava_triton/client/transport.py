@@ -1,0 +1,94 @@
+"""What a transport is: one turn out, its answer back. One file each: grpc.py, http.py."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from llava_triton import protocol
+from llava_triton.delta import Delta
+from llava_triton.errors import ErrorCode, SessionError, error_from_text
+
+
+@dataclass(frozen=True)
+class TurnMessage:
+    """One turn of one session, as a client sends it."""
+
+    session_id: int | str
+    start: bool = False
+    end: bool = False
+    text: str | None = None
+    images: Sequence[bytes] = ()
+    """Encoded picture files."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """See `llava_triton.sampling.SamplingParameters`."""
+
+    def inputs(self, triton: ModuleType) -> list[Any]:
+        """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
+        strings: dict[str, Sequence[bytes]] = {}
+        if self.text is not None:
+            strings[protocol.TEXT_INPUT] = [self.text.encode()]
+        if self.images:
+            strings[protocol.IMAGE] = self.images
+        if self.sampling:
+            strings[protocol.SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
+        return [_bytes_input(triton, name, values) for name, values in strings.items()]
+
+
+class Transport(ABC):
+    """A way to a server. Its methods raise SessionError, whatever goes wrong."""
+
+    @abstractmethod
+    def ask(self, turn: TurnMessage) -> Delta:
+        """Send a turn; its whole answer as one final piece."""
+
+    @abstractmethod
+    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+        """Send a turn at the first `next`; the pieces of its answer, the last one final.
+
+        Closing the iterator early cancels the turn.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the connection go."""
+
+
+def delta_of(result: Any) -> Delta:
+    """A response of tritonclient as a piece of an answer."""
+
+    def value(name: str) -> Any:
+        return result.as_numpy(name).reshape(-1)[0]
+
+    return Delta(
+        text=value(protocol.TEXT_OUTPUT).decode(),
+        finish_reason=value(protocol.FINISH_REASON).decode(),
+        num_input_tokens=int(value(protocol.NUM_INPUT_TOKENS)),
+        num_output_tokens=int(value(protocol.NUM_OUTPUT_TOKENS)),
+        num_cached_tokens=int(value(protocol.NUM_CACHED_TOKENS)),
+        first_token_ms=float(value(protocol.FIRST_TOKEN_MS)),
+    )
+
+
+def session_error(error: Exception, address: str) -> SessionError:
+    """What went wrong, in our terms; connection faults by any library included."""
+    text = str(error)
+    if isinstance(error, OSError) or "StatusCode.UNAVAILABLE] failed to connect" in text:
+        return SessionError(
+            ErrorCode.UNAVAILABLE, f"no server answers at {address}; is it running? ({text})"
+        )
+    return error_from_text(text)
+
+
+def _bytes_input(triton: ModuleType, name: str, values: Sequence[bytes]) -> Any:
+    array = np.empty(len(values), dtype=np.object_)
+    array[:] = list(values)
+    tensor = triton.InferInput(name, [len(values)], "BYTES")
+    tensor.set_data_from_numpy(array)
+    return tensor

@@ -1,0 +1,181 @@
+"""Whole conversations through the real server, token for token those of plain transformers."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image
+
+from llava_triton.server import TritonServer, free_ports
+from tests.checkpoints import tiny_llava
+from tests.reference import TransformersChat
+from tests.triton import Answer, Stream, ask
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo" / "checkpoint"
+PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*"))
+QUESTIONS = (
+    "How many shapes are there?",
+    "Describe the picture.",
+    "Is there a red circle?",
+    "And what about é, 漢字 and 🙂?",
+)
+LIMIT = {"max_tokens": 32}
+
+Asker = Callable[..., Answer]
+
+
+def new_session() -> str:
+    return uuid.uuid4().hex
+
+
+def whole(pieces: Iterator[Answer]) -> Answer:
+    """A stream's pieces as one answer."""
+    got = list(pieces)
+    final = got[-1]
+    assert [piece.finish_reason for piece in got[:-1]] == [""] * (len(got) - 1)
+    return Answer("".join(piece.text for piece in got), *list(vars(final).values())[1:])
+
+
+@pytest.fixture(params=["http", "grpc", "grpc stream"])
+def asker(
+    request: pytest.FixtureRequest,
+    server: TritonServer,
+    http_client: Any,
+    grpc_client: Any,
+) -> Iterator[Asker]:
+    """Asks one turn over each protocol."""
+    if request.param == "http":
+        yield lambda *args, **kwargs: ask(http_client, *args, **kwargs)
+    elif request.param == "grpc":
+        yield lambda *args, **kwargs: ask(grpc_client, *args, **kwargs)
+    else:
+        with Stream(server.grpc_address) as stream:
+            yield lambda *args, **kwargs: whole(stream.turn(*args, **kwargs))
+
+
+def load(file: Path) -> Image.Image:
+    """A picture as transformers' own loader gives it."""
+    from transformers.image_utils import load_image
+
+    return load_image(str(file))
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda file: file.name)
+def test_a_conversation_equals_transformers(asker: Asker, picture: Path) -> None:
+    reference = TransformersChat(DEMO)
+    session = new_session()
+    for index, question in enumerate(QUESTIONS):
+        expected = reference.ask(question, [load(picture)] if index == 0 else [])
+        answer = asker(
+            question,
+            session=session,
+            images=[picture.read_bytes()] if index == 0 else None,
+            parameters=LIMIT,
+            start=index == 0,
+        )
+        assert answer.text == reference.decode(expected)
+        assert answer.num_output_tokens == len(expected)
+    assert asker(session=session, end=True).finish_reason == "closed"
+
+
+def test_a_second_picture_joins_the_conversation(asker: Asker) -> None:
+    reference = TransformersChat(DEMO)
+    first, second = PICTURES[:2]
+    session = new_session()
+    asker(session=session, images=[first.read_bytes()], start=True)
+    answer = asker(QUESTIONS[0], session=session, parameters=LIMIT)
+    assert answer.text == reference.answer(QUESTIONS[0], [load(first)])
+    answer = asker(
+        QUESTIONS[1], session=session, images=[second.read_bytes()], parameters=LIMIT, end=True
+    )
+    assert answer.text == reference.answer(QUESTIONS[1], [load(second)])
+
+
+def test_later_turns_compute_only_what_is_new(asker: Asker, http_client: Any) -> None:
+    def encoded() -> int:
+        statistics = http_client.get_inference_statistics("vision_encoder")["model_stats"][0]
+        return int(statistics["inference_count"])
+
+    session, before = new_session(), encoded()
+    picture = PICTURES[0].read_bytes()
+    opened = asker(session=session, images=[picture], start=True)
+    assert (opened.finish_reason, opened.num_cached_tokens) == ("prefilled", 0)
+    seen = opened.num_input_tokens
+    for question in QUESTIONS:
+        answer = asker(question, session=session, parameters={"max_tokens": 5})
+        assert answer.num_cached_tokens >= seen - 1
+        seen = answer.num_input_tokens + answer.num_output_tokens
+    assert encoded() - before == 1
+
+
+@pytest.mark.parametrize("session", ["seven-7", 77_777_777_777, 7])
+def test_string_and_integer_ids(asker: Asker, session: str | int) -> None:
+    reference = TransformersChat(DEMO)
+    picture = PICTURES[0]
+    asker(session=session, images=[picture.read_bytes()], start=True)
+    answer = asker(QUESTIONS[0], session=session, parameters=LIMIT, end=True)
+    assert answer.text == reference.answer(QUESTIONS[0], [load(picture)])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"text": "mistral", "kv_heads": 2, "image_size": 112, "seed": 3},
+        {"text": "qwen2", "kv_heads": 1, "image_size": 56, "seed": 4},
+    ],
+    ids=lambda shape: shape["text"],
+)
+def test_other_checkpoints_equal_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint", **shape)
+    repository = tmp_path / "repository"
+    subprocess.run(
+        [sys.executable, "-m", "llava_export", "--model", checkpoint, "--output", repository],
+        check=True,
+    )
+    reference = TransformersChat(checkpoint)
+    picture = PICTURES[0]
+    with (
+        TritonServer(repository, *free_ports(3)) as server,
+        tritonclient.http.InferenceServerClient(server.http_address) as client,
+    ):
+        session = new_session()
+        for index, question in enumerate(QUESTIONS):
+            images = [picture] if index in (0, 2) else []
+            expected = reference.answer(question, [load(file) for file in images])
+            answer = ask(
+                client,
+                question,
+                session=session,
+                images=[file.read_bytes() for file in images] or None,
+                parameters=LIMIT,
+                start=index == 0,
+            )
+            assert answer.text == expected
+
+
+def test_pictures_of_every_kind_give_the_same_answers_encoded_differently(
+    http_client: Any,
+) -> None:
+    import base64
+
+    buffer = io.BytesIO()
+    load(PICTURES[0]).save(buffer, "PNG")
+    raw = buffer.getvalue()
+    text = base64.b64encode(raw)
+    answers = set()
+    for form in (raw, text, b"data:image/png;base64," + text):
+        answer = ask(
+            http_client, QUESTIONS[1], session=new_session(), images=[form], start=True, end=True
+        )
+        answers.add(answer.text)
+    assert len(answers) == 1

@@ -1,0 +1,110 @@
+"""Clients that go away in mid-stream."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_triton.server import TritonServer
+from tests.triton import Stream, ask
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = sorted((ROOT / "examples" / "pictures").glob("*.*"))[0]
+LIMIT = {"max_tokens": 24}
+LONG = {"max_tokens": 700, "ignore_eos": True}
+QUESTIONS = ("Describe the picture.", "How many shapes are there?")
+
+STREAM_FOREVER = """
+import sys
+from tests.triton import Stream
+
+with Stream(sys.argv[1]) as stream:
+    for piece in stream.turn("Go on.", session=sys.argv[2], parameters={parameters}):
+        print("piece", flush=True)
+"""
+
+
+def answers_of_an_undisturbed_session(client: Any) -> list[str]:
+    session = uuid.uuid4().hex
+    picture = [PICTURE.read_bytes()]
+    first = ask(client, QUESTIONS[0], session=session, images=picture, start=True, parameters=LIMIT)
+    second = ask(client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
+    return [first.text, second.text]
+
+
+def test_a_cancelled_stream_stops_and_is_undone(server: TritonServer, grpc_client: Any) -> None:
+    expected = answers_of_an_undisturbed_session(grpc_client)
+    session = uuid.uuid4().hex
+    picture = [PICTURE.read_bytes()]
+    first = ask(
+        grpc_client, QUESTIONS[0], session=session, images=picture, start=True, parameters=LIMIT
+    )
+    with Stream(server.grpc_address) as stream:
+        pieces = stream.turn("Go on.", session=session, parameters=LONG)
+        next(pieces)
+        stream.cancel()
+    began = time.monotonic()
+    # The next turn of a session waits for the running one: it is answered once that has stopped.
+    second = ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
+    assert time.monotonic() - began < 3.0
+    assert [first.text, second.text] == expected
+    assert second.num_cached_tokens < first.num_input_tokens + first.num_output_tokens + 5
+
+
+def test_a_killed_client_stops_its_turn(server: TritonServer, grpc_client: Any) -> None:
+    expected = answers_of_an_undisturbed_session(grpc_client)
+    session = uuid.uuid4().hex
+    picture = [PICTURE.read_bytes()]
+    ask(grpc_client, QUESTIONS[0], session=session, images=picture, start=True, parameters=LIMIT)
+    program = STREAM_FOREVER.replace("{parameters}", repr(LONG))
+    client = subprocess.Popen(
+        [sys.executable, "-c", program, server.grpc_address, session],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"piece\n"
+    finally:
+        client.kill()
+        client.communicate()
+    second = ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
+    assert second.text == expected[1]
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_a_cancel_stops_generation_within_a_second(
+    server: TritonServer, grpc_client: Any, http_client: Any, cancel: bool
+) -> None:
+    """Counted by the language model's finished requests, which a running turn is not one of."""
+
+    def finished() -> int:
+        statistics = http_client.get_inference_statistics("language_model")["model_stats"][0]
+        return sum(
+            int(statistics["inference_stats"][kind]["count"]) for kind in ("success", "fail")
+        )
+
+    session = uuid.uuid4().hex
+    ask(grpc_client, "Hello!", session=session, start=True, parameters=LIMIT)
+    before = finished()
+    with Stream(server.grpc_address) as stream:
+        next(stream.turn("Go on.", session=session, parameters=LONG))
+        if cancel:
+            stream.cancel()
+            wait_until(lambda: finished() > before, seconds=5.0)
+        else:
+            stream.client.stop_stream(cancel_requests=True)
+    ask(grpc_client, session=session, end=True)
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
