@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from demo import phrases
 from demo.shapes import COLORS, FORMS, MAX_SHAPES, PLACES, SIZES, Scene, Shape, random_scene
@@ -433,14 +433,11 @@ def _no_picture(rng: random.Random) -> Turn:
     if rng.random() < 0.25:
         question = phrases.typed(rng, rng.choice(phrases.GREETING))
         return Turn(question, "Hello! Please show me a picture.", "small talk", False, False)
-    question = Teller(rng, random_scene(rng)).opening()
-    if question.kind == "small talk":
-        return (
-            Turn(question.question, question.answer, "small talk", False, False)
-            if (question.answer == "You are welcome.")
-            else _no_picture(rng)
-        )
-    return Turn(question.question, "I do not see a picture yet.", "no picture", False, False)
+    turn = Teller(rng, random_scene(rng)).opening()
+    if turn.kind != "small talk":
+        return replace(turn, answer="I do not see a picture yet.", kind="no picture")
+    # Thanks are answered the same way; a greeting is, so far, about a picture.
+    return turn if turn.answer == "You are welcome." else _no_picture(rng)
 
 
 def random_conversation(
@@ -462,5 +459,5 @@ def random_conversation(
         turn = teller.follow_up() if rng.random() < follow_ups else None
         if turn is None:
             turn = teller.opening()
-        made.append(Turn(turn.question, turn.answer, turn.kind, turn.follow_up, arrives))
+        made.append(replace(turn, picture=arrives))
     return Conversation(tuple(scenes), tuple(made))

@@ -18,9 +18,10 @@ ITERATIONS = 5
 
 def orthogonalized(batch: torch.Tensor) -> torch.Tensor:
     """Roughly the nearest orthogonal matrix to each matrix of a batch."""
+    x: torch.Tensor
     tall = batch.shape[-2] > batch.shape[-1]
     x = batch.mT if tall else batch
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

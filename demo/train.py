@@ -40,8 +40,8 @@ from demo.write_checkpoint import write_llava_checkpoint
 
 PATCHES = IMAGE_SIDE // PATCH_SIDE
 SEED = 1
-PICTURE_STEPS, PICTURES = 2000, 48
-ANSWER_STEPS, CONVERSATIONS, TOKENS = 5000, 32, 224
+PICTURE_STEPS, PICTURES = 2500, 48
+ANSWER_STEPS, CONVERSATIONS, TOKENS = 3000, 32, 224
 MUON_RATE, ADAMW_RATE = 0.015, 2e-3
 REPORT_EVERY, SAVE_EVERY = 100, 500
 
@@ -136,8 +136,12 @@ def learn_to_see(
     device: torch.device,
     steps: int,
 ) -> None:
-    """Teach every patch's vector what is in the cell that the patch belongs to."""
-    sizes = [len(values) + 1 for values in PROPERTIES.values()]
+    """Teach every patch's vector which of the nine cells it belongs to, and what is in there.
+
+    The language model has to find things by place; without the cell among the lessons, the place
+    would get lost on the way to it.
+    """
+    sizes = [*(len(values) + 1 for values in PROPERTIES.values()), 9]
     head = nn.Linear(model.config.text_config.hidden_size, sum(sizes)).to(device)
     side = torch.arange(PATCHES) * 3 // PATCHES
     cell_of_patch = (side[:, None] * 3 + side[None, :]).flatten().to(device)
@@ -152,6 +156,8 @@ def learn_to_see(
         with autocast(device):
             logits = head(picture_features(model, normalized(raw.to(device), processor)))
         target = classes.to(device)[:, cell_of_patch]
+        cells = cell_of_patch.expand(target.shape[:2])
+        target = torch.cat([target, cells[:, :, None]], dim=-1)
         parts = logits.float().split(sizes, dim=-1)
         losses = [
             cross_entropy(part.flatten(0, 1), target[:, :, column].flatten())
@@ -214,7 +220,11 @@ def learn_to_answer(
     output: Path,
 ) -> None:
     """Teach the whole model the answers of the generated conversations."""
-    optimizer = Optimizer([model], steps)
+    # As in LLaVA-1.5, the vision tower stays as it is. So does the projector, which has learned
+    # with it: the first gradients, which are still random, would only ruin what both know.
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.requires_grad_(False)
+    optimizer = Optimizer([model.model.language_model, model.lm_head], steps)
     held_out = make_batch(VALIDATION, 0, 96, TOKENS, processor, PATCHES**2)
     data = ConversationBatches(steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
     progress = Progress("answers", steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
+from transformers.image_utils import load_image
 
 from llava_triton.server import TritonServer, free_ports
 from tests.checkpoints import tiny_llava
@@ -65,9 +67,8 @@ def asker(
 
 def load(file: Path) -> Image.Image:
     """A picture as transformers' own loader gives it."""
-    from transformers.image_utils import load_image
-
-    return load_image(str(file))
+    image: Image.Image = load_image(str(file))
+    return image
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda file: file.name)
@@ -166,8 +167,6 @@ def test_other_checkpoints_equal_transformers(shape: dict[str, Any], tmp_path: P
 def test_pictures_of_every_kind_give_the_same_answers_encoded_differently(
     http_client: Any,
 ) -> None:
-    import base64
-
     buffer = io.BytesIO()
     load(PICTURES[0]).save(buffer, "PNG")
     raw = buffer.getvalue()

@@ -111,8 +111,7 @@ def test_text_only_conversation(harness: EngineHarness) -> None:
 
 
 def test_sessions_advance_together(harness: EngineHarness) -> None:
-    endless = {"max_tokens": 300, "ignore_eos": True}
-    first = harness.submit("a", "Hello!", start=True, **endless)
+    first = harness.submit("a", "Hello!", start=True, max_tokens=300, ignore_eos=True)
     next(first.deltas())
     second = harness.submit("b", "Hello!", start=True, max_tokens=5, ignore_eos=True)
     second.wait()

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -125,61 +126,66 @@ class EncoderBuild:
         return report
 
     def _build(self, encoder: VisionEncoder, directory: Path) -> Report:
-        if self._tensorrt is None:
-            graph = directory / self.metadata.file_name
-            self._export(encoder, graph)
-            return self._compare(encoder, onnx_encoder(graph), "ONNX Runtime on the CPU")
+        if self._tensorrt is not None:
+            return self._build_plan(self._tensorrt, encoder, directory)
+        graph = directory / self.metadata.file_name
+        self._export(encoder, graph)
+        return self._compare(encoder, {"ONNX Runtime": onnx_encoder(graph)}, "on the CPU")
+
+    def _build_plan(self, tensorrt: ModuleType, encoder: VisionEncoder, directory: Path) -> Report:
+        capability = self.metadata.compute_capability
+        assert capability is not None
+        mixed = to_mixed_precision(encoder) if self.metadata.precision == "fp16" else None
+        plan = directory / self.metadata.file_name
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             graph = Path(scratch) / "model.onnx"
-            self._export(encoder, graph)
-            return self._build_plan(self._tensorrt, encoder, graph, directory)
-
-    def _build_plan(
-        self, tensorrt: ModuleType, encoder: VisionEncoder, graph: Path, directory: Path
-    ) -> Report:
-        metadata = self.metadata
-        assert metadata.compute_capability is not None
-        plan = directory / metadata.file_name
-        name = f"{tensorrt.__name__} {tensorrt.__version__}"
-        with step(f"building the engine for {metadata.compute_capability} by {name}"):
-            build_engine(
-                tensorrt,
-                graph,
-                plan,
-                capability=metadata.compute_capability,
-                input_shape=metadata.input_shape,
-                max_batch=metadata.max_batch,
+            self._export(mixed or encoder, graph)
+            name = f"{tensorrt.__name__} {tensorrt.__version__}"
+            with step(f"building the engine for {capability} by {name}"):
+                build_engine(
+                    tensorrt,
+                    graph,
+                    plan,
+                    capability=capability,
+                    input_shape=self.metadata.input_shape,
+                    max_batch=self.metadata.max_batch,
+                )
+            if torch.cuda.is_available() and local_compute_capability() == capability:
+                engine = {"engine": engine_encoder(tensorrt, plan)}
+                return self._compare(encoder, engine, f"on {torch.cuda.get_device_name()}")
+            exported = {"ONNX Runtime": onnx_encoder(graph)}
+            if mixed is not None:  # ONNX Runtime's CPU kernels leave float16's rounding out
+                exported["float16 rounded"] = _torch_encoder(mixed)
+            return self._compare(
+                encoder,
+                exported,
+                "the engine's graph, on the CPU; the engine itself has not run, for want of a GPU "
+                f"of compute capability {capability}",
             )
-        if torch.cuda.is_available() and local_compute_capability() == metadata.compute_capability:
-            gpu = torch.cuda.get_device_name()
-            return self._compare(encoder, engine_encoder(tensorrt, plan), f"the engine on {gpu}")
-        return self._compare(
-            encoder,
-            onnx_encoder(graph),
-            "ONNX Runtime on the CPU, for the engine's graph; the engine itself has not run: "
-            f"this machine has no GPU of compute capability {metadata.compute_capability}",
-        )
 
     def _export(self, encoder: VisionEncoder, path: Path) -> None:
         with step(f"exporting it to ONNX ({self.metadata.precision})"):
-            graph = to_mixed_precision(encoder) if self.metadata.precision == "fp16" else encoder
-            export_onnx(graph, self.metadata.input_shape[1], path)
+            export_onnx(encoder, self.metadata.input_shape[1], path)
 
-    def _compare(self, encoder: VisionEncoder, exported: Encode, computed_by: str) -> Report:
-        def reference(pixels: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                features: torch.Tensor = encoder(torch.from_numpy(pixels))
-            return features.numpy()
-
+    def _compare(self, encoder: VisionEncoder, exported: Mapping[str, Encode], note: str) -> Report:
         with step("comparing its features with PyTorch's"):
             return compare(
-                reference,
+                _torch_encoder(encoder),
                 exported,
                 self._checkpoint.image_processor,
                 max_batch=self.metadata.max_batch,
                 precision=self.metadata.precision,
-                computed_by=computed_by,
+                note=note,
             )
+
+
+def _torch_encoder(encoder: VisionEncoder) -> Encode:
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            features: torch.Tensor = encoder(torch.from_numpy(pixels))
+        return features.numpy()
+
+    return encode
 
 
 def image_side(image_processor: Any) -> int:

@@ -9,6 +9,7 @@ residual stream between them stay float32, where CLIP's large activations cannot
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class HalfLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Args: input float32 [..., in]. Returns float32 [..., out]."""
-        return functional.linear(input.half(), self.weight, self.bias).float()
+        return _in_half(functional.linear, input, self.weight, self.bias)
 
 
 class HalfConv2d(nn.Conv2d):
@@ -34,7 +35,7 @@ class HalfConv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Args: input float32 [N, C, H, W]. Returns float32 [N, C', H', W']."""
-        return super().forward(input.half()).float()
+        return _in_half(self._conv_forward, input, self.weight, self.bias)
 
 
 def half_attention(
@@ -55,10 +56,21 @@ def half_attention(
     Returns:
         float32 [N, T, heads, head size], and no attention weights.
     """
-    scores = torch.matmul((query * scaling).half(), key.half().transpose(-1, -2))
-    weights = torch.softmax(scores.float(), dim=-1)
-    attended = torch.matmul(weights.half(), value.half()).float()
+    scores = _in_half(torch.matmul, query * scaling, key.transpose(-1, -2))
+    attended = _in_half(torch.matmul, torch.softmax(scores, dim=-1), value)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _in_half(product: Callable[..., torch.Tensor], *operands: torch.Tensor | None) -> torch.Tensor:
+    """`product` in float16, its result in float32.
+
+    In an exported graph these are float16 operations. Run here, they are computed as a GPU's
+    tensor cores do it, whatever this machine is: float16 operands, float32 sums, a float16 result.
+    """
+    half = [operand if operand is None else operand.half() for operand in operands]
+    if torch.compiler.is_exporting():
+        return product(*half).float()
+    return product(*[each if each is None else each.float() for each in half]).half().float()
 
 
 AttentionInterface.register(_ATTENTION, half_attention)

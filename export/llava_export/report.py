@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """The errors of one batch."""
+    """The errors of one batch, computed by one of the exported encoders."""
 
+    computed_by: str
     pixels: str
     """"noise" or "pictures"."""
     batch: int
@@ -55,8 +56,8 @@ class Report:
     """The comparison of one encoder, over several batches."""
 
     precision: str
-    computed_by: str
-    """What computed the features that are compared, in words."""
+    note: str
+    """What was compared, and what could not be."""
     tolerance: Tolerance
     rows: tuple[Row, ...]
 
@@ -71,15 +72,15 @@ class Report:
 
     def table(self) -> str:
         """The rows as text."""
-        lines = ["  pixels     batch   max abs   max rel   max abs/rms   min cosine"]
+        head = "  computed by      pixels     batch   max abs   max rel   max abs/rms   min cosine"
+        lines = [f"  features against PyTorch's in float32 ({self.note}):", head]
         lines += [
-            f"  {row.pixels:<9} {row.batch:>6} {row.max_abs:>9.1e} {row.max_relative:>9.1e} "
-            f"{row.max_scaled:>13.1e}   {row.min_cosine:.8f}"
+            f"  {row.computed_by:<15}  {row.pixels:<9} {row.batch:>6} {row.max_abs:>9.1e} "
+            f"{row.max_relative:>9.1e} {row.max_scaled:>13.1e}   {row.min_cosine:.8f}"
             for row in self.rows
         ]
-        lines.append(
-            f"  allowed {self.tolerance.max_error:>40.1e}   {self.tolerance.min_cosine:.8f}"
-        )
+        allowed = self.tolerance
+        lines.append(f"  allowed {allowed.max_error:>57.1e}   {allowed.min_cosine:.8f}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -94,35 +95,35 @@ class Report:
         """
         if not self.passed:
             raise ExportError(
-                f"the exported encoder's features are too far from PyTorch's, so it is not used "
-                f"({self.computed_by}, {self.precision}):\n{self.table()}"
+                f"the exported {self.precision} encoder is too far from PyTorch and is not used:\n"
+                f"{self.table()}"
             )
 
 
 def compare(
     reference: Encode,
-    exported: Encode,
+    exported: Mapping[str, Encode],
     image_processor: Any,
     *,
     max_batch: int,
     precision: str,
-    computed_by: str,
+    note: str,
 ) -> Report:
-    """Run both encoders on noise and on picture-like pixels, in batches of several sizes.
+    """Run encoders on noise and on picture-like pixels, in batches of several sizes.
 
     Args:
         reference: PyTorch in float32.
-        exported: the encoder in question.
+        exported: the encoders in question, by the name of what computes them.
         image_processor: the checkpoint's own.
         max_batch: the largest batch that is served.
         precision: "fp32" or "fp16"; picks the tolerance.
-        computed_by: what `exported` is, in words.
+        note: for the reader.
     """
-    rows = [
-        _row(kind, reference(pixels), exported(pixels))
-        for kind, pixels in _batches(image_processor, max_batch)
-    ]
-    return Report(precision, computed_by, TOLERANCES[precision], tuple(rows))
+    rows = []
+    for kind, pixels in _batches(image_processor, max_batch):
+        expected = reference(pixels)
+        rows += [_row(name, kind, expected, encode(pixels)) for name, encode in exported.items()]
+    return Report(precision, note, TOLERANCES[precision], tuple(rows))
 
 
 def onnx_encoder(path: Path) -> Encode:
@@ -134,7 +135,7 @@ def onnx_encoder(path: Path) -> Encode:
     return lambda pixels: session.run(None, {name: pixels})[0]
 
 
-def _row(kind: str, expected: np.ndarray, found: np.ndarray) -> Row:
+def _row(name: str, kind: str, expected: np.ndarray, found: np.ndarray) -> Row:
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     if expected.shape != found.shape:
         raise ExportError(
@@ -145,6 +146,7 @@ def _row(kind: str, expected: np.ndarray, found: np.ndarray) -> Row:
     lengths = np.linalg.norm(expected, axis=-1) * np.linalg.norm(found, axis=-1)
     cosines = (expected * found).sum(axis=-1) / np.maximum(lengths, 1e-30)
     return Row(
+        computed_by=name,
         pixels=kind,
         batch=len(expected),
         max_abs=float(error.max()),

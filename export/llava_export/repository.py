@@ -17,7 +17,6 @@ from llava_triton.settings import Settings
 
 if TYPE_CHECKING:
     from llava_export.encoder import Checkpoint
-    from llava_export.report import Report
 
 SOURCES = Path(__file__).resolve().parents[2] / "model_repository"
 """Configurations and model.py files; the package is installed in place, beside them."""
@@ -136,7 +135,7 @@ def _fill(job: ExportJob, directory: Path, filled: Path) -> None:
     version_folder = Path(VISION_ENCODER) / "1"
     report = build.make(filled / version_folder, previous=job.output / version_folder)
     if report is not None:
-        _print_report(report)
+        print(report.table())
     if build.is_for_rtx:
         print(
             "  note: this plan is for TensorRT for RTX; Triton's TensorRT backend loads only plans "
@@ -173,11 +172,6 @@ def _place_checkpoint(directory: Path, place: Path, *, copy: bool) -> None:
     with step("copying the checkpoint"):
         for file in checkpoint_files(directory):
             shutil.copyfile(file, place / file.name)
-
-
-def _print_report(report: Report) -> None:
-    print(f"  features against PyTorch's in fp32, by {report.computed_by}:")
-    print(report.table())
 
 
 def _swap(filled: Path, output: Path, *, aside: Path) -> None:

@@ -1,4 +1,4 @@
-"""A piece of an answer, on its way from the engine to a client."""
+"""A piece of an answer, as the engine hands it out and the protocol sends it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 FinishReason = Literal["", "stop", "length", "prefilled", "closed"]
-"""Why an answer is over: `stop` (end of sequence or a stop string), `length` (max_tokens or the
-model's context), `prefilled` (a turn without text: nothing was asked), `closed` (END without text).
-Empty while the answer goes on."""
+"""Why a turn ended: "" while it goes on; "stop": the model ended its answer or a stop string came;
+"length": max_tokens or the context is used up; "prefilled": a turn without text has been computed
+and nothing was to be answered; "closed": the turn only closed its session."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of an answer, with the turn's numbers as they are by now."""
+    """New text of an answer, with the turn's numbers so far.
+
+    The last piece of a turn has a finish reason, and its numbers are the turn's.
+    """
 
     text: str
     finish_reason: FinishReason
     num_input_tokens: int
-    """Prompt tokens of this turn: the whole conversation before the answer, images included."""
+    """Tokens of the whole prompt: everything said before, this turn's message, its images."""
     num_output_tokens: int
+    """Tokens generated so far."""
     num_cached_tokens: int
     """Prompt tokens that were not computed again."""
     first_token_ms: float
-    """Milliseconds from the turn's arrival in the engine to its first token; 0 before it."""
+    """Milliseconds from the turn's arrival in the engine to its first token; 0 without one."""
 
     @property
     def is_final(self) -> bool:
-        """Whether this is the answer's last piece."""
+        """Whether the turn ends with this piece."""
         return self.finish_reason != ""
 
     def with_text(self, text: str) -> Delta:
-        """The same numbers with another text."""
+        """The same piece with another text."""
         return replace(self, text=text)

@@ -1,82 +1,124 @@
-"""Tokens to text that may be shown: never part of a character, never part of a stop string."""
+"""From token IDs to text that may be shown, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes the first bytes of a character to."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes an incomplete or malformed UTF-8 sequence to."""
+MAX_UNREADABLE_TOKENS = 8
+"""A character has at most 4 bytes, so at most 4 tokens: more unreadable ones than this are
+malformed, not incomplete."""
 
 
 class Detokenizer:
-    """Turns one answer's tokens into text, piece by piece.
+    """The text of one answer as it grows.
 
-    The pieces, joined, are the tokenizer's decoding of all tokens without special ones, up to the
-    first stop string, without the one space that may lead it: byte-level tokenizers begin an
-    answer with " Red", SentencePiece ones with "Red".
+    Pieces never hold a part of a character or of a stop string. All pieces together are what
+    `tokenizer.decode(ids, skip_special_tokens=True)` gives, without one leading space (byte-level
+    tokenizers decode an answer to " Red", SentencePiece ones to "Red") and cut before the first
+    stop string. Only where a model emits malformed UTF-8 by SentencePiece's byte tokens may the
+    number of replacement characters differ from it.
+
+    A token costs the decoding of a few tokens, however long the answer is: the readable tokens
+    before it are decoded once more together with it, because a token's text can depend on those
+    (a leading space, a character of several tokens), and everything older is forgotten.
 
     Args:
-        tokenizer: the checkpoint's.
-        stop: strings that end the answer; non-empty.
+        tokenizer: a fast tokenizer of transformers.
+        stop: strings that end the answer; none of them empty.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = stop
+        self._invisible = {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        # Tokens [0, read) are decoded and give `before`; the rest cannot be read yet.
         self._ids: list[int] = []
-        # A token's text depends on its neighbours, so the decoding starts a little before what
-        # is new: `_ids[_window:_settled]` are given out already and serve as the neighbourhood.
-        self._window = 0
-        self._settled = 0
+        self._read = 0
+        self._before = ""
+        self._at_start = True
         self._held = ""
-        self._started = False
+        """Text that may be the beginning of a stop string."""
         self.text = ""
         """Everything shown so far."""
         self.stopped = False
-        """Whether a stop string came; what follows it is not shown."""
+        """Whether a stop string was found; the text ends before it and no more will come."""
 
-    def push(self, token: int) -> str:
-        """Take the next token; returns the text that may be shown now, perhaps none."""
-        self._ids.append(token)
-        known = self._decode(self._window, self._settled)
-        text = self._decode(self._window, len(self._ids))
-        if text.endswith(UNFINISHED) or len(text) <= len(known):
+    def push(self, token_id: int) -> str:
+        """The next token of the answer -> new text that may be shown, "" if there is none yet."""
+        if token_id in self._invisible or self.stopped:
             return ""
-        self._window, self._settled = self._settled, len(self._ids)
-        return self._show(text[len(known) :], final=False)
+        self._ids.append(token_id)
+        return self._show(self._readable_text())
 
     def flush(self) -> str:
-        """The answer is over: what was held back, an unfinished character included."""
-        known = self._decode(self._window, self._settled)
-        text = self._decode(self._window, len(self._ids))
-        self._window = self._settled = len(self._ids)
-        return self._show(text[len(known) :], final=True)
-
-    def _decode(self, first: int, last: int) -> str:
-        return str(self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True))
-
-    def _show(self, new: str, *, final: bool) -> str:
+        """The answer is complete -> the text held back until now."""
         if self.stopped:
             return ""
-        if new and not self._started:
-            self._started = True
-            new = new.removeprefix(" ")
-        text = self._held + new
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            text, self._held = text[: min(found)], ""
-        else:
-            keep = 0 if final else self._stop_prefix(text)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        self.text += text
+        text = self._show(self._take(len(self._ids)))
+        if self.stopped:
+            return text
+        rest, self._held = self._held, ""
+        self.text += rest
+        return text + rest
+
+    def _readable_text(self) -> str:
+        """Text of the tokens that became readable with the last one."""
+        end = len(self._ids)
+        if not self._decode(0, end).endswith(REPLACEMENT):
+            return self._take(end)
+        if end - self._read > MAX_UNREADABLE_TOKENS:
+            # Some of it is malformed for good. It may be cut where no character spans the cut;
+            # the last tokens may yet become a character.
+            for cut in range(end - 3, self._read, -1):
+                parts = self._decode(self._read, cut) + self._decode(cut, end)
+                if parts == self._decode(self._read, end):
+                    return self._take(cut)
+        return ""
+
+    def _take(self, end: int) -> str:
+        """Text of the tokens [read, end), which count as read from now on."""
+        text = self._decode(0, end)
+        if text.startswith(self._before):
+            text = text[len(self._before) :]
+        else:  # a malformed byte token spoils, in SentencePiece, the byte tokens before it, too
+            text = self._decode(self._read, end)
+        if text:
+            del self._ids[: self._read]
+            self._read = end - self._read
+            self._before = self._decode(0, self._read)
         return text
 
-    def _stop_prefix(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+    def _decode(self, start: int, end: int) -> str:
+        return str(
+            self._tokenizer.decode(
+                self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _show(self, text: str) -> str:
+        """New text of the answer -> what of it, and of the text held back, may be shown now."""
+        if text and self._at_start:
+            self._at_start = False
+            text = text.removeprefix(" ")
+        pending = self._held + text
+        found = [index for index in (pending.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = pending[: min(found)], ""
+        else:
+            held = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            shown, self._held = pending[: len(pending) - held], pending[len(pending) - held :]
+        self.text += shown
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a true beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,4 +1,4 @@
-"""Pictures as clients send them, to the pixel values that the vision encoder takes."""
+"""From what clients send as a picture to the pixel values that the vision encoder takes."""
 
 from __future__ import annotations
 
@@ -6,127 +6,150 @@ import base64
 import binascii
 import io
 import re
-import struct
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoImageProcessor
 
 from llava_triton.errors import SessionError, invalid
 from llava_triton.settings import Settings
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded; Pillow knows more, but each decoder more is one more to attack."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What is tried on a client's bytes. Pillow reads many more; each is one more parser to attack."""
+MAX_ASPECT_RATIO = 100
+"""Processors scale the shorter side to a fixed length: a picture of 1 x 50,000,000 pixels passes
+every other limit and would become 336 x 16,800,000,000."""
 
-_DATA_URI = re.compile(rb"\s*data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-_BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]+\Z")
+_ACCEPTED = f"an encoded picture ({', '.join(FORMATS)}), its base64 text or a data URI"
+_BASE64 = re.compile(rb"[A-Za-z0-9+/=\s]+\Z")
+
+# Ours is stricter, comes before decoding, too, and answers with a sentence; Pillow's would warn
+# on the server's log first and stand in the way of an operator's larger limit.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_images(items: Sequence[bytes], settings: Settings) -> list[Image.Image]:
-    """Decode the pictures of one turn.
+    """Elements of the input `image` -> RGB pictures, upright.
 
     Raises:
-        SessionError: INVALID_ARG, says which picture is bad and why.
+        SessionError: INVALID_ARG, naming the picture by its position, counted from 1.
     """
     images = []
-    for index, item in enumerate(items):
+    for number, item in enumerate(items, start=1):
         try:
             images.append(decode_image(encoded_image(item), settings))
         except SessionError as error:
-            which = "image" if len(items) == 1 else f"image {index + 1} of {len(items)}"
-            raise SessionError(error.code, f"{which} {error.sentence}") from error
+            name = "image" if len(items) == 1 else f"image {number} of {len(items)}"
+            raise SessionError(error.code, f"{name} {error.sentence}") from error.__cause__
     return images
 
 
 def encoded_image(item: bytes) -> bytes:
-    """The file's bytes of a picture sent raw, as base64 text or as a data URI.
+    """An element of the input `image` -> the bytes of an encoded picture file.
+
+    A file is known by its first bytes; no base64 text of a file begins like one.
+
+    Args:
+        item: a picture file, its base64 text, or a `data:` URI in base64.
 
     Raises:
-        SessionError: INVALID_ARG, text that is not base64. The sentence lacks its subject.
+        SessionError: INVALID_ARG; its sentence lacks a subject ("is empty; ...").
     """
-    uri = _DATA_URI.match(item)
-    text = item[uri.end() :] if uri else item
-    if not uri and not _BASE64.match(item):
-        return item  # the first bytes of every accepted format are no base64
+    if not item:
+        raise invalid(f"is empty; expected {_ACCEPTED}")
+    if _is_picture_file(item):
+        return item
+    text = item
+    if item[:5].lower() == b"data:":
+        header, comma, text = item.partition(b",")
+        if not comma or not header.lower().endswith(b";base64"):
+            raise invalid(
+                f"is a data URI that begins with {_shown(item)}; it must be "
+                "data:image/...;base64,..."
+            )
+    elif not _BASE64.match(item):
+        raise invalid(_no_picture(item))
     try:
-        # Both alphabets, and line breaks as mail programs and `base64` put them in.
-        compact = re.sub(rb"\s", b"", text).translate(bytes.maketrans(b"-_", b"+/"))
-        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
+        return base64.b64decode(b"".join(text.split()), validate=True)
     except binascii.Error as error:
         raise invalid(
-            f"looks like base64 text but is not ({error}); send the file's bytes, or its base64"
-        ) from error
+            f"looks like base64 text but is not ({error}): it begins with {_shown(item)}; expected "
+            f"{_ACCEPTED}"
+        ) from None
 
 
 def decode_image(data: bytes, settings: Settings) -> Image.Image:
-    """Decode a picture, upright, to RGB: what `transformers.image_utils.load_image` gives.
+    """Decode a picture file as transformers' `load_image` does: upright (EXIF), then RGB.
 
-    Args:
-        data: an encoded file.
-        settings: limits; the pixel limit is checked from the header, before decoding.
+    The first frame of an animation. Sizes are checked by the file's header, before decoding.
 
     Raises:
-        SessionError: INVALID_ARG: too large, no picture, or a damaged one. The sentence lacks its
-            subject.
+        SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
     """
     if len(data) > settings.max_image_bytes:
         raise invalid(
-            f"is {len(data)} bytes; the limit is {settings.max_image_bytes}: send a smaller file"
+            f"is {len(data)} bytes long; the limit is {settings.max_image_bytes}: scale it down"
         )
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of, and at twice its limit refuses, large pictures; ours is below both.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            pixels = image.width * image.height
-            if pixels > settings.max_image_pixels:
-                raise invalid(
-                    f"has {image.width} x {image.height} = {pixels} pixels; the limit is "
-                    f"{settings.max_image_pixels}: scale it down"
-                )
-            image.load()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, settings)
             return ImageOps.exif_transpose(image).convert("RGB")
-    except SessionError:
+    except (SessionError, MemoryError):
         raise
-    except UnidentifiedImageError as error:
+    except UnidentifiedImageError:
+        raise invalid(_no_picture(data)) from None
+    except Exception as error:  # a malformed file can raise nearly anything in Pillow's parsers
         raise invalid(
-            f"is no picture: {len(data)} bytes that begin with {data[:8]!r}; "
-            f"send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+            f"is damaged or cut off ({str(error)[:100] or type(error).__name__}); send the whole "
+            "file"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise invalid(f"has too many pixels: {error}") from error
-    # What Pillow's decoders raise on damaged files is no closed set.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        MemoryError,
-    ) as error:
-        raise invalid(f"is damaged or cut off and cannot be decoded: {error}") from error
 
 
 class PixelValues:
-    """The checkpoint's own image processor.
+    """A checkpoint's own image processor.
+
+    Always the one that computes with Pillow: the torchvision one resizes a little differently,
+    and answers should not depend on whether torchvision happens to be installed.
 
     Args:
-        directory: holds its `preprocessor_config.json` or `processor_config.json`.
+        directory: holds the checkpoint's `preprocessor_config.json` or `processor_config.json`.
     """
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoImageProcessor  # takes seconds; decoding alone needs none
-
-        self._processor: Any = AutoImageProcessor.from_pretrained(directory)
+        self._processor: Any = AutoImageProcessor.from_pretrained(directory, backend="pil")
 
     def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures -> pixel values [N, 3, H, W], float32."""
-        batch = self._processor(list(images), return_tensors="np")
-        return np.asarray(batch["pixel_values"], dtype=np.float32)
+        """N >= 1 RGB pictures of any sizes -> float32 [N, 3, H, W]."""
+        processed = self._processor(images=list(images), return_tensors="np")
+        return np.ascontiguousarray(processed["pixel_values"], dtype=np.float32)
+
+
+def _is_picture_file(data: bytes) -> bool:
+    return data.startswith(
+        (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
+    ) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def _check_size(width: int, height: int, settings: Settings) -> None:
+    if width * height > settings.max_image_pixels:
+        raise invalid(
+            f"has {width} x {height} = {width * height} pixels; the limit is "
+            f"{settings.max_image_pixels}: scale it down"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise invalid(
+            f"has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times as "
+            "long as the other"
+        )
+
+
+def _no_picture(data: bytes) -> str:
+    return f"is no picture: {len(data)} bytes that begin with {_shown(data)}; expected {_ACCEPTED}"
+
+
+def _shown(data: bytes) -> str:
+    """The first bytes, for a sentence."""
+    return repr(data[:16])[1:] + (" ..." if len(data) > 16 else "")

@@ -1,27 +1,38 @@
-"""The tensors of the models: their names, and their values to and from Python. Knows no Triton."""
+"""The tensors of the models: their names, and plain values from and to numpy arrays.
+
+Nothing here knows Triton, torch or transformers, so that clients can use it, too.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from llava_triton.delta import Delta
 from llava_triton.errors import invalid
-from llava_triton.sampling import SamplingParameters
+from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.settings import Settings
 
+# What clients send ...
 TEXT_INPUT = "text_input"
+"""BYTES [1]: the user's message, UTF-8."""
 IMAGE = "image"
+"""BYTES [N]: pictures, each an encoded file, as it is or in base64 or as a data URI."""
 SAMPLING_PARAMETERS = "sampling_parameters"
-PIXEL_VALUES = "pixel_values"
-IMAGE_FEATURES = "image_features"
-TURN_ID = "turn_id"
+"""BYTES [1]: a JSON object, see `SamplingParameters`."""
+
+# ... what they get ...
 TEXT_OUTPUT = "text_output"
+"""BYTES [1]: the answer, or its next piece."""
 FINISH_REASON = "finish_reason"
+"""BYTES [1]: see `FinishReason`."""
 NUM_INPUT_TOKENS = "num_input_tokens"
 NUM_OUTPUT_TOKENS = "num_output_tokens"
 NUM_CACHED_TOKENS = "num_cached_tokens"
+"""INT32 [1] each: see `Delta`."""
 FIRST_TOKEN_MS = "first_token_ms"
-
+"""FP32 [1]: see `Delta`."""
 ANSWER_OUTPUTS = (
     TEXT_OUTPUT,
     FINISH_REASON,
@@ -30,56 +41,67 @@ ANSWER_OUTPUTS = (
     NUM_CACHED_TOKENS,
     FIRST_TOKEN_MS,
 )
-"""What `llava` and `llava_stream` answer with."""
 
-CANCEL_TURN = "cancel_turn"
-"""Request parameter, among the models: cancel the turn of this ID; nothing else is done."""
-WHOLE_ANSWER = "whole_answer"
-"""Request parameter, among the models: one response with the whole answer."""
-
+# ... and what the models tell one another.
+PIXEL_VALUES = "pixel_values"
+"""FP32 [N, 3, H, W]."""
+IMAGE_FEATURES = "image_features"
+"""FP32 [N, T, D]; N = 0 where the turn has no picture."""
 NO_FEATURES = np.zeros((0, 1, 1), dtype=np.float32)
-"""`image_features` of a turn without a picture."""
+TURN_ID = "turn_id"
+"""BYTES [1]."""
+WHOLE_ANSWER = "whole_answer"
+"""Request parameter: answer once, not piece by piece."""
+CANCEL_TURN = "cancel_turn"
+"""Request parameter: the ID of a turn to cancel; the request has no other meaning."""
 
 
 def parse_turn(
     text: np.ndarray | None, sampling: np.ndarray | None, settings: Settings
 ) -> tuple[str | None, SamplingParameters]:
-    """A turn's text and sampling parameters.
+    """Check a turn's `text_input` and `sampling_parameters`.
 
     Args:
-        text: `text_input`, BYTES [1]; None or an empty string: the turn has no text.
-        sampling: `sampling_parameters`, BYTES [1], JSON; None or empty: the defaults.
+        text: object [1] holding bytes; None or an empty string: no text.
+        sampling: object [1] holding bytes; None or an empty string: the defaults.
         settings: limits.
 
+    Returns:
+        The text, None for no text; the sampling parameters.
+
     Raises:
-        SessionError: INVALID_ARG: a wrong shape, not UTF-8, too long, or a bad parameter.
+        SessionError: INVALID_ARG.
     """
-    parameters = _string(SAMPLING_PARAMETERS, sampling, settings)
+    question = _string(TEXT_INPUT, text, settings.max_text_bytes)
+    parameters = _string(SAMPLING_PARAMETERS, sampling, settings.max_text_bytes)
     return (
-        _string(TEXT_INPUT, text, settings) or None,
+        question or None,
         SamplingParameters.from_json(parameters) if parameters else SamplingParameters(),
     )
 
 
 def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:
-    """The pictures of a turn, as they were sent.
+    """The elements of a turn's `image`.
 
     Args:
-        image: `image`, BYTES [-1]; None, no elements or one empty element: no picture.
+        image: object [N] holding bytes; None, N = 0 or one empty string: no picture.
         settings: limits.
 
     Raises:
-        SessionError: INVALID_ARG: too many pictures.
+        SessionError: INVALID_ARG, the array has another shape or too many elements.
     """
-    items = [] if image is None else [_bytes(item) for item in image.reshape(-1)]
-    if items == [b""]:
+    if image is None or image.size == 0:
         return []
-    if len(items) > settings.max_images_per_turn:
+    if image.ndim != 1:
+        raise invalid(f"image has the shape {list(image.shape)}; it must be [number of pictures]")
+    limit = settings.max_images_per_turn
+    if image.size > limit:
         raise invalid(
-            f"image holds {len(items)} pictures; a turn takes at most "
-            f"{settings.max_images_per_turn}: send the others in later turns"
+            f"image holds {image.size} pictures; a turn takes at most {limit}: send the others in "
+            "later turns"
         )
-    return items
+    items = [_bytes(item) for item in image]
+    return [] if items == [b""] else items
 
 
 def output_arrays(delta: Delta) -> dict[str, np.ndarray]:
@@ -94,24 +116,23 @@ def output_arrays(delta: Delta) -> dict[str, np.ndarray]:
     }
 
 
-def _string(name: str, array: np.ndarray | None, settings: Settings) -> str:
-    if array is None or array.size == 0:
+def _string(name: str, array: np.ndarray | None, max_bytes: int) -> str:
+    if array is None:
         return ""
-    if array.size != 1:
-        raise invalid(f"{name} has the shape {list(array.shape)}; it must hold one string, [1]")
-    data = _bytes(array.reshape(-1)[0])
-    if len(data) > settings.max_text_bytes:
-        raise invalid(
-            f"{name} is {len(data)} bytes long; the limit is {settings.max_text_bytes}: shorten it"
-        )
+    if array.shape != (1,):
+        raise invalid(f"{name} has the shape {list(array.shape)}; it must be [1], one string")
+    data = _bytes(array[0])
+    if len(data) > max_bytes:
+        raise invalid(f"{name} is {len(data)} bytes long; the limit is {max_bytes}: shorten it")
     try:
-        return data.decode("utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise invalid(
-            f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start} "
-            f"({error.reason}); encode the text as UTF-8"
-        ) from error
+            f"{name} is not UTF-8: its byte {error.start} is 0x{data[error.start]:02x}, which "
+            f"makes no character there ({error.reason}); encode the text as UTF-8"
+        ) from None
 
 
-def _bytes(item: object) -> bytes:
-    return item if isinstance(item, bytes) else str(item).encode()
+def _bytes(item: Any) -> bytes:
+    """An element of a BYTES tensor; one that was made from str is UTF-8."""
+    return item.encode() if isinstance(item, str) else bytes(item)

@@ -223,7 +223,7 @@ class Engine:
             cached_tokens=cached,
             images=images,
             max_tokens=0 if request.text is None else min(wanted, room),
-            sampler=Sampler(request.sampling, runner.device),
+            sampler=Sampler(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
         )
 

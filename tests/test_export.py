@@ -1,0 +1,329 @@
+"""Filling a model repository: what is in it, when it is made again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from transformers import AutoImageProcessor
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+from llava_export.cli import main
+from llava_triton.settings import Settings
+from tests.checkpoints import DEMO, tiny_llava
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config_of(repository: Path, model: str) -> ModelConfig:
+    return text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("random checkpoint")
+    return tiny_llava(folder / "llava", text="mistral", kv_heads=2, image_size=70, seed=4)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's repository, self-contained and with limits of its own. Not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+    limits = {"max_sessions": 3, "session_idle_seconds": 2.5, "vision_max_batch": 11}
+    (folder / "limits.json").write_text(json.dumps(limits))
+    repository = folder / "repository"
+    assert main(arguments(checkpoint, repository, folder / "limits.json")) == 0
+    return repository
+
+
+def arguments(checkpoint: Path, repository: Path, limits: Path | None = None) -> list[str]:
+    made = ["--model", str(checkpoint), "--output", str(repository), "--copy"]
+    return [*made, "--settings", str(limits)] if limits else made
+
+
+@pytest.fixture
+def repository(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the exported repository that a test may change."""
+    shutil.copyfile(exported.parent / "limits.json", tmp_path / "limits.json")
+    return Path(shutil.copytree(exported, tmp_path / "repository"))
+
+
+def export_again(checkpoint: Path, repository: Path) -> int:
+    return main(arguments(checkpoint, repository, repository.parent / "limits.json"))
+
+
+def test_every_model_of_the_source_is_there_with_its_code(exported: Path) -> None:
+    source = ROOT / "model_repository"
+    models = {path.parent.name for path in source.glob("*/config.pbtxt")}
+    assert {"llava", "llava_stream", "vision_encoder", "language_model"} <= models
+    assert {path.parent.name for path in exported.glob("*/config.pbtxt")} == models
+    for model in models:
+        assert config_of(exported, model).name == model
+        assert (exported / model / "1").is_dir()
+        code = source / model / "1" / "model.py"
+        if code.exists():
+            assert (exported / model / "1" / "model.py").read_text() == code.read_text()
+
+
+def test_limits_reach_the_settings_and_triton(exported: Path) -> None:
+    settings = Settings.of_repository(exported)
+    assert settings == Settings(max_sessions=3, session_idle_seconds=2.5, vision_max_batch=11)
+    batching = config_of(exported, "language_model").sequence_batching
+    assert batching.max_sequence_idle_microseconds == 2_500_000
+    assert batching.oldest.max_candidate_sequences == settings.max_candidate_sequences
+    assert config_of(exported, "vision_encoder").max_batch_size == 11
+
+
+def test_vision_encoder_has_the_checkpoints_dimensions(exported: Path) -> None:
+    config = config_of(exported, "vision_encoder")
+    assert config.backend == "python"
+    assert list(config.input[0].dims) == [3, 70, 70]
+    assert list(config.output[0].dims) == [25, 64]
+    assert config.HasField("dynamic_batching")
+
+
+def test_repository_holds_the_checkpoint_and_its_image_processor(
+    exported: Path, checkpoint: Path
+) -> None:
+    copy = exported / "language_model" / "1" / "checkpoint"
+    assert not copy.is_symlink()
+    for file in checkpoint.iterdir():
+        assert (copy / file.name).read_bytes() == file.read_bytes()
+    picture = Image.effect_noise((90, 120), 80).convert("RGB")
+    folder = exported / "image_encoder" / "1" / "processor"
+    pixels = [
+        AutoImageProcessor.from_pretrained(each)(picture, return_tensors="np")["pixel_values"]
+        for each in (folder, checkpoint)
+    ]
+    assert (pixels[0] == pixels[1]).all()
+
+
+def test_checkpoint_is_linked_unless_copied(demo_repository: Path) -> None:
+    link = demo_repository / "language_model" / "1" / "checkpoint"
+    assert link.is_symlink()
+    assert link.resolve() == DEMO
+
+
+def test_unchanged_export_does_nothing_fast_and_without_torch(
+    exported: Path, checkpoint: Path
+) -> None:
+    before = contents(exported)
+    began = time.perf_counter()
+    limits = exported.parent / "limits.json"
+    code = (
+        "import sys; from llava_export.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or 100 * ('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, *arguments(checkpoint, exported, limits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "up to date" in done.stdout
+    assert contents(exported) == before
+    assert time.perf_counter() - began < 5  # 0.2 s on an idle machine
+
+
+def test_touched_checkpoint_keeps_the_encoder(repository: Path, checkpoint: Path) -> None:
+    os.utime(checkpoint / "config.json")
+    graph = (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino
+    assert export_again(checkpoint, repository) == 0
+    assert (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino == graph
+    before = contents(repository)
+    assert export_again(checkpoint, repository) == 0
+    assert contents(repository) == before
+
+
+def test_other_limits_are_filled_in_and_keep_the_encoder(
+    repository: Path, checkpoint: Path
+) -> None:
+    (repository.parent / "limits.json").write_text('{"vision_max_batch": 11, "max_sessions": 9}')
+    graph = (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino
+    assert export_again(checkpoint, repository) == 0
+    assert Settings.of_repository(repository).max_sessions == 9
+    assert (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino == graph
+
+
+def test_lost_graph_is_made_again(repository: Path, checkpoint: Path) -> None:
+    graph = repository / "vision_encoder" / "1" / "model.onnx"
+    size = graph.stat().st_size
+    graph.unlink()
+    assert export_again(checkpoint, repository) == 0
+    assert graph.stat().st_size == size
+
+
+def test_failed_export_leaves_the_old_repository(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("llava_export.encoder.export_onnx", lambda *_: shutil.copy("nowhere", "x"))
+    other = tiny_llava(tmp_path / "other", seed=5)
+    before = contents(repository)
+    assert export_again(other, repository) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert contents(repository) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "limits.json", "repository"}
+
+
+def test_gpu_repository_has_a_plan_with_the_same_tensors(
+    exported: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = [*arguments(checkpoint, tmp_path / "gpu"), "--target", "gpu"]
+    command += ["--compute-capability", "8.6"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "the engine itself has not run" in printed or "on NVIDIA" in printed
+    encoder = tmp_path / "gpu" / "vision_encoder"
+    config, on_cpu = (
+        config_of(tmp_path / "gpu", "vision_encoder"),
+        config_of(exported, "vision_encoder"),
+    )
+    assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
+    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
+    assert list(config.input) == list(on_cpu.input)
+    assert list(config.output) == list(on_cpu.output)
+    assert config.HasField("dynamic_batching")
+    assert {path.name for path in (encoder / "1").iterdir()} == {
+        "model.plan",
+        "metadata.json",
+        "report.json",
+    }
+    report = json.loads((encoder / "1" / "report.json").read_text())
+    assert report["precision"] == "fp16"
+    assert report["passed"]
+    # Other limits need no other engine; another GPU does.
+    plan = encoder / "1" / "model.plan"
+    first = plan.stat().st_ino
+    (tmp_path / "limits.json").write_text('{"max_sessions": 2}')
+    assert main([*command, "--settings", str(tmp_path / "limits.json")]) == 0
+    assert plan.stat().st_ino == first
+    built = []
+    monkeypatch.setattr(
+        "llava_export.encoder.build_engine",
+        lambda *_, capability, **__: built.append(capability) or plan_of(_[2]),
+    )
+    assert main([*command[:-1], "8.9"]) == 0
+    assert built == ["8.9"]
+    assert plan.read_bytes() == b"a plan"
+
+
+def plan_of(path: Path) -> None:
+    path.write_bytes(b"a plan")
+
+
+def refuse_download(*_: object, **__: object) -> None:
+    raise LocalEntryNotFoundError("it cannot be reached")
+
+
+def unavailable_tensorrt(name: str) -> None:
+    raise ModuleNotFoundError(name=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--model": "nowhere"}, "nowhere does not exist"),
+        ({"--model": "nobody/nothing"}, "the hub does not give it: it cannot be reached"),
+        ({"--model": "EMPTY"}, "is no checkpoint: it has no config.json"),
+        ({"--model": "CLIP"}, "is a checkpoint of type 'clip'"),
+        ({"--model": "NO TEMPLATE"}, "has no chat template"),
+        ({"--model": "OTHER SIZE"}, "image processor and its vision tower do not fit"),
+        ({"--output": "FULL"}, "holds something other than an exported model repository"),
+        ({"--output": "FILE"}, "is a file; name a directory"),
+        ({"--output": "FILE/repository"}, "cannot be written"),
+        ({"--output": "CHECKPOINT/.."}, "lies inside"),
+        ({"--target": "gpu"}, "no NVIDIA GPU to build for"),
+        ({"--target": "gpu", "--compute-capability": "9.0"}, "cannot build for compute capability"),
+        ({"--target": "gpu", "without": "tensorrt"}, "needs TensorRT, and none is installed"),
+        ({"--precision": "fp16"}, "--precision fp16 is for --target gpu"),
+        ({"--compute-capability": "8.6"}, "--compute-capability is for --target gpu"),
+        ({"--settings": "FILE"}, "does not hold settings"),
+        ({"--settings": "nowhere"}, "does not hold settings"),
+    ],
+    ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_mistake_is_one_clear_sentence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse_download)
+    monkeypatch.setattr("llava_export.tensorrt_engine.local_compute_capability", lambda: None)
+    if options.pop("without", None):
+        monkeypatch.setattr("importlib.import_module", unavailable_tensorrt)
+    places = make_places(tmp_path)
+    command = {"--model": "CHECKPOINT", "--output": "new", **options}
+    for option, value in command.items():
+        place, slash, rest = value.partition("/")
+        if place in places:
+            command[option] = f"{places[place]}{slash}{rest}"
+    command["--output"] = str(tmp_path / command["--output"])
+    before = contents(tmp_path)
+    assert main([word for pair in command.items() for word in pair]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def make_places(folder: Path) -> dict[str, Path]:
+    """Checkpoints and outputs with something wrong, by the names the test gives them."""
+    names = ("CHECKPOINT", "EMPTY", "CLIP", "NO TEMPLATE", "OTHER SIZE", "FULL", "FILE")
+    places = {name: folder / name.lower() / "it" for name in names}
+    for place in places.values():
+        place.parent.mkdir()
+    for name in ("CHECKPOINT", "NO TEMPLATE", "OTHER SIZE"):
+        tiny_llava(places[name])
+    (places["NO TEMPLATE"] / "chat_template.jinja").unlink()
+    config = places["OTHER SIZE"] / "preprocessor_config.json"
+    config.write_text(config.read_text().replace("56", "84"))
+    for name in ("EMPTY", "CLIP", "FULL"):
+        places[name].mkdir()
+    (places["CLIP"] / "config.json").write_text('{"model_type": "clip"}')
+    (places["FULL"] / "letter.txt").write_text("dear")
+    places["FILE"].write_text("dear")
+    return places
+
+
+def test_hub_name_exports_the_downloaded_snapshot(
+    exported: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    # The encoder of the earlier export fits, so that this one is quick.
+    repository = Path(shutil.copytree(exported, tmp_path / "repository"))
+    limits = exported.parent / "limits.json"
+    command = ["--model", "llava-hf/llava-1.5-7b-hf", "--output", str(repository)]
+    assert main([*command, "--settings", str(limits)]) == 0
+    assert asked == ["llava-hf/llava-1.5-7b-hf"]
+    assert (repository / "language_model" / "1" / "checkpoint").resolve() == checkpoint

@@ -1,0 +1,196 @@
+"""Sampling parameters and the choice of tokens, against a slow reference."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from tests.properties import given, settings
+
+from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.sampling import Sampler, SamplingParameters, kept_tokens
+
+
+
+def test_nothing_given_is_greedy() -> None:
+    assert SamplingParameters.from_json("{}") == SamplingParameters()
+    assert SamplingParameters().temperature == 0.0
+
+
+def test_everything_given() -> None:
+    text = (
+        '{"max_tokens": 7, "temperature": 1, "top_p": 0.5, "top_k": -1, "seed": 0, '
+        '"stop": ["a", "b"], "ignore_eos": true}'
+    )
+    assert SamplingParameters.from_json(text) == SamplingParameters(
+        max_tokens=7, temperature=1.0, top_p=0.5, top_k=0, seed=0, stop=("a", "b"), ignore_eos=True
+    )
+
+
+def test_null_is_as_good_as_left_out_and_one_stop_string_may_stand_alone() -> None:
+    given = SamplingParameters.from_json('{"stop": "###", "seed": null, "max_tokens": null}')
+    assert given == SamplingParameters(stop=("###",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("{'max_tokens': 3}", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "give a JSON object"),
+        ("null", "give a JSON object"),
+        ('{"max_token": 3}', 'unknown name "max_token"; known are max_tokens, temperature'),
+        ('{"max_tokens": 0}', "max_tokens is 0; it must be a whole number of at least 1"),
+        ('{"max_tokens": -5}', "max_tokens is -5"),
+        ('{"max_tokens": 3.0}', "max_tokens is 3.0"),
+        ('{"max_tokens": true}', "max_tokens is true"),
+        ('{"max_tokens": "3"}', 'max_tokens is "3"'),
+        ('{"temperature": -0.1}', "temperature is -0.1; it must be a number from 0 to 2"),
+        ('{"temperature": 2.5}', "temperature is 2.5"),
+        ('{"temperature": false}', "temperature is false"),
+        ('{"temperature": NaN}', "NaN is no JSON number"),
+        ('{"temperature": 1e999}', "temperature is Infinity"),
+        ('{"top_p": 0}', "top_p is 0; it must be a number above 0 and at most 1"),
+        ('{"top_p": 1.01}', "top_p is 1.01"),
+        ('{"top_k": -2}', "top_k is -2"),
+        ('{"top_k": 1.5}', "top_k is 1.5"),
+        ('{"seed": -1}', "seed is -1"),
+        ('{"seed": 9223372036854775808}', "seed is 9223372036854775808"),
+        ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"stop": ""}', 'stop is ""; it must be a string or a list of at most 16'),
+        ('{"stop": ["a", 1]}', "stop is"),
+        ('{"stop": {"a": 1}}', "stop is"),
+        (json.dumps({"stop": ["x"] * 17}), "stop is"),
+        (json.dumps({"stop": "x" * 129}), "stop is"),
+        ('{"ignore_eos": 1}', "ignore_eos is 1; it must be true or false"),
+    ],
+)
+def test_bad_parameters_are_named(text: str, said: str) -> None:
+    with pytest.raises(SessionError) as caught:
+        SamplingParameters.from_json(text)
+    assert caught.value.code is ErrorCode.INVALID_ARG
+    assert said in caught.value.sentence
+    assert len(caught.value.sentence) < 400
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+)
+NAMES = ["max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "other"]
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), JSON_VALUES))
+def test_any_json_is_taken_or_refused_in_a_sentence(values: dict[str, Any]) -> None:
+    try:
+        parameters = SamplingParameters.from_json(json.dumps(values))
+    except SessionError as error:
+        assert error.code is ErrorCode.INVALID_ARG
+        return
+    assert 0 <= parameters.temperature <= 2
+    assert 0 < parameters.top_p <= 1
+    assert parameters.max_tokens is None or parameters.max_tokens >= 1
+
+
+def slow_probabilities(logits: np.ndarray, parameters: SamplingParameters) -> np.ndarray:
+    """Temperature, top-k, top-p over [V] in numpy, token by token."""
+    scaled = (logits - logits.max()) / parameters.temperature
+    probabilities = np.exp(scaled) / np.exp(scaled).sum()
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if parameters.top_k:
+        order = order[: parameters.top_k]
+    total = sum(probabilities[token] for token in order)
+    result, together = np.zeros(len(logits)), 0.0
+    for token in order:
+        if together / total >= parameters.top_p:
+            break
+        result[token] = probabilities[token]
+        together += probabilities[token]
+    return result / result.sum()
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30),
+    temperature=st.floats(0.05, 2.0),
+    top_p=st.floats(0.01, 1.0),
+    top_k=st.integers(0, 35),
+)
+def test_kept_tokens_are_those_of_the_slow_reference(
+    logits: list[float], temperature: float, top_p: float, top_k: int
+) -> None:
+    parameters = SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k)
+    expected = slow_probabilities(np.array(logits), parameters)
+    kept, ids = kept_tokens(torch.tensor(logits), parameters)
+    actual = np.zeros(len(logits))
+    actual[ids.numpy()] = (kept / kept.sum()).numpy()
+    # A sum that equals top_p up to rounding may fall on either side of it.
+    if (actual > 0).sum() == (expected > 0).sum():
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+    else:
+        probabilities = np.sort(expected)[::-1].cumsum()
+        assert np.abs(probabilities - top_p).min() < 1e-6 or expected.min() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(temperature=1.0, seed=1),
+        SamplingParameters(temperature=0.5, seed=2),
+        SamplingParameters(temperature=1.5, top_k=3, seed=3),
+        SamplingParameters(temperature=1.0, top_p=0.8, seed=4),
+        SamplingParameters(temperature=2.0, top_k=5, top_p=0.7, seed=5),
+    ],
+)
+def test_draws_follow_the_probabilities(parameters: SamplingParameters) -> None:
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -float("inf"), 1.4])
+    sampler, draws = Sampler(parameters), 20_000
+    counts = Counter(sampler.sample(logits) for _ in range(draws))
+    expected = slow_probabilities(logits.double().numpy(), parameters) * draws
+    observed = np.array([counts[token] for token in range(len(logits))])
+    assert (observed[expected == 0] == 0).all()
+    possible = expected > 0
+    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 27.9  # p = 1e-4 with 6 degrees of freedom; the seeds are fixed anyway
+
+
+def test_greedy_takes_the_likeliest_token() -> None:
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert Sampler(SamplingParameters()).sample(logits) == int(logits.argmax())
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_is_drawn() -> None:
+    logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    parameters = SamplingParameters(temperature=1.0, seed=2**63 - 1)
+    alone = [Sampler(parameters)]
+    first = [alone[0].sample(row) for row in logits]
+    again, other = Sampler(parameters), Sampler(SamplingParameters(temperature=2.0))
+    second = []
+    for row in logits:
+        other.sample(row)
+        torch.rand(3)
+        second.append(again.sample(row))
+    assert first == second
+
+
+def test_without_a_seed_answers_differ() -> None:
+    logits = torch.zeros(1000)
+    samplers = [Sampler(SamplingParameters(temperature=1.0)) for _ in range(2)]
+    answers = [[sampler.sample(logits) for _ in range(8)] for sampler in samplers]
+    assert answers[0] != answers[1]
+
+
+@settings(max_examples=50)
+@given(temperature=st.floats(0.0, 2.0), seed=st.integers(0, 2**63 - 1))
+def test_extreme_temperatures_and_logits_give_a_possible_token(
+    temperature: float, seed: int
+) -> None:
+    parameters = SamplingParameters(temperature=temperature, seed=seed)
+    logits = torch.tensor([-float("inf"), 3e38, -3e38, 0.0])
+    assert Sampler(parameters).sample(logits) == 1

@@ -1,0 +1,242 @@
+"""The exported graphs against transformers, and what the comparison lets through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
+
+from llava_export.errors import ExportError
+from llava_export.mixed_precision import to_mixed_precision
+from llava_export.onnx_export import export_onnx
+from llava_export.report import compare, onnx_encoder
+from llava_export.vision import VisionEncoder, features_shape, llava_config, load_vision_encoder
+from llava_export.weights import CheckpointWeights
+from tests.checkpoints import DEMO, tiny_llava
+from tests.reference import load_reference
+
+
+def load(checkpoint: Path) -> VisionEncoder:
+    return load_vision_encoder(llava_config(checkpoint), CheckpointWeights(checkpoint))
+
+
+def noise(batch: int, side: int) -> np.ndarray:
+    return np.random.default_rng(batch).standard_normal((batch, 3, side, side), dtype=np.float32)
+
+
+def transformers_features(checkpoint: Path, pixels: np.ndarray) -> np.ndarray:
+    """What plain transformers gives, by the checkpoint's own feature selection."""
+    model = load_reference(checkpoint)
+    with torch.inference_mode():
+        output = model.model.get_image_features(
+            pixel_values=torch.from_numpy(pixels),
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        )
+    return torch.stack(list(output.pooler_output)).numpy()
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, in units of the expected values' root mean square."""
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.sqrt(np.mean(expected**2)))
+
+
+@pytest.fixture(scope="module")
+def several_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of another picture size that takes two layers and keeps the class token."""
+    return tiny_llava(
+        tmp_path_factory.mktemp("checkpoints") / "several layers",
+        image_size=70,
+        seed=3,
+        vision_feature_layer=[-3, -1],
+        vision_feature_select_strategy="full",
+    )
+
+
+def test_graph_gives_transformers_features_for_any_batch(
+    several_layers: Path, tmp_path: Path
+) -> None:
+    graph = tmp_path / "model.onnx"
+    export_onnx(load(several_layers), 70, graph)
+    encode = onnx_encoder(graph)
+    for batch in (1, 2, 5):
+        pixels = noise(batch, 70)
+        expected = transformers_features(several_layers, pixels)
+        assert expected.shape == (batch, 26, 64)  # 5 x 5 patches and the class token
+        assert error(encode(pixels), expected) < 1e-4
+    assert features_shape(llava_config(several_layers), 70) == (26, 64)
+
+
+def test_demo_graph_in_the_repository_gives_transformers_features(demo_repository: Path) -> None:
+    folder = demo_repository / "vision_encoder" / "1"
+    pixels = noise(3, 96)
+    expected = transformers_features(DEMO, pixels)
+    assert error(onnx_encoder(folder / "model.onnx")(pixels), expected) < 1e-4
+    report = json.loads((folder / "report.json").read_text())
+    assert report["passed"]
+    assert {row["batch"] for row in report["rows"]} == {1, 3, 8}
+    assert max(row["max_scaled"] for row in report["rows"]) < 1e-4
+
+
+def element_types(graph: onnx.GraphProto) -> dict[str, int]:
+    values = [*graph.value_info, *graph.input, *graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {weight.name: weight.data_type for weight in graph.initializer}
+
+
+def test_mixed_precision_keeps_sensitive_operations_in_float32(
+    several_layers: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.onnx"
+    export_onnx(to_mixed_precision(load(several_layers)), 70, file)
+    model = onnx.shape_inference.infer_shapes(onnx.load(file))
+    types = element_types(model.graph)
+    operations: dict[str, set[int]] = {}
+    for node in model.graph.node:
+        operations.setdefault(node.op_type, set()).add(types[node.input[0]])
+    half, single = {onnx.TensorProto.FLOAT16}, {onnx.TensorProto.FLOAT}
+    assert operations["MatMul"] == operations["Conv"] == half
+    for sensitive in ("LayerNormalization", "Softmax", "Sigmoid", "Gelu"):
+        assert operations[sensitive] == single, sensitive
+    assert types["pixel_values"] == types["image_features"] == onnx.TensorProto.FLOAT
+    halves = [weight for weight in model.graph.initializer if weight.data_type in half]
+    assert sum(np.prod(weight.dims) for weight in halves) > 0.9 * sum(
+        np.prod(weight.dims) for weight in model.graph.initializer
+    )
+
+
+def test_mixed_precision_computes_what_float16_products_give(several_layers: Path) -> None:
+    encoder = load(several_layers)
+    mixed = to_mixed_precision(encoder)
+    pixels = noise(2, 70)
+    expected = transformers_features(several_layers, pixels)
+    with torch.inference_mode():
+        rounded = mixed(torch.from_numpy(pixels)).numpy()
+        unchanged = encoder(torch.from_numpy(pixels)).numpy()
+        # The same product by the CPU's own float16 kernel.
+        linear = mixed.multi_modal_projector.linear_1
+        values = torch.randn(7, linear.in_features)
+        native = torch.nn.functional.linear(values.half(), linear.weight, linear.bias).float()
+        assert torch.allclose(linear(values), native, rtol=2e-3, atol=2e-3)
+    assert error(unchanged, expected) == 0  # the copy left the original alone
+    assert 1e-5 < error(rounded, expected) < 5e-2
+
+
+def test_weights_beyond_the_limit_of_protobuf_go_to_a_file_beside(
+    several_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_export.onnx_export._SINGLE_FILE_BYTES", 1000)
+    graph = tmp_path / "model.onnx"
+    export_onnx(load(several_layers), 70, graph)
+    assert (tmp_path / "model.onnx.data").stat().st_size > graph.stat().st_size / 2
+    pixels = noise(1, 70)
+    assert error(onnx_encoder(graph)(pixels), transformers_features(several_layers, pixels)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fault", "precision"),
+    [
+        (lambda features: features + 1e-3, "fp32"),
+        (lambda features: features * 1.2, "fp16"),
+        (lambda features: np.where(features > 1, np.nan, features), "fp16"),
+        (lambda features: features[:, ::-1], "fp32"),
+    ],
+    ids=["offset", "scale", "NaN", "order"],
+)
+def test_encoder_out_of_tolerance_is_refused(
+    fault: Callable[[np.ndarray], np.ndarray], precision: str
+) -> None:
+    def features(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(len(pixels), 16, -1)
+
+    def report(encode: Callable[[np.ndarray], np.ndarray]) -> Any:
+        return compare(
+            features,
+            {"it": encode},
+            AutoImageProcessor.from_pretrained(DEMO),
+            max_batch=2,
+            precision=precision,
+            note="a test",
+        )
+
+    report(features).require()
+    with pytest.raises(ExportError, match="too far from PyTorch"):
+        report(lambda pixels: fault(features(pixels))).require()
+
+
+def change_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("vision_tower.vision_model.pre_layrnorm.bias"),
+            "1 missing .*vision_tower.pre_layrnorm.bias",
+        ),
+        (
+            lambda tensors: tensors.pop("language_model.model.layers.1.mlp.up_proj.weight"),
+            "1 missing .*layers.1.mlp.up_proj.weight",
+        ),
+        (
+            lambda tensors: tensors.update({"multi_modal_projector.linear_3.bias": torch.ones(4)}),
+            "1 unexpected .*linear_3.bias",
+        ),
+        (
+            lambda tensors: tensors.update({"multi_modal_projector.linear_1.bias": torch.ones(4)}),
+            "1 of the wrong shape .*linear_1.bias",
+        ),
+    ],
+    ids=["vision", "language", "unexpected", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint")
+    load(checkpoint)
+    change_weights(checkpoint, change)
+    with pytest.raises(ExportError, match=message):
+        load(checkpoint)
+
+
+def test_every_release_of_transformers_names_the_same_weights(tmp_path: Path) -> None:
+    published = tiny_llava(tmp_path / "published", text="mistral", kv_heads=2)
+    load_reference(published).save_pretrained(tmp_path / "current")
+    pixels = torch.from_numpy(noise(1, 56))
+    with torch.inference_mode():
+        assert torch.equal(load(published)(pixels), load(tmp_path / "current")(pixels))
+
+
+def test_hash_tells_vision_weights_apart_and_ignores_the_language_model(tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint")
+    first = CheckpointWeights(checkpoint).vision_sha256()
+    change_weights(checkpoint, lambda tensors: tensors["language_model.lm_head.weight"].add_(1))
+    assert CheckpointWeights(checkpoint).vision_sha256() == first
+    change_weights(
+        checkpoint, lambda tensors: tensors["multi_modal_projector.linear_2.bias"].add_(1)
+    )
+    assert CheckpointWeights(checkpoint).vision_sha256() != first
+
+
+def test_damaged_weights_are_one_clear_error(tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint")
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ExportError, match="shorter than its header says"):
+        CheckpointWeights(checkpoint)
+    file.unlink()
+    with pytest.raises(ExportError, match=r"has no model\.safetensors"):
+        CheckpointWeights(checkpoint)
