@@ -57,7 +57,9 @@ CASES = [
     _case(INVALID, "damaged or cut short", text="?", images=[_jpeg()[:-2000]]),
     _case(INVALID, "at most 50000000 in all are accepted", text="?", images=[_png(20000, 20000)]),
     _case(INVALID, "picture 2 of 2 is no picture", images=[PICTURES[0].read_bytes(), b"\x01\x02"]),
-    _case(INVALID, "at most 8 may come in one turn", text="?", images=[PICTURES[0].read_bytes()] * 9),
+    _case(
+        INVALID, "at most 8 may come in one turn", text="?", images=[PICTURES[0].read_bytes()] * 9
+    ),
     _case(INVALID, "neither text_input nor image"),
     _case(INVALID, "neither text_input nor image", text=""),
     _case(INVALID, "context is 1024", text="many words " * 2000),

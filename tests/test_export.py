@@ -140,14 +140,20 @@ def test_unchanged_export_does_nothing_fast_and_without_torch(
     assert time.perf_counter() - began < 5  # 0.2 s on an idle machine
 
 
-def test_touched_checkpoint_keeps_the_encoder(repository: Path, checkpoint: Path) -> None:
-    os.utime(checkpoint / "config.json")
+def test_same_weights_elsewhere_keep_the_encoder(
+    repository: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
     graph = (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino
-    assert export_again(checkpoint, repository) == 0
+    assert export_again(elsewhere, repository) == 0
     assert (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino == graph
     before = contents(repository)
-    assert export_again(checkpoint, repository) == 0
+    assert export_again(elsewhere, repository) == 0
     assert contents(repository) == before
+    os.utime(elsewhere / "config.json")
+    assert export_again(elsewhere, repository) == 0
+    assert contents(repository) != before
+    assert (repository / "vision_encoder" / "1" / "model.onnx").stat().st_ino == graph
 
 
 def test_other_limits_are_filled_in_and_keep_the_encoder(
@@ -237,10 +243,6 @@ def refuse_download(*_: object, **__: object) -> None:
     raise LocalEntryNotFoundError("it cannot be reached")
 
 
-def unavailable_tensorrt(name: str) -> None:
-    raise ModuleNotFoundError(name=name)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -274,7 +276,8 @@ def test_mistake_is_one_clear_sentence(
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse_download)
     monkeypatch.setattr("llava_export.tensorrt_engine.local_compute_capability", lambda: None)
     if options.pop("without", None):
-        monkeypatch.setattr("importlib.import_module", unavailable_tensorrt)
+        for module in ("tensorrt", "tensorrt_rtx_bindings"):
+            monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     places = make_places(tmp_path)
     command = {"--model": "CHECKPOINT", "--output": "new", **options}
     for option, value in command.items():

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from tests.properties import given, settings
 
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.sampling import Sampler, SamplingParameters, kept_tokens
-
+from tests.properties import given, settings
 
 
 def test_nothing_given_is_greedy() -> None:

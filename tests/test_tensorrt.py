@@ -93,7 +93,7 @@ def test_graph_that_cannot_be_built_is_one_clear_error(tmp_path: Path) -> None:
 def test_capability_must_be_named_without_a_gpu_and_be_known() -> None:
     tensorrt = find_tensorrt()
     assert check_capability(tensorrt, "8.9") == "8.9"
-    with pytest.raises(ExportError, match="no NVIDIA GPU to build for.*--compute-capability"):
+    with pytest.raises(ExportError, match=r"no NVIDIA GPU to build for.*--compute-capability"):
         check_capability(tensorrt, None)
     for unknown in ("9.0", "86", "nonsense"):
         with pytest.raises(ExportError, match=rf"cannot build for .*{unknown}.*8\.6, 8\.9"):

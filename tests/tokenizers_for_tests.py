@@ -9,7 +9,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-TEXTS = ["Is there a red circle? Yes, two of them.", "naïve café – 東京 😀👍🏽", "the the there"] * 3
+TEXTS = [
+    "Is there a red circle? Yes, two of them.",
+    "naïve café – 東京 😀👍🏽",
+    "the the there",
+] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 

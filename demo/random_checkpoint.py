@@ -1,0 +1,105 @@
+"""LLaVA checkpoints of any geometry with random weights, for tests and benchmarks.
+
+They share the demo checkpoint's tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
+
+from demo.write_checkpoint import write_llava_checkpoint
+
+DEMO = Path(__file__).parent / "checkpoint"
+
+
+def write_random_llava(
+    directory: Path,
+    vision: CLIPVisionConfig,
+    text_class: type[PreTrainedConfig],
+    text: dict[str, Any],
+    *,
+    seed: int = 0,
+    **llava_options: Any,
+) -> Path:
+    """Write a whole random checkpoint: model, tokenizer, chat template, image processor.
+
+    Its weights are float32 and wide enough that greedy answers vary with picture and question and
+    have no near ties, which another order of additions could turn.
+
+    Args:
+        directory: where to write; made if need be.
+        vision: geometry of the tower.
+        text_class: configuration class of the language model: LlamaConfig, MistralConfig, ...
+        text: its geometry; vocabulary and special tokens are the demo tokenizer's.
+        seed: of the weights.
+        llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
+
+    Returns:
+        `directory`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text_class(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+            **text,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        **llava_options,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    _randomize(model, seed)
+    write_llava_checkpoint(model, directory, torch.float32)
+    _write_processor(directory, vision)
+    return directory
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    """Normal weights of standard deviation 0.5 / sqrt(inputs) or more, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            mean, deviation = 1.0, 0.1
+        elif parameter.dim() < 2:
+            mean, deviation = 0.0, 0.1
+        else:
+            mean, deviation = 0.0, max(0.25, parameter[0].numel() ** -0.5)
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data = mean + deviation * values
+
+
+def _write_processor(directory: Path, vision: CLIPVisionConfig) -> None:
+    """The demo's tokenizer and template, and its image processor at another size.
+
+    The latter in a `preprocessor_config.json` of its own, where most published checkpoints have it.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(DEMO / name, directory / name)
+    processor = json.loads((DEMO / "processor_config.json").read_text())
+    image_processor = processor.pop("image_processor")
+    image_processor["size"] = {"shortest_edge": vision.image_size}
+    image_processor["crop_size"] = {"height": vision.image_size, "width": vision.image_size}
+    processor["patch_size"] = vision.patch_size
+    _write_json(directory / "preprocessor_config.json", image_processor)
+    _write_json(directory / "processor_config.json", processor)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
