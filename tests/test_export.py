@@ -226,17 +226,15 @@ def test_gpu_repository_has_a_plan_with_the_same_tensors(
     assert main([*command, "--settings", str(tmp_path / "limits.json")]) == 0
     assert plan.stat().st_ino == first
     built = []
-    monkeypatch.setattr(
-        "llava_export.encoder.build_engine",
-        lambda *_, capability, **__: built.append(capability) or plan_of(_[2]),
-    )
+
+    def build(tensorrt: object, graph: Path, plan: Path, *, capability: str, **_: object) -> None:
+        built.append(capability)
+        plan.write_bytes(b"a plan")
+
+    monkeypatch.setattr("llava_export.encoder.build_engine", build)
     assert main([*command[:-1], "8.9"]) == 0
     assert built == ["8.9"]
     assert plan.read_bytes() == b"a plan"
-
-
-def plan_of(path: Path) -> None:
-    path.write_bytes(b"a plan")
 
 
 def refuse_download(*_: object, **__: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def sealed(directory: Path) -> Path:
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EncoderMetadata)])
 def test_any_difference_means_building_again(tmp_path: Path, field: str) -> None:
-    others = {
+    others: dict[str, Any] = {
         "format": "onnx",
         "compute_capability": None,
         "input_shape": (3, 224, 224),

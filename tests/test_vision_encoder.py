@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import tritonclient.grpc as grpc
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor
+from transformers import AutoProcessor
 
 from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
@@ -85,6 +87,29 @@ def test_demo_graph_in_the_repository_gives_transformers_features(demo_repositor
     assert report["passed"]
     assert {row["batch"] for row in report["rows"]} == {1, 3, 8}
     assert max(row["max_scaled"] for row in report["rows"]) < 1e-4
+
+
+def test_server_batches_waiting_pictures_and_gives_each_request_its_own(
+    grpc_client: grpc.InferenceServerClient, demo_repository: Path
+) -> None:
+    encode = onnx_encoder(demo_repository / "vision_encoder" / "1" / "model.onnx")
+    batches = [noise(batch, 96) for batch in (1, 3, 2) * 8]
+    arrived: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()
+    for index, pixels in enumerate(batches):
+        tensor = grpc.InferInput("pixel_values", pixels.shape, "FP32")
+        tensor.set_data_from_numpy(pixels)
+        grpc_client.async_infer(
+            "vision_encoder",
+            [tensor],
+            lambda result, error, index=index: arrived.put((index, result, error)),
+        )
+    for _ in batches:
+        index, result, failure = arrived.get(timeout=60)
+        assert failure is None
+        pixels = batches[index]
+        assert error(result.as_numpy("image_features"), encode(pixels)) < 1e-4
+    statistics = grpc_client.get_inference_statistics("vision_encoder").model_stats[0]
+    assert statistics.execution_count < statistics.inference_stats.success.count
 
 
 def element_types(graph: onnx.GraphProto) -> dict[str, int]:
@@ -162,7 +187,7 @@ def test_encoder_out_of_tolerance_is_refused(
         return compare(
             features,
             {"it": encode},
-            AutoImageProcessor.from_pretrained(DEMO),
+            AutoProcessor.from_pretrained(DEMO).image_processor,
             max_batch=2,
             precision=precision,
             note="a test",

@@ -173,7 +173,7 @@ def _features(request: Any) -> torch.Tensor | None:
     if tensor is None:
         return None
     # The request's memory is Triton's again once the answer is sent; the session outlives it.
-    features = torch.from_dlpack(tensor.to_dlpack()).clone()
+    features = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
     return features if features.shape[0] else None
 
 

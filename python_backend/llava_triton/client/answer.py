@@ -35,13 +35,12 @@ class Answer:
 class AnswerStream:
     """An answer on its way: iterate over its pieces, then read `answer`.
 
-    Leaving it early (`close`, or the end of a `with` block) cancels the turn: the session is back
-    at its last completed one.
+    The turn is sent when the iteration begins. Leaving it early (`break`, `close`, the end of a
+    `with` block) cancels the turn: the session is back at its last completed one.
     """
 
-    def __init__(self, deltas: Iterator[Delta], sent_at: float) -> None:
+    def __init__(self, deltas: Iterator[Delta]) -> None:
         self._deltas = deltas
-        self._sent_at = sent_at
         self._answer: Answer | None = None
 
     @property
@@ -62,17 +61,21 @@ class AnswerStream:
             close()
 
     def __iter__(self) -> Iterator[str]:
+        sent_at = time.perf_counter()
         text: list[str] = []
         first: float | None = None
-        for delta in self._deltas:
-            if first is None:
-                first = time.perf_counter() - self._sent_at
-            text.append(delta.text)
-            if delta.is_final:
-                seconds = time.perf_counter() - self._sent_at
-                self._answer = whole_answer(delta.with_text("".join(text)), first, seconds)
-            if delta.text:
-                yield delta.text
+        try:
+            for delta in self._deltas:
+                if first is None:
+                    first = time.perf_counter() - sent_at
+                text.append(delta.text)
+                if delta.is_final:
+                    seconds = time.perf_counter() - sent_at
+                    self._answer = whole_answer(delta.with_text("".join(text)), first, seconds)
+                if delta.text:
+                    yield delta.text
+        finally:
+            self.close()
 
     def __enter__(self) -> AnswerStream:
         return self

@@ -37,9 +37,9 @@ class GrpcTransport(Transport):
 
     def stream(self, turn: TurnMessage) -> Iterator[Delta]:
         """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
-        arrived = self._open_stream()
         ended = False
         try:
+            arrived = self._open_stream()
             self._client.async_stream_infer(
                 "llava_stream",
                 turn.inputs(triton),
@@ -49,15 +49,15 @@ class GrpcTransport(Transport):
             )
             while not ended:
                 result, error = arrived.get()
-                ended = error is not None
                 if error is not None:
-                    raise session_error(error, self._address) from error
+                    raise error
                 delta = delta_of(result)
                 ended = delta.is_final
                 yield delta
-        except InferenceServerException as error:  # the stream broke before the turn was sent
+        except InferenceServerException as error:
             raise session_error(error, self._address) from error
         finally:
+            # After an error too: it may have been the stream's own, which is of no use then.
             if not ended:
                 self._break_stream()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
@@ -16,8 +17,11 @@ from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.delta import Delta
 from llava_triton.errors import SessionError, invalid
 
-Picture = bytes | str | PathLike[str]
-"""An encoded picture file's bytes, or its path."""
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture: TypeAlias = "bytes | str | PathLike[str] | Image"
+"""An encoded picture file's bytes, its path, or a picture of Pillow."""
 
 
 class Session:
@@ -91,7 +95,7 @@ class Session:
         """Ask, and get the answer piece by piece; arguments as for `ask`."""
         self._leave_stream()
         turn = TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
-        self._stream = AnswerStream(self._transport.stream(turn), time.perf_counter())
+        self._stream = AnswerStream(self._transport.stream(turn))
         return self._stream
 
     def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
@@ -143,16 +147,24 @@ def _transport(url: str) -> Transport:
 
 
 def _pictures(image: Picture | Iterable[Picture] | None) -> list[bytes]:
+    """One, several or no pictures -> encoded files."""
     if image is None:
         return []
-    if isinstance(image, bytes | str | PathLike):
-        return list(_read([image]))
-    return list(_read(image))
+    if isinstance(image, bytes | str | PathLike) or not isinstance(image, Iterable):
+        return [_encoded(image)]
+    return [_encoded(picture) for picture in image]
 
 
-def _read(pictures: Iterable[Picture]) -> Iterator[bytes]:
-    for picture in pictures:
+def _encoded(picture: Picture) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | PathLike):
         try:
-            yield picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+            return Path(picture).read_bytes()
         except OSError as error:
             raise invalid(f"the picture {str(picture)!r} cannot be read: {error}") from error
+    from PIL import ImageOps  # whoever has a picture of Pillow has Pillow
+
+    buffer = io.BytesIO()
+    ImageOps.exif_transpose(picture).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_triton import protocol
 from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
+from llava_triton.errors import ErrorCode, SessionError, error_from_text, invalid
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TurnMessage:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
         strings: dict[str, Sequence[bytes]] = {}
         if self.text is not None:
-            strings[protocol.TEXT_INPUT] = [self.text.encode()]
+            strings[protocol.TEXT_INPUT] = [_utf8(self.text)]
         if self.images:
             strings[protocol.IMAGE] = self.images
         if self.sampling:
@@ -84,6 +84,15 @@ def session_error(error: Exception, address: str) -> SessionError:
             ErrorCode.UNAVAILABLE, f"no server answers at {address}; is it running? ({text})"
         )
     return error_from_text(text)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(
+            f"the text cannot be sent: its character {error.start} is half of a surrogate pair"
+        ) from error
 
 
 def _bytes_input(triton: ModuleType, name: str, values: Sequence[bytes]) -> Any:
