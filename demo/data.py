@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from demo.conversations import Conversation, random_conversation
-from demo.shapes import COLORS, FORMS, SIZES, Scene, draw, random_scene
+from demo.shapes import COLORS, FORMS, MAX_SHAPES, SIZES, Scene, draw, random_scene
 
 # Training, validation while training, and demo/evaluate.py never share a random stream.
 TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"
@@ -81,7 +81,13 @@ class Batch:
 
 
 def make_batch(
-    purpose: str, first: int, count: int, length: int, processor: LlavaProcessor, image_tokens: int
+    purpose: str,
+    first: int,
+    count: int,
+    length: int,
+    processor: LlavaProcessor,
+    image_tokens: int,
+    max_shapes: int = MAX_SHAPES,
 ) -> Batch:
     """Conversations number ``first`` and following, each cut to at most ``length`` tokens."""
     tokens = torch.full((count, length), processor.tokenizer.pad_token_id)
@@ -89,7 +95,7 @@ def make_batch(
     images = []
     for row in range(count):
         rng = stream(purpose, first + row)
-        conversation = random_conversation(rng, turns=length // 18)
+        conversation = random_conversation(rng, length // 18, max_shapes)
         pieces = encode(conversation, processor, image_tokens)
         scenes = list(conversation.scenes)
         at = 0
@@ -108,7 +114,11 @@ def make_batch(
 
 
 class ConversationBatches(Dataset[Batch]):
-    """Training batches; one in four has conversations twice as long, and half as many."""
+    """Training batches; one in four has conversations twice as long, and half as many.
+
+    The first ones show few shapes: answers about the only shape in a picture teach where to look
+    at all, before there is a choice of where to look.
+    """
 
     def __init__(
         self, count: int, size: int, length: int, processor: LlavaProcessor, image_tokens: int
@@ -122,8 +132,17 @@ class ConversationBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         long = index % 4 == 3
         size, length = (self.size // 2, 2 * self.length) if long else (self.size, self.length)
-        first = index * self.size
-        return make_batch(TRAINING, first, size, length, self.processor, self.image_tokens)
+        done = index / self.count
+        max_shapes = 2 if done < 0.1 else 3 if done < 0.2 else MAX_SHAPES
+        return make_batch(
+            TRAINING,
+            index * self.size,
+            size,
+            length,
+            self.processor,
+            self.image_tokens,
+            max_shapes,
+        )
 
 
 class PictureBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):

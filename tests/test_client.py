@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from llava_triton.server import TritonServer, free_ports
 
 PICTURE = sorted((Path(__file__).parents[1] / "examples" / "pictures").iterdir())[0]
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Is there a red circle?")
-ENDLESS = {"max_tokens": 600, "ignore_eos": True}
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -115,13 +113,19 @@ def test_an_expired_session_is_not_found(url: str) -> None:
 
 
 def test_a_session_ends_also_after_an_exception(url: str) -> None:
-    with pytest.raises(ZeroDivisionError), Session.open(url, session_id=77) as session:
-        session.ask("Hello!", max_tokens=3)
-        raise ZeroDivisionError
-    session.close()  # once more does no harm
-    again = Session(session._transport.__class__(url.split("//")[1]), 77)
-    with pytest.raises(SessionError, match="unknown or has expired"):
-        again.ask("Still there?")
+    def fail() -> None:
+        with Session.open(url, session_id=77) as session:
+            session.ask("Hello!", max_tokens=3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with Session.open(url) as another:
+        another.close()  # twice does no harm
+    with Session.open(url) as another:
+        another.id = 77
+        with pytest.raises(SessionError, match="unknown or has expired"):
+            another.ask("Still there?")
 
 
 def test_a_refused_opening_opens_nothing(url: str) -> None:
@@ -135,7 +139,7 @@ def test_leaving_a_stream_cancels_its_turn(server: TritonServer, leave: str) -> 
     with Session.open(server.grpc_url, image=PICTURE) as undisturbed:
         expected = undisturbed.ask(QUESTIONS[0], max_tokens=30)
     with Session.open(server.grpc_url, image=PICTURE) as session:
-        stream = session.stream("Go on.", **ENDLESS)
+        stream = session.stream("Go on.", max_tokens=600, ignore_eos=True)
         if leave == "break":
             for _ in stream:
                 break
@@ -147,10 +151,9 @@ def test_leaving_a_stream_cancels_its_turn(server: TritonServer, leave: str) -> 
             next(pieces)
             if leave == "close":
                 stream.close()
-        began = time.monotonic()
         answer = session.ask(QUESTIONS[0], max_tokens=30)
-        assert time.monotonic() - began < 5.0
         assert answer.text == expected.text
+        # Had the turn run to its end, it would be part of the conversation.
         assert answer.num_input_tokens == expected.num_input_tokens
         with pytest.raises(RuntimeError, match="has not ended"):
             _ = stream.answer

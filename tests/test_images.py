@@ -249,10 +249,9 @@ def test_a_damaged_file_is_decoded_or_refused(kind: str, flips: int, seed: int) 
     for _ in range(flips):
         data[chance.randrange(len(data))] = chance.randrange(256)
     try:
-        image = decode_images([bytes(data)], Settings(max_image_pixels=10**6))[0]
-    except SessionError as error:
-        assert error.code is ErrorCode.INVALID_ARG
-        assert len(error.sentence) < 400
+        [image] = decode_images([bytes(data)], Settings(max_image_pixels=10**6))
+    except SessionError:
+        refusal([bytes(data)], Settings(max_image_pixels=10**6))
     else:
         assert image.mode == "RGB"
 

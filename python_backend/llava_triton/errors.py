@@ -6,8 +6,11 @@ sentence is for the person who reads it.
 
 from __future__ import annotations
 
+import logging
 import re
 from enum import Enum
+
+log = logging.getLogger(__name__)
 
 
 class ErrorCode(Enum):
@@ -76,3 +79,14 @@ def not_found(sentence: str) -> SessionError:
 def unavailable(sentence: str) -> SessionError:
     """An UNAVAILABLE error, for limits that pass by themselves."""
     return SessionError(ErrorCode.UNAVAILABLE, sentence)
+
+
+def as_session_error(error: Exception) -> SessionError:
+    """What a client is told of a failure; what it cannot act on goes to the log in full."""
+    if isinstance(error, SessionError):
+        return error
+    # By name: clients import this module, and need no torch.
+    if type(error).__name__ == "OutOfMemoryError":
+        return unavailable("the device is out of memory; try again later")
+    log.error("a turn failed", exc_info=error)
+    return SessionError(ErrorCode.INTERNAL, f"the turn failed: {error!r}")

@@ -18,7 +18,7 @@ from llava_triton.checkpoint import default_device, default_dtype, load_checkpoi
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import SessionError
+from llava_triton.errors import SessionError, as_session_error
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -57,8 +57,9 @@ class TritonPythonModel:
             responder = Responder(request.get_response_sender(), self._responses, whole)
             try:
                 turn = self._turn_request(request)
-            except SessionError as error:
-                self._refuse(request, responder, error)
+            except Exception as error:
+                # Raising would fail every request of this call and is said to leak shared memory.
+                self._refuse(request, responder, as_session_error(error))
                 continue
             responder.turn_id = self._engine.submit(turn, responder)
 

@@ -17,7 +17,14 @@ from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.turn import Listener, RunningTurn, Statistics, Turn, TurnRequest
-from llava_triton.errors import ErrorCode, SessionError, invalid, not_found, unavailable
+from llava_triton.errors import (
+    ErrorCode,
+    SessionError,
+    as_session_error,
+    invalid,
+    not_found,
+    unavailable,
+)
 from llava_triton.sampling import Sampler
 from llava_triton.settings import Settings
 
@@ -120,10 +127,16 @@ class Engine:
             idle = not self._running
             command = self._commands.get(block=idle, timeout=SWEEP_SECONDS if idle else None)
             while True:
-                command()
+                self._do(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
             return
+
+    def _do(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:  # the thread must live: every session depends on it
+            log.exception("a command of a caller failed")
 
     def _stop(self) -> None:
         self._stopping = True
@@ -149,7 +162,7 @@ class Engine:
             session = self._session_for(turn.request)
             running = self._prepare(turn, session)
         except Exception as error:
-            self._refuse(turn, _as_session_error(error))
+            self._refuse(turn, as_session_error(error))
             if turn.request.end:
                 self._drop(session_id)  # Triton has ended the sequence: nobody can reach it again
             self._leave(turn)
@@ -234,7 +247,7 @@ class Engine:
         try:
             action(running)
         except Exception as error:
-            self._fail(running, _as_session_error(error))
+            self._fail(running, as_session_error(error))
 
     def _advance(self, running: RunningTurn) -> None:
         """Compute one piece of a turn's prompt, or its next token."""
@@ -382,13 +395,3 @@ class Engine:
     def _expire(self, session: Session) -> None:
         self._drop(session.id)
         self._statistics.sessions_expired += 1
-
-
-def _as_session_error(error: Exception) -> SessionError:
-    """What the client is told of a failure; what it cannot act on goes to the log in full."""
-    if isinstance(error, SessionError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return unavailable("the device is out of memory; try again later")
-    log.error("a turn failed", exc_info=error)
-    return SessionError(ErrorCode.INTERNAL, f"the turn failed: {error!r}")
