@@ -90,17 +90,20 @@ def test_an_error_has_its_code_and_leaves_the_session_as_it_was(url: str) -> Non
             session.ask("half \ud83d a pair")
         with pytest.raises(SessionError, match=r"'no-such\.png' cannot be read"):
             session.ask("This?", image="no-such.png")
-        assert session.ask(QUESTIONS[0]).text == other.ask(QUESTIONS[0]).text
+        assert (
+            session.ask(QUESTIONS[0], max_tokens=30).text
+            == other.ask(QUESTIONS[0], max_tokens=30).text
+        )
 
 
 def test_a_stream_goes_on_after_an_error(server: TritonServer) -> None:
     with Session.open(server.grpc_url, image=PICTURE) as session:
-        expected = session.ask(QUESTIONS[0]).text
+        expected = session.ask(QUESTIONS[0], max_tokens=30).text
     with Session.open(server.grpc_url, image=PICTURE) as session:
         with pytest.raises(SessionError, match="top_p is 0") as caught:
             list(session.stream("And now?", top_p=0))
         assert caught.value.code is ErrorCode.INVALID_ARG
-        assert "".join(session.stream(QUESTIONS[0])) == expected
+        assert "".join(session.stream(QUESTIONS[0], max_tokens=30)) == expected
 
 
 def test_an_expired_session_is_not_found(url: str) -> None:

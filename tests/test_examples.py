@@ -40,7 +40,7 @@ def test_grpc_unary(server: TritonServer) -> None:
     assert lines[0] == "How many shapes are there?"
     assert lines[1].strip()
     assert lines[-1].startswith("After the end: ")
-    assert "START flag" in lines[-1]
+    assert "NOT_FOUND: the session is unknown or has expired" in lines[-1]
 
 
 def test_grpc_streaming(server: TritonServer) -> None:

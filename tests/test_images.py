@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 import struct
 import zlib
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPImageProcessor
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.images import PixelValues, decode_image, decode_images, encoded_image
@@ -97,9 +98,21 @@ FILES: dict[str, Callable[[], bytes]] = {
 def processor_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5's processor, for small pictures."""
     directory = tmp_path_factory.mktemp("processor")
-    CLIPImageProcessor(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
-    ).save_pretrained(directory)
+    values = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": 56},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 56, "width": 56},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(values))
     return directory
 
 

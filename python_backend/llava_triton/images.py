@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoImageProcessor
+
+# From its own module: transformers 5.17 exports it at the top only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.errors import SessionError, invalid
 from llava_triton.settings import Settings
