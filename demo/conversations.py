@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from demo import phrases
 from demo.shapes import COLORS, FORMS, MAX_SHAPES, PLACES, SIZES, Scene, Shape, random_scene
 
+# The share of turns that are follow-ups, where the turn before allows one.
+FOLLOW_UPS = 0.45
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -159,6 +161,10 @@ class Teller:
             turn = self.rng.choices([maker for _, maker in makers], weights)[0]()
             if turn is not None:
                 return turn
+
+    def counting(self) -> Turn:
+        """A question that takes counting."""
+        return self.rng.choice([self._count] * 4 + [self._count_all, self._exists, self._colors])()
 
     def _turn(
         self,
@@ -441,9 +447,12 @@ def _no_picture(rng: random.Random) -> Turn:
 
 
 def random_conversation(
-    rng: random.Random, turns: int, max_shapes: int = MAX_SHAPES, follow_ups: float = 0.45
+    rng: random.Random, turns: int, max_shapes: int = MAX_SHAPES, counting: float = 0.0
 ) -> Conversation:
-    """A conversation of ``turns`` turns about one picture, sometimes two, rarely none at first."""
+    """A conversation of ``turns`` turns about one picture, sometimes two, rarely none at first.
+
+    ``counting`` is the share of questions that are about numbers before all others are.
+    """
     scenes: list[Scene] = []
     made: list[Turn] = []
     if rng.random() < 0.1:
@@ -456,8 +465,9 @@ def random_conversation(
             scenes.append(random_scene(rng, max_shapes))
             teller = Teller(rng, scenes[-1])
         assert teller is not None
-        turn = teller.follow_up() if rng.random() < follow_ups else None
+        turn = teller.follow_up() if rng.random() < FOLLOW_UPS else None
         if turn is None:
-            turn = teller.opening()
+            counts = counting > 0 and rng.random() < counting
+            turn = teller.counting() if counts else teller.opening()
         made.append(replace(turn, picture=arrives))
     return Conversation(tuple(scenes), tuple(made))

@@ -17,7 +17,8 @@ from demo.conversations import Conversation, random_conversation
 from demo.shapes import COLORS, FORMS, MAX_SHAPES, SIZES, Scene, draw, random_scene
 
 # Training, validation while training, and demo/evaluate.py never share a random stream.
-TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"
+TRAINING, COUNTING = "training", "counting"
+VALIDATION, EVALUATION = "validation", "evaluation"
 # "Nothing here" comes before the values of a property.
 PROPERTIES = {"form": FORMS, "color": tuple(COLORS), "size": tuple(SIZES)}
 
@@ -95,7 +96,9 @@ def make_batch(
     images = []
     for row in range(count):
         rng = stream(purpose, first + row)
-        conversation = random_conversation(rng, length // 18, max_shapes)
+        conversation = random_conversation(
+            rng, length // 18, max_shapes, counting=0.5 if purpose == COUNTING else 0.0
+        )
         pieces = encode(conversation, processor, image_tokens)
         scenes = list(conversation.scenes)
         at = 0
@@ -116,14 +119,21 @@ def make_batch(
 class ConversationBatches(Dataset[Batch]):
     """Training batches; one in four has conversations twice as long, and half as many.
 
-    The first ones show few shapes: answers about the only shape in a picture teach where to look
-    at all, before there is a choice of where to look.
+    Of those for ``TRAINING`` the first show few shapes: answers about the only shape in a picture
+    teach where to look at all, before there is a choice of where to look. Those for ``COUNTING``
+    ask about numbers half of the time.
     """
 
     def __init__(
-        self, count: int, size: int, length: int, processor: LlavaProcessor, image_tokens: int
+        self,
+        purpose: str,
+        count: int,
+        size: int,
+        length: int,
+        processor: LlavaProcessor,
+        image_tokens: int,
     ) -> None:
-        self.count, self.size, self.length = count, size, length
+        self.purpose, self.count, self.size, self.length = purpose, count, size, length
         self.processor, self.image_tokens = processor, image_tokens
 
     def __len__(self) -> int:
@@ -133,9 +143,10 @@ class ConversationBatches(Dataset[Batch]):
         long = index % 4 == 3
         size, length = (self.size // 2, 2 * self.length) if long else (self.size, self.length)
         done = index / self.count
-        max_shapes = 2 if done < 0.1 else 3 if done < 0.2 else MAX_SHAPES
+        easy = self.purpose == TRAINING
+        max_shapes = 2 if easy and done < 0.1 else 3 if easy and done < 0.2 else MAX_SHAPES
         return make_batch(
-            TRAINING,
+            self.purpose,
             index * self.size,
             size,
             length,

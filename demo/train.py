@@ -1,8 +1,9 @@
 """Trains the demo checkpoint from nothing: ``python demo/train.py``.
 
 First the vision tower learns to tell what is in each cell of a picture, as LLaVA starts from a
-vision tower that can see. Then everything learns to answer, from generated conversations in which
-only the answers count. Every seed is fixed.
+vision tower that can see. Then the language model learns to answer, from generated conversations
+in which only the answers matter; last with more questions about numbers, which are what it learns
+slowest. Every seed is fixed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.build import IMAGE_SIDE, PATCH_SIDE, build_model, build_processor, write_processor
 from demo.data import (
+    COUNTING,
     PROPERTIES,
+    TRAINING,
     VALIDATION,
     Batch,
     ConversationBatches,
@@ -42,7 +45,7 @@ from demo.write_checkpoint import write_llava_checkpoint
 PATCHES = IMAGE_SIDE // PATCH_SIDE
 SEED = 1
 PICTURE_STEPS, PICTURES = 2500, 48
-ANSWER_STEPS, CONVERSATIONS, TOKENS = 1900, 32, 224
+ANSWER_STEPS, COUNTING_STEPS, CONVERSATIONS, TOKENS = 1900, 1200, 32, 224
 MUON_RATE, ADAMW_RATE = 0.015, 2e-3
 REPORT_EVERY, SAVE_EVERY = 100, 500
 
@@ -80,14 +83,16 @@ class Optimizer:
     With AdamW alone the vision tower needs several times as many pictures.
     """
 
-    def __init__(self, modules: list[nn.Module], steps: int) -> None:
+    def __init__(self, modules: list[nn.Module], steps: int, rate: float = 1.0) -> None:
         named = [pair for module in modules for pair in module.named_parameters()]
         self.matrices = [p for name, p in named if "layers." in name and p.ndim == 2]
         inside = {id(p) for p in self.matrices}
         self.others = [p for _, p in named if id(p) not in inside]
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(self.matrices, MUON_RATE, decay=0.01),
-            torch.optim.AdamW(self.others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01),
+            Muon(self.matrices, rate * MUON_RATE, decay=0.01),
+            torch.optim.AdamW(
+                self.others, lr=rate * ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01
+            ),
         ]
         warm_up = max(1, min(100, steps // 10))
 
@@ -230,18 +235,20 @@ def learn_to_answer(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     device: torch.device,
+    purpose: str,
     steps: int,
     output: Path,
 ) -> None:
-    """Teach the whole model the answers of the generated conversations."""
+    """Teach the language model the answers of the generated conversations."""
     # As in LLaVA-1.5, the vision tower stays as it is. So does the projector, which has learned
     # with it: the first gradients, which are still random, would only ruin what both know.
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)
-    optimizer = Optimizer([model.model.language_model, model.lm_head], steps)
+    speaking = [model.model.language_model, model.lm_head]
+    optimizer = Optimizer(speaking, steps, rate=1.0 if purpose == TRAINING else 0.5)
     held_out = make_batch(VALIDATION, 0, 96, TOKENS, processor, PATCHES**2)
-    data = ConversationBatches(steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
-    progress = Progress("answers", steps)
+    data = ConversationBatches(purpose, steps, CONVERSATIONS, TOKENS, processor, PATCHES**2)
+    progress = Progress(purpose, steps)
     for step, batch in enumerate(
         DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)
     ):
@@ -282,9 +289,10 @@ def main() -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     log(f"{count:,} parameters, {len(processor.tokenizer)} tokens, on {device.type}")
     start = time.monotonic()
-    learn_to_see(model, processor, device, 10 if arguments.quick else PICTURE_STEPS)
-    steps = 10 if arguments.quick else ANSWER_STEPS
-    learn_to_answer(model, processor, device, steps, arguments.output)
+    quick = 10 if arguments.quick else None
+    learn_to_see(model, processor, device, quick or PICTURE_STEPS)
+    for purpose, steps in ((TRAINING, ANSWER_STEPS), (COUNTING, COUNTING_STEPS)):
+        learn_to_answer(model, processor, device, purpose, quick or steps, arguments.output)
     log(f"wrote {arguments.output} after {(time.monotonic() - start) / 60:.1f} min")
     return 0
 

@@ -20,7 +20,7 @@ def test_every_tensor_is_where_transformers_looks_for_it() -> None:
         CHECKPOINT, dtype=torch.float32, output_loading_info=True
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    assert {kind: list(info[kind]) for kind in kinds} == dict.fromkeys(kinds, [])
+    assert {kind: list(info[kind]) for kind in kinds} == {kind: [] for kind in kinds}
 
 
 def test_the_checkpoint_is_small() -> None:

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import text_format
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from llava_export.cli import main
