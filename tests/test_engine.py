@@ -295,7 +295,7 @@ def test_what_a_stop_string_cut_off_is_not_in_the_history(harness: EngineHarness
 def test_a_seed_decides_a_sampled_answer(harness: EngineHarness) -> None:
     def sampled(session: str, seed: int) -> str:
         return harness.ask(
-            session, "Hello!", start=True, temperature=1.5, seed=seed, max_tokens=40
+            session, "Hello!", start=True, temperature=2.0, seed=seed, ignore_eos=True
         )[0]
 
     noise = harness.submit("n", "Hello!", start=True, max_tokens=600, ignore_eos=True)
