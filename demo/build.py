@@ -21,7 +21,7 @@ from transformers import (
 # The Pillow image processor: the other one needs torchvision.
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from demo.conversations import Conversation, random_conversation
+from demo.conversations import random_conversation
 
 IMAGE_SIDE = 96
 PATCH_SIDE = 16
@@ -59,16 +59,6 @@ CHAT_TEMPLATE = """\
 {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
-
-
-def messages(conversation: Conversation) -> list[dict[str, object]]:
-    """The conversation in the form that a chat template takes."""
-    made: list[dict[str, object]] = []
-    for turn in conversation.turns:
-        image = [{"type": "image"}] if turn.picture else []
-        made.append({"role": "user", "content": [*image, {"type": "text", "text": turn.question}]})
-        made.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    return made
 
 
 def _corpus(conversations: int) -> Iterator[str]:

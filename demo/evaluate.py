@@ -98,7 +98,6 @@ def hold(
                 content.insert(0, {"type": "image"})
                 shown[i].append(waiting[i].pop(0))
             histories[i].append({"role": "user", "content": content})
-        # The processor takes no batch in which nobody has a picture together with one of pictures.
         texts = answers(
             model, processor, [histories[i] for i in active], [shown[i] for i in active]
         )

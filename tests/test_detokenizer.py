@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from llava_triton.detokenizer import MAX_UNREADABLE_TOKENS, REPLACEMENT, Detokenizer
 from tests.properties import given
-from tests.tokenizers_for_tests import byte_level, sentence_piece
+from tests.tokenizers_for_tests import byte_level, of_demo_checkpoint, sentence_piece
 
-TOKENIZERS = {"byte level": byte_level, "SentencePiece": sentence_piece}
+TOKENIZERS = {
+    "byte level": byte_level,
+    "SentencePiece": sentence_piece,
+    "demo checkpoint": of_demo_checkpoint,
+}
+BYTE_LEVEL = ["byte level", "demo checkpoint"]
 SENTENCES = st.text(
     st.sampled_from("ab .the\n  rdé東😀") | st.characters(exclude_categories=["Cs"]), max_size=30
 )
@@ -69,7 +74,7 @@ def test_an_answer_cut_anywhere_is_decoded_as_a_whole(name: str, text: str, cut:
     tokenizer = TOKENIZERS[name]()
     ids = ids_of(tokenizer, text)[:cut]
     answer = "".join(pieces_of(tokenizer, ids))
-    if name == "byte level" or REPLACEMENT in text:
+    if name in BYTE_LEVEL or REPLACEMENT in text:
         assert answer == whole_text(tokenizer, ids)
     else:
         # SentencePiece decodes an incomplete character, and all that came as bytes just before
@@ -78,12 +83,15 @@ def test_an_answer_cut_anywhere_is_decoded_as_a_whole(name: str, text: str, cut:
         assert answer.startswith(whole_text(tokenizer, ids).rstrip(REPLACEMENT))
 
 
-@given(st.data())
-def test_any_tokens_of_a_byte_level_tokenizer(data: st.DataObject) -> None:
-    tokenizer = byte_level()
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@given(data=st.data())
+def test_any_tokens_of_a_byte_level_tokenizer(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]()
     some = st.integers(0, len(tokenizer) - 1) | st.sampled_from(ids_of(tokenizer, "東😀é"))
     ids = data.draw(st.lists(some, max_size=40))
     assert "".join(pieces_of(tokenizer, ids)) == whole_text(tokenizer, ids)
+    stop = data.draw(STOPS)
+    assert "".join(pieces_of(tokenizer, ids, stop)) == slow_text(tokenizer, ids, stop)
 
 
 @given(st.data())

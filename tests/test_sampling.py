@@ -37,6 +37,35 @@ def test_null_is_as_good_as_left_out_and_one_stop_string_may_stand_alone() -> No
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("max_tokens", 1, 1),
+        ("max_tokens", 10**30, 2**31 - 1),
+        ("temperature", 0, 0.0),
+        ("temperature", -0.0, 0.0),
+        ("temperature", 5e-324, 5e-324),
+        ("temperature", 2.0, 2.0),
+        ("top_p", 1, 1.0),
+        ("top_p", 5e-324, 5e-324),
+        ("top_k", -1, 0),
+        ("top_k", 0, 0),
+        ("top_k", 1, 1),
+        ("top_k", 10**30, 2**31 - 1),
+        ("seed", 0, 0),
+        ("seed", 2**63 - 1, 2**63 - 1),
+        ("stop", [], ()),
+        ("stop", " ", (" ",)),
+        ("stop", ["東" * 128] * 16, ("東" * 128,) * 16),
+        ("ignore_eos", False, False),
+    ],
+)
+def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> None:
+    parameters = SamplingParameters.from_json(json.dumps({name: value}))
+    assert parameters == SamplingParameters(**{name: kept})
+    assert type(getattr(parameters, name)) is type(kept)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "not valid JSON"),
@@ -69,6 +98,9 @@ def test_null_is_as_good_as_left_out_and_one_stop_string_may_stand_alone() -> No
         (json.dumps({"stop": ["x"] * 17}), "stop is"),
         (json.dumps({"stop": "x" * 129}), "stop is"),
         ('{"ignore_eos": 1}', "ignore_eos is 1; it must be true or false"),
+        ('"\\ud800"', 'is "\\ud800"; give a JSON object'),
+        ('{"\\ud800": 1}', 'unknown name "\\ud800"'),
+        ('{"max_tokens": "\\udfff"}', 'max_tokens is "\\udfff"'),
     ],
 )
 def test_bad_parameters_are_named(text: str, said: str) -> None:
@@ -77,6 +109,7 @@ def test_bad_parameters_are_named(text: str, said: str) -> None:
     assert caught.value.code is ErrorCode.INVALID_ARG
     assert said in caught.value.sentence
     assert len(caught.value.sentence) < 400
+    assert str(caught.value).encode()  # Triton sends UTF-8; what has none would never be sent
 
 
 JSON_VALUES = st.recursive(
@@ -158,6 +191,24 @@ def test_draws_follow_the_probabilities(parameters: SamplingParameters) -> None:
     possible = expected > 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_square < 27.9  # p = 1e-4 with 6 degrees of freedom; the seeds are fixed anyway
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
+    dtype: torch.dtype,
+) -> None:
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(1)).to(dtype)
+    greedy = [Sampler(SamplingParameters()).sample(row) for row in logits]
+    for parameters in (
+        SamplingParameters(temperature=2.0, top_k=1),
+        SamplingParameters(temperature=2.0, top_p=1e-9),
+        SamplingParameters(temperature=1e-9),
+    ):
+        # Of several likeliest tokens, any may be drawn.
+        drawn = [Sampler(parameters).sample(row) for row in logits]
+        assert [float(row[token]) for row, token in zip(logits, drawn, strict=True)] == [
+            float(row[token]) for row, token in zip(logits, greedy, strict=True)
+        ]
 
 
 def test_greedy_takes_the_likeliest_token() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TEXTS = [
     "Is there a red circle? Yes, two of them.",
@@ -15,6 +16,7 @@ TEXTS = [
     "the the there",
 ] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
+DEMO_CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 
 
 @cache
@@ -66,6 +68,12 @@ def sentence_piece() -> Any:
         ]
     )
     return _wrapped(tokenizer)
+
+
+@cache
+def of_demo_checkpoint() -> Any:
+    """The demo checkpoint's own, as the server loads it."""
+    return AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)
 
 
 def _wrapped(tokenizer: Tokenizer) -> Any:

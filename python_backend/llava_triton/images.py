@@ -26,7 +26,8 @@ MAX_ASPECT_RATIO = 100
 every other limit and would become 336 x 16,800,000,000."""
 
 _ACCEPTED = f"an encoded picture ({', '.join(FORMATS)}), its base64 text or a data URI"
-_BASE64 = re.compile(rb"[A-Za-z0-9+/=\s]+\Z")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]+\Z")
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 # Ours is stricter, comes before decoding, too, and answers with a sentence; Pillow's would warn
 # on the server's log first and stand in the way of an operator's larger limit.
@@ -55,7 +56,8 @@ def encoded_image(item: bytes) -> bytes:
     A file is known by its first bytes; no base64 text of a file begins like one.
 
     Args:
-        item: a picture file, its base64 text, or a `data:` URI in base64.
+        item: a picture file, its base64 text, or a `data:` URI in base64. The text may be
+            URL-safe, lack its padding and have line breaks.
 
     Raises:
         SessionError: INVALID_ARG; its sentence lacks a subject ("is empty; ...").
@@ -74,8 +76,9 @@ def encoded_image(item: bytes) -> bytes:
             )
     elif not _BASE64.match(item):
         raise invalid(_no_picture(item))
+    text = b"".join(text.split()).translate(_FROM_URL_SAFE)
     try:
-        return base64.b64decode(b"".join(text.split()), validate=True)
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except binascii.Error as error:
         raise invalid(
             f"looks like base64 text but is not ({error}): it begins with {_shown(item)}; expected "

@@ -151,4 +151,6 @@ def _shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except ValueError:  # an integer of thousands of digits
         return "a very long number"
+    # JSON can name halves of surrogate pairs, which UTF-8, and so an error's text, cannot hold.
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -56,6 +56,10 @@ class Installation:
         _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in self.libraries])
         # What a model prints belongs in the log at once, not when its buffer is full.
         environment["PYTHONUNBUFFERED"] = "1"
+        # Torch's threads sleep while they wait for each other. Spinning ones, once the kernel has
+        # put two on one core, wait a whole time slice at every layer: measured as 480 ms instead
+        # of 5 ms to the first token on a machine of two cores.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return environment
 
 

@@ -17,7 +17,7 @@ from llava_triton import protocol
 from llava_triton.checkpoint import default_device, default_dtype, load_checkpoint
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.engine.model_runner import ModelRunner, cpu_threads
 from llava_triton.errors import SessionError, as_session_error
 from llava_triton.settings import Settings
 
@@ -41,6 +41,7 @@ class TritonPythonModel:
             dtype=default_dtype(device),
             device=device,
         )
+        torch.set_num_threads(cpu_threads(checkpoint.model))
         self._settings = settings
         self._engine = Engine(ModelRunner(checkpoint), checkpoint.tokenizer, settings)
         self._responses = ResponseThread()

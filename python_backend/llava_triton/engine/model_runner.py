@@ -11,6 +11,8 @@ from transformers import DynamicCache
 
 from llava_triton.checkpoint import Checkpoint
 
+SMALL_MODEL_PARAMETERS = 30_000_000
+
 
 class KeyValues:
     """Keys and values of one session's tokens, for every layer, on the model's device."""
@@ -95,6 +97,15 @@ class ModelRunner:
         logits: Tensor = self._lm_head(output.last_hidden_state[0, -1]).float()
         logits[self.image_token_id] = -torch.inf
         return logits
+
+
+def cpu_threads(model: Any) -> int:
+    """Threads worth having for a model on the CPU, of those torch would take.
+
+    A small model's layers are computed by one before a second one has woken up.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if parameters < SMALL_MODEL_PARAMETERS else torch.get_num_threads()
 
 
 def _tokens_per_image(config: Any) -> int:
