@@ -59,7 +59,7 @@ profile: .venv/runtime libb64 $(demo_repository) ## Whole sessions under NVIDIA'
 train: .venv/runtime ## Train it again, from nothing (an hour on 2 cores)
 	$(python) -m demo.train
 
-evaluate: .venv/runtime ## Its answers to 1,000 questions about unseen pictures
+evaluate: .venv/runtime ## Its answers to 1,500 questions about unseen pictures
 	$(python) -m demo.evaluate
 
 ##@ House-keeping
