@@ -39,7 +39,7 @@ export: .venv/runtime ## Fill build/repositories/NAME from MODEL= (a directory o
 
 ##@ Checking and measuring
 
-test: .venv/development libb64 lint ## Everything: lint, types, tests (TESTS= picks some)
+test: .venv/development libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
 	$(python) -m pytest $(TESTS)
 
 lint: .venv/development ## Style and types
@@ -77,7 +77,7 @@ help: ## This list
 	    /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo serve export test lint bench profile train evaluate clean distclean help
-.PHONY: repository libb64 force
+.PHONY: repository libb64 curl force
 
 # ---- model repositories ----
 
@@ -131,6 +131,9 @@ endef
 
 libb64: # a library that perf_analyzer needs
 	/sbin/ldconfig -p | grep libb64.so.0d >/dev/null || { $(call debian,libb64-0d); }
+
+curl: # for the example that uses nothing else
+	command -v curl >/dev/null || { $(call debian,curl); }
 
 # $(call debian,PACKAGE)
 sudo := $(shell [ "$$(id -u)" = 0 ] || echo sudo)

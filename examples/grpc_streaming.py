@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
-PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
+PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.*"))
 
 
 def string_input(name: str, value: str | bytes) -> triton.InferInput:

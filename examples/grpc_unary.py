@@ -16,7 +16,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
+PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.*"))
 
 
 def string_input(name: str, value: str | bytes) -> triton.InferInput:

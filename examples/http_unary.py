@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.http as triton
 
-PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
+PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.*"))
 
 
 def string_input(name: str, value: str | bytes) -> triton.InferInput:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_triton.client import Session, SessionError
 
-PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
+PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.*"))
 
 
 def main(url: str = "grpc://localhost:8001", picture: str = str(PICTURES[0])) -> None:

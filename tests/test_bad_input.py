@@ -52,18 +52,18 @@ def _case(code: ErrorCode, sentence: str, **turn: Any) -> Any:
 INVALID = ErrorCode.INVALID_ARG
 CASES = [
     _case(INVALID, "is no picture", text="?", images=[b"\x00\x01 this is no picture"]),
-    _case(INVALID, "no valid base64", text="?", images=[b"aGVsbG8=hello"]),
-    _case(INVALID, "cannot be read as PNG", text="?", images=[b"aGVsbG8="]),
-    _case(INVALID, "damaged or cut short", text="?", images=[_jpeg()[:-2000]]),
-    _case(INVALID, "at most 50000000 in all are accepted", text="?", images=[_png(20000, 20000)]),
-    _case(INVALID, "picture 2 of 2 is no picture", images=[PICTURES[0].read_bytes(), b"\x01\x02"]),
+    _case(INVALID, "looks like base64 text but is not", text="?", images=[b"aGVsbG8=hello"]),
+    _case(INVALID, "is no picture: 5 bytes", text="?", images=[b"aGVsbG8="]),
+    _case(INVALID, "damaged or cut off", text="?", images=[_jpeg()[:-2000]]),
     _case(
-        INVALID, "at most 8 may come in one turn", text="?", images=[PICTURES[0].read_bytes()] * 9
+        INVALID, "400000000 pixels; the limit is 50000000", text="?", images=[_png(20000, 20000)]
     ),
+    _case(INVALID, "image 2 of 2 is no picture", images=[PICTURES[0].read_bytes(), b"\x01\x02"]),
+    _case(INVALID, "a turn takes at most 8", text="?", images=[PICTURES[0].read_bytes()] * 9),
     _case(INVALID, "neither text_input nor image"),
     _case(INVALID, "neither text_input nor image", text=""),
     _case(INVALID, "context is 1024", text="many words " * 2000),
-    _case(INVALID, "at most 262144 are accepted", text="x" * 300_000),
+    _case(INVALID, "the limit is 262144", text="x" * 300_000),
     _case(INVALID, "is not UTF-8", text=b"caf\xe9"),
     _case(INVALID, "image placeholder", text="What is in <image>?"),
     _case(INVALID, "max_tokens is 0", text="?", parameters={"max_tokens": 0}),
@@ -75,8 +75,9 @@ CASES = [
     _case(INVALID, "seed is -1", text="?", parameters={"seed": -1}),
     _case(INVALID, "stop is [1]", text="?", parameters={"stop": [1]}),
     _case(INVALID, 'unknown name "beams"', text="?", parameters={"beams": 4}),
+    _case(INVALID, "has the unknown name", text="?", parameters='{"\\ud800": 1}'),
     _case(INVALID, "not valid JSON", text="?", parameters="{max_tokens: 4}"),
-    _case(INVALID, "it must be a JSON object", text="?", parameters="[4]"),
+    _case(INVALID, "give a JSON object", text="?", parameters="[4]"),
     _case(INVALID, "sampling_parameters is not UTF-8", text="?", parameters=b'{"stop": "\xff"}'),
 ]
 

@@ -143,6 +143,18 @@ def test_text_that_might_begin_a_stop_string_is_held_back(tokenizer: Any) -> Non
         assert detokenizer.flush() == ""
 
 
+def test_the_first_of_two_stop_strings_in_one_token_ends_the_answer(tokenizer: Any) -> None:
+    for stop in (("e", "h"), ("h", "e")):
+        assert "".join(pieces_of(tokenizer, ids_of(tokenizer, "the"), stop)) == "t"
+
+
+def test_an_answer_loses_one_leading_space_and_no_more(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "    the")
+    expected = whole_text(tokenizer, ids)
+    assert expected.startswith("  ")
+    assert "".join(pieces_of(tokenizer, ids)) == expected
+
+
 def test_an_answer_begins_without_a_space(tokenizer: Any) -> None:
     assert pieces_of(tokenizer, ids_of(tokenizer, " there"))[0] in ("", "t", "th", "the", "there")
     assert "".join(pieces_of(tokenizer, ids_of(tokenizer, " there"))) == "there"

@@ -32,6 +32,7 @@ def strings(*items: bytes | str) -> np.ndarray:
         (strings("東京 😀".encode()), "東京 😀"),
         (strings("as str"), "as str"),
         (strings(b" "), " "),
+        (strings(b"x" * 20), "x" * 20),
     ],
 )
 def test_text(array: np.ndarray | None, text: str | None) -> None:
@@ -71,6 +72,8 @@ def test_pictures() -> None:
     assert protocol.image_items(strings(), SETTINGS) == []
     assert protocol.image_items(strings(b""), SETTINGS) == []
     assert protocol.image_items(strings(b"\x89PNG", "iVBOR"), SETTINGS) == [b"\x89PNG", b"iVBOR"]
+    assert protocol.image_items(strings(b"a", b"b", b"c"), SETTINGS) == [b"a", b"b", b"c"]
+    assert protocol.image_items(strings(b"a", b""), SETTINGS) == [b"a", b""]
 
 
 def test_too_many_pictures_and_bad_shapes_are_refused() -> None:

@@ -161,6 +161,7 @@ def test_kept_tokens_are_those_of_the_slow_reference(
     parameters = SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k)
     expected = slow_probabilities(np.array(logits), parameters)
     kept, ids = kept_tokens(torch.tensor(logits), parameters)
+    assert kept.dtype == torch.float64
     actual = np.zeros(len(logits))
     actual[ids.numpy()] = (kept / kept.sum()).numpy()
     # A sum that equals top_p up to rounding may fall on either side of it.
@@ -203,6 +204,7 @@ def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
         SamplingParameters(temperature=2.0, top_k=1),
         SamplingParameters(temperature=2.0, top_p=1e-9),
         SamplingParameters(temperature=1e-9),
+        SamplingParameters(temperature=5e-324),
     ):
         # Of several likeliest tokens, any may be drawn.
         drawn = [Sampler(parameters).sample(row) for row in logits]

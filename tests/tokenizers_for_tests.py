@@ -14,6 +14,7 @@ TEXTS = [
     "Is there a red circle? Yes, two of them.",
     "naïve café – 東京 😀👍🏽",
     "the the there",
+    "two:\n        spaces in one token",
 ] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
 DEMO_CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -18,7 +19,7 @@ from llava_triton.checkpoint import default_device, default_dtype, load_checkpoi
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner, cpu_threads
-from llava_triton.errors import SessionError, as_session_error
+from llava_triton.errors import ErrorCode, SessionError, as_session_error
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -129,6 +130,13 @@ class Responder:
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if event.is_final else 0)
 
+    def give_up(self) -> None:
+        """A response could not be sent: end the request, so that its client does not wait."""
+        sentence = "the answer could not be sent; see the server's log"
+        error = _triton_error(SessionError(ErrorCode.INTERNAL, sentence))
+        with contextlib.suppress(Exception):  # ended already: nobody is there to tell
+            self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+
     def _turn_to_watch(self, event: Delta) -> bytes:
         now = time.monotonic()
         if event.is_final or now - self._watched_at < WATCH_SECONDS:
@@ -160,8 +168,9 @@ class ResponseThread:
             responder, event = item
             try:
                 responder.send(event)
-            except Exception as error:  # a request Triton has given up: nobody is there to tell
+            except Exception as error:
                 pb_utils.Logger.log_warn(f"a response could not be sent: {error}")
+                responder.give_up()
 
 
 def _array(request: Any, name: str) -> np.ndarray | None:
