@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 MODEL ?= demo/checkpoint
-NAME = $(if $(filter demo/checkpoint,$(MODEL)),demo,$(shell basename -- '$(MODEL)'))
+# The whole name, so that no two models share a repository.
+NAME = $(if $(filter demo/checkpoint,$(MODEL)),demo,model-$(subst /,-,$(subst $() ,-,$(MODEL))))
 REPOSITORY ?= build/repositories/$(NAME)
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
@@ -90,9 +91,9 @@ $(demo_repository): $(export_inputs) | .venv/runtime
 
 # The repository that `serve` serves: exported when it is missing (the demo's: also when outdated).
 repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_repository)) | .venv/runtime
-	if [ ! -e '$(REPOSITORY)/settings.json' ]; then \
-	    case '$(REPOSITORY)' in build/repositories/*) $(call export_model,$(MODEL),$(REPOSITORY));; esac; \
-	fi
+	# The export looks by itself whether there is anything to do.
+	case '$(REPOSITORY)' in build/repositories/demo) ;; \
+	    build/repositories/*) $(call export_model,$(MODEL),$(REPOSITORY));; esac
 
 # ---- what must be installed ----
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class EngineHarness:
         *,
         start: bool = False,
         end: bool = False,
+        listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
         """Send a turn and return at once; answers are as long as the reference's by default."""
@@ -95,7 +96,13 @@ class EngineHarness:
             image_features=self.features(images),
             sampling=SamplingParameters(**sampling),
         )
-        pending.id = self.engine.submit(request, pending.events.put)
+
+        def listener(event: Delta | SessionError) -> None:
+            if listen is not None:
+                listen(event)
+            pending.events.put(event)
+
+        pending.id = self.engine.submit(request, listener)
         return pending
 
     def ask(self, session_id: SessionId, *args: Any, **kwargs: Any) -> tuple[str, Delta]:

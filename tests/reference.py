@@ -52,6 +52,11 @@ class TransformersChat:
         message = message.replace("<image>", "<image>" * per_image)
         self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
 
+    @property
+    def num_tokens(self) -> int:
+        """Length of the conversation so far."""
+        return len(self._ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's text, without the space that leads it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(" ")

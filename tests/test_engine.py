@@ -292,6 +292,60 @@ def test_what_a_stop_string_cut_off_is_not_in_the_history(harness: EngineHarness
     assert harness.ask("s", QUESTIONS[0])[0] == reference.answer(QUESTIONS[0])
 
 
+def test_a_stop_string_in_the_first_word(harness: EngineHarness) -> None:
+    reference = TransformersChat(DEMO)
+    whole = reference.answer("Hello!")
+    text, _ = harness.ask("s", "Hello!", start=True, stop=(whole[3:8],))
+    assert text == whole[:3]
+    reference.restart()
+    reference.say("Hello!", answer=whole[:3])
+    _, final = harness.ask("s", "Hello?")
+    reference.ask("Hello?")
+    assert final.num_input_tokens + final.num_output_tokens == reference.num_tokens
+
+
+def test_a_picture_that_cannot_be_placed_fails_its_turn_only(
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(features: Any) -> Any:
+        raise RuntimeError("no room on the device")
+
+    harness.ask("other", "Hello!", start=True)
+    for images in ([], [picture("red")]):
+        reference = TransformersChat(DEMO)
+        harness.ask("s", QUESTIONS[0], images, start=True)
+        reference.ask(QUESTIONS[0], images)
+        with monkeypatch.context() as patch:
+            patch.setattr(harness.runner, "features_on_device", broken)
+            doomed = harness.submit("s", "?", [picture("blue")])
+            assert failure(doomed) is ErrorCode.INTERNAL
+        text, _ = harness.ask("s", QUESTIONS[1], [picture("green")])
+        assert text == reference.answer(QUESTIONS[1], [picture("green")])
+    assert harness.ask("other", "Hello?")[0]
+
+
+def test_an_ended_session_holds_nothing_when_its_client_hears_of_it(
+    harness: EngineHarness,
+) -> None:
+    harness.ask("s", QUESTIONS[0], [picture("red")], start=True)
+    session = harness.engine._sessions["s"]
+    held: list[int] = []
+    harness.submit("s", end=True, listen=lambda _: held.append(len(session.key_values))).wait()
+    assert held == [0]
+    assert session.image_features == []
+
+
+def test_closing_a_session_cancels_equal_turns_with_pictures(harness: EngineHarness) -> None:
+    running = harness.submit("s", "Hello!", start=True, max_tokens=800, ignore_eos=True)
+    next(running.deltas())
+    waiting = [harness.submit("s", "Same?", [picture("red")]) for _ in range(3)]
+    harness.engine.close("s")
+    for turn in (running, *waiting):
+        assert failure(turn) is ErrorCode.CANCELLED
+    assert harness.engine.statistics().turns_in_flight == 0
+    assert harness.engine.statistics().sessions_open == 0
+
+
 def test_a_seed_decides_a_sampled_answer(harness: EngineHarness) -> None:
     def sampled(session: str, seed: int) -> str:
         return harness.ask(

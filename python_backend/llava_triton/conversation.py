@@ -85,13 +85,21 @@ class ConversationRenderer:
             answer_ids: every token generated, end-of-sequence excluded.
             shown: the text the client got.
         """
+        # Byte-level tokenizers begin an answer with a space, which is not shown.
+        lead = " " if self._decode(answer_ids).startswith(" ") else ""
         for length in range(len(answer_ids), 0, -1):
-            decoded = self._tokenizer.decode(answer_ids[:length], skip_special_tokens=True)
-            for candidate in (decoded, decoded.removeprefix(" ")):
-                if shown.startswith(candidate):
-                    rest = shown[len(candidate) :]
-                    return [*answer_ids[:length], *self._tokenize(rest)]
-        return self._tokenize(shown)
+            kept = self._decode(answer_ids[:length])
+            if (lead + shown).startswith(kept):
+                rest = (lead + shown)[len(kept) :]
+                return [*answer_ids[:length], *self._tokenize_after(kept, rest)]
+        return self._tokenize(lead + shown)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return str(

@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,24 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Image.MAX_IMAGE_PIXELS = None
 
 
-def decode_images(items: Sequence[bytes], settings: Settings) -> list[Image.Image]:
-    """Elements of the input `image` -> RGB pictures, upright.
+def iterate_images(items: Sequence[bytes], settings: Settings) -> Iterator[Image.Image]:
+    """Elements of the input `image` -> RGB pictures, upright, decoded as they are asked for.
 
     Raises:
         SessionError: INVALID_ARG, naming the picture by its position, counted from 1.
     """
-    images = []
     for number, item in enumerate(items, start=1):
         try:
-            images.append(decode_image(encoded_image(item), settings))
+            image = decode_image(encoded_image(item), settings)
         except SessionError as error:
             name = "image" if len(items) == 1 else f"image {number} of {len(items)}"
             raise SessionError(error.code, f"{name} {error.sentence}") from error.__cause__
-    return images
+        yield image
+
+
+def decode_images(items: Sequence[bytes], settings: Settings) -> list[Image.Image]:
+    """All of `iterate_images` at once."""
+    return list(iterate_images(items, settings))
 
 
 def encoded_image(item: bytes) -> bytes:
@@ -125,6 +129,17 @@ class PixelValues:
 
     def __init__(self, directory: Path) -> None:
         self._processor: Any = AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+    def of_encoded(self, items: Sequence[bytes], settings: Settings) -> np.ndarray:
+        """N >= 1 pictures as they were sent -> float32 [N, 3, H, W].
+
+        One after the other, so that only one is in memory at its full size.
+
+        Raises:
+            SessionError: as `decode_images`.
+        """
+        images = iterate_images(items, settings)
+        return np.concatenate([self.pixel_values([image]) for image in images])
 
     def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:
         """N >= 1 RGB pictures of any sizes -> float32 [N, 3, H, W]."""

@@ -66,7 +66,7 @@ class Settings:
     def max_candidate_sequences(self) -> int:
         """Sequences Triton admits: above `max_sessions`, so that the engine can refuse at once;
         Triton would let one more wait silently. Refused and expired ones linger here too."""
-        return 16 * self.max_sessions
+        return max(20_000, 16 * self.max_sessions)
 
     def to_json(self) -> str:
         """This object as JSON text."""

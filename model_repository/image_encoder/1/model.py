@@ -12,10 +12,13 @@ import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
 from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.images import PixelValues, decode_images
+from llava_triton.images import PixelValues
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+MAX_WORKERS = 4
+"""Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""
 
 
 class TritonPythonModel:
@@ -26,7 +29,7 @@ class TritonPythonModel:
         repository = Path(args["model_repository"])
         self._settings = Settings.of_repository(repository.parent)
         self._pixel_values = PixelValues(repository / args["model_version"] / "processor")
-        self._workers = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._workers = ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1))
 
     def execute(self, requests: list[Any]) -> None:
         """Answer requests without a picture at once, the others from a worker."""
@@ -53,8 +56,7 @@ class TritonPythonModel:
 
     def _encode(self, items: list[bytes], sender: Any) -> None:
         try:
-            images = decode_images(items, self._settings)
-            pixels = self._pixel_values.pixel_values(images)
+            pixels = self._pixel_values.of_encoded(items, self._settings)
             response = pb_utils.InferenceRequest(
                 model_name="vision_encoder",
                 requested_output_names=[protocol.IMAGE_FEATURES],

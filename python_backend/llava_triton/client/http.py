@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http.client import HTTPException
 
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -32,7 +33,7 @@ class HttpTransport(Transport):
                 sequence_start=turn.start,
                 sequence_end=turn.end,
             )
-        except (InferenceServerException, OSError) as error:
+        except (InferenceServerException, OSError, HTTPException) as error:
             raise session_error(error, self._address) from error
         return delta_of(result)
 

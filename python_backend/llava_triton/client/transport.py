@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from types import ModuleType
 from typing import Any
 
@@ -79,11 +80,15 @@ def delta_of(result: Any) -> Delta:
 def session_error(error: Exception, address: str) -> SessionError:
     """What went wrong, in our terms; connection faults by any library included."""
     text = str(error)
-    if isinstance(error, OSError) or "StatusCode.UNAVAILABLE] failed to connect" in text:
+    told = error_from_text(text)
+    no_connection = isinstance(error, OSError | HTTPException) or (
+        told.code is ErrorCode.INTERNAL and "StatusCode.UNAVAILABLE]" in text
+    )
+    if no_connection:
         return SessionError(
             ErrorCode.UNAVAILABLE, f"no server answers at {address}; is it running? ({text})"
         )
-    return error_from_text(text)
+    return told
 
 
 def _utf8(text: str) -> bytes:

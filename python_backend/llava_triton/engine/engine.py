@@ -111,8 +111,7 @@ class Engine:
     def _run(self) -> None:
         while not self._stopping:
             self._take_commands()
-            for running in list(self._running.values()):
-                self._attempt(running, self._advance)
+            self._advance_all()
             self._expire_sessions()
         for lane in list(self._lanes.values()):
             for turn in lane:
@@ -120,6 +119,10 @@ class Engine:
         self._lanes.clear()
         self._running.clear()
         self._sessions.clear()
+
+    def _advance_all(self) -> None:
+        for running in list(self._running.values()):
+            self._attempt(running, self._advance)
 
     def _take_commands(self) -> None:
         """Do what callers asked for; with no turn to advance, wait until one asks."""
@@ -145,7 +148,8 @@ class Engine:
 
     def _enqueue(self, turn: Turn) -> None:
         limit = self._settings.max_queued_turns
-        if sum(len(lane) for lane in self._lanes.values()) >= limit:
+        waiting = sum(len(lane) for lane in self._lanes.values())
+        if waiting >= limit and not turn.request.end:  # an END makes room
             self._refuse(turn, unavailable(f"{limit} turns are waiting already; try again later"))
             return
         lane = self._lanes.setdefault(turn.request.session_id, deque())
@@ -162,9 +166,12 @@ class Engine:
             session = self._session_for(turn.request)
             running = self._prepare(turn, session)
         except Exception as error:
-            self._refuse(turn, as_session_error(error))
             if turn.request.end:
                 self._drop(session_id)  # Triton has ended the sequence: nobody can reach it again
+            elif session_id in self._sessions:
+                # Triton has begun to count anew; see Settings.triton_idle_microseconds.
+                self._sessions[session_id].last_used_at = self._clock()
+            self._refuse(turn, as_session_error(error))
             self._leave(turn)
             return
         if turn.request.start:
@@ -234,6 +241,7 @@ class Engine:
             session=session,
             prompt=prompt,
             cached_tokens=cached,
+            features_before=len(session.image_features),
             images=images,
             max_tokens=0 if request.text is None else min(wanted, room),
             sampler=Sampler(request.sampling),
@@ -247,7 +255,13 @@ class Engine:
         try:
             action(running)
         except Exception as error:
-            self._fail(running, as_session_error(error))
+            try:
+                self._fail(running, as_session_error(error))
+            except Exception:  # the session is in an unknown state, the others are not
+                log.exception("turn %s could not be undone; its session is closed", running.turn.id)
+                self._drop(running.session.id)
+                self._tell(running.turn, as_session_error(error))
+                self._leave(running.turn)
 
     def _advance(self, running: RunningTurn) -> None:
         """Compute one piece of a turn's prompt, or its next token."""
@@ -327,8 +341,7 @@ class Engine:
             self._drop(session.id)
         else:
             session.truncate(min(running.cached_tokens, len(session.cached_ids)))
-            if turn.request.image_features is not None:
-                session.image_features.pop()
+            del session.image_features[running.features_before :]
             session.last_used_at = self._clock()
         self._tell(turn, error)
         self._leave(turn)
@@ -357,6 +370,8 @@ class Engine:
         waiting = [turn for lane in self._lanes.values() for turn in lane if turn.id == turn_id]
         for turn in waiting:
             self._statistics.turns_cancelled += 1
+            if turn.request.end:
+                self._drop(turn.request.session_id)
             self._tell(turn, error)
             self._leave(turn)
 
@@ -366,7 +381,9 @@ class Engine:
         self._drop(session_id)
 
     def _drop(self, session_id: SessionId) -> None:
-        if self._sessions.pop(session_id, None) is not None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            session.free()
             self._statistics.sessions_closed += 1
 
     def _tell(self, turn: Turn, event: object) -> None:

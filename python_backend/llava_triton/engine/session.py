@@ -14,7 +14,7 @@ SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One open session. Only the engine's thread touches it.
 
@@ -52,6 +52,11 @@ class Session:
         """Make the device forget every token from position `length` on."""
         self.key_values.truncate(length)
         del self.cached_ids[length:]
+
+    def free(self) -> None:
+        """Give back all memory on the device at once, whoever still refers to this object."""
+        self.truncate(0)
+        self.image_features.clear()
 
     def features_between(self, first: int, last: int) -> Tensor:
         """Rows [last - first, D] of the session's image features, counted over all its images."""

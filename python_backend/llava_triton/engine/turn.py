@@ -19,7 +19,7 @@ Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare
 class TurnRequest:
     """One turn of one session, checked as far as it can be without the session."""
 
@@ -34,7 +34,7 @@ class TurnRequest:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """A turn on its way through the engine."""
 
@@ -44,7 +44,7 @@ class Turn:
     arrived_at: float = field(default_factory=time.monotonic)
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningTurn:
     """A turn that is being computed: the prompt first, then one token at a time."""
 
@@ -53,6 +53,8 @@ class RunningTurn:
     prompt: list[int]
     cached_tokens: int
     """How many prompt tokens the device remembered: they are not computed again."""
+    features_before: int
+    """Entries of the session's `image_features` when the turn began."""
     images: int
     """Images in the message this turn completes, pending ones included."""
     max_tokens: int
