@@ -31,12 +31,13 @@ def write_random_llava(
     text: dict[str, Any],
     *,
     seed: int = 0,
+    least_deviation: float = 0.25,
     **llava_options: Any,
 ) -> Path:
     """Write a whole random checkpoint: model, tokenizer, chat template, image processor.
 
-    Its weights are float32 and wide enough that greedy answers vary with picture and question and
-    have no near ties, which another order of additions could turn.
+    Its weights are float32 and, in narrow models, wide enough that greedy answers vary with picture
+    and question and have no near ties, which another order of additions could turn.
 
     Args:
         directory: where to write; made if need be.
@@ -44,6 +45,8 @@ def write_random_llava(
         text_class: configuration class of the language model: LlamaConfig, MistralConfig, ...
         text: its geometry; vocabulary and special tokens are the demo tokenizer's.
         seed: of the weights.
+        least_deviation: of the weights of a matrix; by default far more than 1 / sqrt(inputs), so
+            that narrow models are lively. Wide ones become chaotic by it: give 0 for them.
         llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
 
     Returns:
@@ -65,14 +68,14 @@ def write_random_llava(
         **llava_options,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    _randomize(model, seed)
+    _randomize(model, seed, least_deviation)
     write_llava_checkpoint(model, directory, torch.float32)
     _write_processor(directory, vision)
     return directory
 
 
-def _randomize(model: torch.nn.Module, seed: int) -> None:
-    """Normal weights of standard deviation 0.5 / sqrt(inputs) or more, small biases."""
+def _randomize(model: torch.nn.Module, seed: int, least_deviation: float) -> None:
+    """Normal weights of standard deviation 1 / sqrt(inputs) or more, small biases."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -80,7 +83,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         elif parameter.dim() < 2:
             mean, deviation = 0.0, 0.1
         else:
-            mean, deviation = 0.0, max(0.25, parameter[0].numel() ** -0.5)
+            mean, deviation = 0.0, max(least_deviation, parameter[0].numel() ** -0.5)
         values = torch.randn(parameter.shape, generator=generator)
         parameter.data = mean + deviation * values
 
