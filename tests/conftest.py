@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tritonclient.grpc
 import tritonclient.http
 
 from llava_triton.server import TritonServer, free_ports
+from tests.triton import Asker, Stream, ask, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,3 +55,20 @@ def http_client(server: TritonServer) -> Iterator[tritonclient.http.InferenceSer
     """A plain HTTP client of `server`."""
     with tritonclient.http.InferenceServerClient(server.http_address) as client:
         yield client
+
+
+@pytest.fixture(params=["http", "grpc", "grpc stream"])
+def asker(
+    request: pytest.FixtureRequest,
+    server: TritonServer,
+    http_client: Any,
+    grpc_client: Any,
+) -> Iterator[Asker]:
+    """Asks one turn over each protocol."""
+    if request.param == "http":
+        yield lambda *args, **kwargs: ask(http_client, *args, **kwargs)
+    elif request.param == "grpc":
+        yield lambda *args, **kwargs: ask(grpc_client, *args, **kwargs)
+    else:
+        with Stream(server.grpc_address) as stream:
+            yield lambda *args, **kwargs: whole(stream.turn(*args, **kwargs))

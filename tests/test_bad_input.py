@@ -6,7 +6,6 @@ import io
 import struct
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.errors import ErrorCode, error_from_text
-from llava_triton.server import TritonServer
-from tests.triton import Answer, Stream, ask
+from tests.triton import Asker
 
 PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))
 LIMIT = {"max_tokens": 24}
 QUESTIONS = ("Describe the picture.", "How many shapes are there?")
-
-Asker = Callable[..., Answer]
 
 
 def _png(width: int, height: int) -> bytes:
@@ -80,27 +76,6 @@ CASES = [
     _case(INVALID, "give a JSON object", text="?", parameters="[4]"),
     _case(INVALID, "sampling_parameters is not UTF-8", text="?", parameters=b'{"stop": "\xff"}'),
 ]
-
-
-@pytest.fixture(params=["http", "grpc", "grpc stream"])
-def asker(
-    request: pytest.FixtureRequest, server: TritonServer, http_client: Any, grpc_client: Any
-) -> Iterator[Asker]:
-    """Asks one turn over each protocol."""
-    if request.param == "http":
-        yield lambda *args, **kwargs: ask(http_client, *args, **kwargs)
-    elif request.param == "grpc":
-        yield lambda *args, **kwargs: ask(grpc_client, *args, **kwargs)
-    else:
-        with Stream(server.grpc_address) as stream:
-
-            def over_stream(*args: Any, **kwargs: Any) -> Answer:
-                pieces = list(stream.turn(*args, **kwargs))
-                return Answer(
-                    "".join(piece.text for piece in pieces), *list(vars(pieces[-1]).values())[1:]
-                )
-
-            yield over_stream
 
 
 def refusal(asker: Asker, **turn: Any) -> Any:

@@ -7,7 +7,6 @@ import io
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.image_utils import load_image
 from llava_triton.server import TritonServer, free_ports
 from tests.checkpoints import tiny_llava
 from tests.reference import TransformersChat
-from tests.triton import Answer, Stream, ask
+from tests.triton import Asker, ask
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -33,36 +32,9 @@ QUESTIONS = (
 )
 LIMIT = {"max_tokens": 32}
 
-Asker = Callable[..., Answer]
-
 
 def new_session() -> str:
     return uuid.uuid4().hex
-
-
-def whole(pieces: Iterator[Answer]) -> Answer:
-    """A stream's pieces as one answer."""
-    got = list(pieces)
-    final = got[-1]
-    assert [piece.finish_reason for piece in got[:-1]] == [""] * (len(got) - 1)
-    return Answer("".join(piece.text for piece in got), *list(vars(final).values())[1:])
-
-
-@pytest.fixture(params=["http", "grpc", "grpc stream"])
-def asker(
-    request: pytest.FixtureRequest,
-    server: TritonServer,
-    http_client: Any,
-    grpc_client: Any,
-) -> Iterator[Asker]:
-    """Asks one turn over each protocol."""
-    if request.param == "http":
-        yield lambda *args, **kwargs: ask(http_client, *args, **kwargs)
-    elif request.param == "grpc":
-        yield lambda *args, **kwargs: ask(grpc_client, *args, **kwargs)
-    else:
-        with Stream(server.grpc_address) as stream:
-            yield lambda *args, **kwargs: whole(stream.turn(*args, **kwargs))
 
 
 def load(file: Path) -> Image.Image:

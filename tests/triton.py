@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,10 @@ class Answer:
     num_output_tokens: int
     num_cached_tokens: int
     first_token_ms: float
+
+
+Asker = Callable[..., Answer]
+"""`ask`, over one of the protocols: without its client."""
 
 
 def inputs(
@@ -135,6 +139,14 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.client.stop_stream()
         self.client.close()
+
+
+def whole(pieces: Iterator[Answer]) -> Answer:
+    """A stream's pieces as one answer."""
+    got = list(pieces)
+    final = got[-1]
+    assert [piece.finish_reason for piece in got[:-1]] == [""] * (len(got) - 1)
+    return Answer("".join(piece.text for piece in got), *list(vars(final).values())[1:])
 
 
 def answer_of(result: Any) -> Answer:
