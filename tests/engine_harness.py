@@ -25,6 +25,12 @@ from tests.reference import image_features, load_reference
 PATIENCE_SECONDS = 120.0
 """No answer of a tiny model takes this long: a test that waits longer has found a hang."""
 
+SMALL_MEMORIES = {
+    "kv_cache_bytes": 64 << 20,
+    "host_cache_bytes": 64 << 20,
+    "image_features_bytes": 64 << 20,
+}
+
 
 @dataclass
 class Clock:
@@ -67,8 +73,9 @@ class EngineHarness:
         self._vision = load_reference(checkpoint)
         self._processor = AutoProcessor.from_pretrained(checkpoint)
         loaded = load_checkpoint(checkpoint)
-        self.runner = ModelRunner(loaded)
-        self.engine = Engine(self.runner, loaded.tokenizer, Settings(**limits), clock=self.clock)
+        settings = Settings(**{**SMALL_MEMORIES, **limits})
+        self.runner = ModelRunner(loaded, settings)
+        self.engine = Engine(self.runner, loaded.tokenizer, settings, clock=self.clock)
 
     def features(self, images: Sequence[Image]) -> torch.Tensor | None:
         """Image features [N, T, D]; None for no images."""

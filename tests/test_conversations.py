@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import subprocess
 import sys
 import uuid
@@ -16,6 +17,7 @@ import tritonclient.http
 from PIL import Image
 from transformers.image_utils import load_image
 
+from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.server import TritonServer, free_ports
 from tests.checkpoints import tiny_llava
 from tests.reference import TransformersChat
@@ -80,15 +82,37 @@ def test_later_turns_compute_only_what_is_new(asker: Asker, http_client: Any) ->
         return int(statistics["inference_count"])
 
     session, before = new_session(), encoded()
-    picture = PICTURES[0].read_bytes()
+    picture = never_seen_picture()
     opened = asker(session=session, images=[picture], start=True)
-    assert (opened.finish_reason, opened.num_cached_tokens) == ("prefilled", 0)
+    assert opened.finish_reason == "prefilled"
+    assert opened.num_cached_tokens < BLOCK_TOKENS  # no more than the template's beginning
     seen = opened.num_input_tokens
     for question in QUESTIONS:
         answer = asker(question, session=session, parameters={"max_tokens": 5})
         assert answer.num_cached_tokens >= seen - 1
         seen = answer.num_input_tokens + answer.num_output_tokens
     assert encoded() - before == 1
+
+
+def test_a_picture_shown_again_is_neither_encoded_nor_prefilled_again(
+    asker: Asker, http_client: Any
+) -> None:
+    picture = never_seen_picture()
+    first, second = new_session(), new_session()
+    opened = asker(session=first, images=[picture], start=True)
+    encoded = http_client.get_inference_statistics("vision_encoder")["model_stats"][0]
+    shared = asker(session=second, images=[picture], start=True)
+    again = http_client.get_inference_statistics("vision_encoder")["model_stats"][0]
+    assert again["inference_count"] == encoded["inference_count"]
+    assert shared.num_cached_tokens > opened.num_input_tokens - 2 * BLOCK_TOKENS
+    answers = [asker(QUESTIONS[0], session=each, end=True).text for each in (first, second)]
+    assert answers[0] == answers[1]
+
+
+def never_seen_picture() -> bytes:
+    picture = io.BytesIO()
+    Image.frombytes("RGB", (64, 48), os.urandom(64 * 48 * 3)).save(picture, "PNG")
+    return picture.getvalue()
 
 
 @pytest.mark.parametrize("session", ["seven-7", 77_777_777_777, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +164,15 @@ def test_a_failing_step_fails_one_turn_only(
     images = [picture("red")]
     harness.ask("s", QUESTIONS[0], images, start=True)
     reference.ask(QUESTIONS[0], images)
-    layer = harness.runner._text_model.layers[2]
+    layers = harness.runner._text_model.layers
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("device lost a bit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", broken)  # the layers before it have grown by then
+        # The layers before it have written their keys and values by then.
+        broken_layers = [*layers[:2], replace(layers[2], gate_up=broken), *layers[3:]]
+        patch.setattr(harness.runner._text_model, "layers", broken_layers)
         assert failure(harness.submit("s", QUESTIONS[1])) is ErrorCode.INTERNAL
     assert harness.ask("s", QUESTIONS[1])[0] == reference.answer(QUESTIONS[1])
 
@@ -316,7 +319,7 @@ def test_a_picture_that_cannot_be_placed_fails_its_turn_only(
         harness.ask("s", QUESTIONS[0], images, start=True)
         reference.ask(QUESTIONS[0], images)
         with monkeypatch.context() as patch:
-            patch.setattr(harness.runner, "features_on_device", broken)
+            patch.setattr(harness.engine._images, "_place", broken)
             doomed = harness.submit("s", "?", [picture("blue")])
             assert failure(doomed) is ErrorCode.INTERNAL
         text, _ = harness.ask("s", QUESTIONS[1], [picture("green")])
@@ -328,11 +331,18 @@ def test_an_ended_session_holds_nothing_when_its_client_hears_of_it(
     harness: EngineHarness,
 ) -> None:
     harness.ask("s", QUESTIONS[0], [picture("red")], start=True)
-    session = harness.engine._sessions["s"]
+    session = harness.engine._sessions.get("s")
     held: list[int] = []
-    harness.submit("s", end=True, listen=lambda _: held.append(len(session.key_values))).wait()
+
+    def listen(_: object) -> None:
+        kv = session.key_values
+        held.append(len(kv) + len(kv.blocks) + len(session.images))
+
+    harness.submit("s", end=True, listen=listen).wait()
     assert held == [0]
-    assert session.image_features == []
+    counts = harness.engine.statistics()
+    assert counts.blocks_free == counts.blocks_total
+    assert counts.images == 0
 
 
 def test_closing_a_session_cancels_equal_turns_with_pictures(harness: EngineHarness) -> None:

@@ -25,8 +25,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where answers are compared token for token; a half type on a GPU."""
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of `Settings.dtype`; "auto" is float32 on a CPU, where answers are compared token
+    for token, and a half type on a GPU."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            name
+        ]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -24,9 +24,9 @@ from typing import IO, NoReturn
 from llava_triton import server_guard
 from llava_triton.ports import check_ports, free_ports
 from llava_triton.server_error import ServerError
-from llava_triton.triton_installation import Installation, find_installation
+from llava_triton.triton_installation import OPENMP_ENVIRONMENT, Installation, find_installation
 
-__all__ = ["ServerError", "TritonServer", "free_ports"]
+__all__ = ["OPENMP_ENVIRONMENT", "ServerError", "TritonServer", "free_ports"]
 
 START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
@@ -183,11 +183,13 @@ class TritonServer:
             time.sleep(0.05)
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(
-            self._reachable_host, self.ports["http"], timeout=2.0
-        )
+        """Whether every model is, and the metrics port: Triton opens it last."""
+        return self._answers("http", "/v2/health/ready") and self._answers("metrics", "/metrics")
+
+    def _answers(self, port: str, path: str) -> bool:
+        connection = http.client.HTTPConnection(self._reachable_host, self.ports[port], timeout=2.0)
         try:
-            connection.request("GET", "/v2/health/ready")
+            connection.request("GET", path)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE_NAME = "settings.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,22 @@ class Settings:
     default_max_tokens: int = 256
     """Length of an answer, in tokens, when the client names none."""
     prefill_chunk_tokens: int = 512
-    """A prompt is computed in pieces of at most this many tokens, so that running answers
-    of other sessions go on between them."""
+    """A step computes at most this many prompt tokens; fewer while answers are running, so that
+    they do not stall."""
+    kv_cache_bytes: int | None = None
+    """Memory on the device for keys and values; null: most of what is free when the server starts
+    (a quarter where the CPU is the device)."""
+    host_cache_bytes: int | None = None
+    """Host memory for keys and values of sessions that had to leave the device, and as much again
+    for image features; null: a quarter of what is free when the server starts."""
+    image_features_bytes: int | None = None
+    """Memory on the device for image features; null: a quarter of what is free."""
+    encoded_images_bytes: int = 256 * 1024 * 1024
+    """Memory in which the image encoder keeps what it made of the latest pictures, so that a
+    picture sent again is not encoded again."""
+    dtype: str = "auto"
+    """In what the language model computes: float32, bfloat16, float16 or auto (float32 on a CPU, a
+    half type on a GPU)."""
     max_image_pixels: int = 50_000_000
     """Larger pictures are refused before they are decoded."""
     max_image_bytes: int = 32 * 1024 * 1024
@@ -43,8 +58,12 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "dtype" or (value is None and field.default is None):
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"setting {field.name} is {value!r}; it must be a number above 0")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"setting dtype is {self.dtype!r}; it must be one of {DTYPES}")
         if self.max_images_per_turn > self.vision_max_batch:
             raise ValueError(
                 f"max_images_per_turn is {self.max_images_per_turn}, more than vision_max_batch "

@@ -1,9 +1,9 @@
-"""Encoded pictures -> image features, on worker threads: they do not wait for each other."""
+"""Encoded pictures -> image features, on worker threads: sessions do not wait for each other."""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.encoded_images import EncodedImages
+from llava_triton.errors import ErrorCode, SessionError, unavailable
 from llava_triton.images import PixelValues
+from llava_triton.in_order import InOrder
+from llava_triton.metrics import Publisher, image_encoder_metrics
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -27,46 +30,44 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint's image processor."""
         repository = Path(args["model_repository"])
+        processor = repository / args["model_version"] / "processor"
         self._settings = Settings.of_repository(repository.parent)
-        self._pixel_values = PixelValues(repository / args["model_version"] / "processor")
-        self._workers = ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1))
+        self._pixel_values = PixelValues(processor)
+        self._encoded = EncodedImages(
+            self._settings.encoded_images_bytes,
+            fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
+        )
+        self._jobs = InOrder(min(MAX_WORKERS, os.cpu_count() or 1), self._settings.max_queued_turns)
+        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._encoded))
 
     def execute(self, requests: list[Any]) -> None:
         """Answer requests without a picture at once, the others from a worker."""
         for request in requests:
-            tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE)
-            sender = request.get_response_sender()
-            try:
-                items = protocol.image_items(
-                    None if tensor is None else tensor.as_numpy(), self._settings
-                )
-            except SessionError as error:
-                _send_error(sender, error)
-                continue
-            if items:
-                self._workers.submit(self._encode, items, sender)
-            else:
-                # An empty tensor, not no tensor: an omitted output would reset the sequence flags
-                # that Triton hands to the ensemble's next step.
-                _send(sender, pb_utils.Tensor(protocol.IMAGE_FEATURES, protocol.NO_FEATURES))
+            self._start(request.correlation_id(), _images(request), request.get_response_sender())
 
     def finalize(self) -> None:
         """Let running pictures finish."""
-        self._workers.shutdown()
+        self._jobs.shutdown()
+        self._metrics.stop()
 
-    def _encode(self, items: list[bytes], sender: Any) -> None:
+    def _start(self, session: int | str, image: np.ndarray | None, sender: Any) -> None:
         try:
-            pixels = self._pixel_values.of_encoded(items, self._settings)
-            response = pb_utils.InferenceRequest(
-                model_name="vision_encoder",
-                requested_output_names=[protocol.IMAGE_FEATURES],
-                inputs=[pb_utils.Tensor(protocol.PIXEL_VALUES, np.ascontiguousarray(pixels))],
-                preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
-            ).exec()
-            if response.has_error():
-                raise RuntimeError(response.error().message())
-            features = pb_utils.get_output_tensor_by_name(response, protocol.IMAGE_FEATURES)
-            _send(sender, features)
+            items = protocol.image_items(image, self._settings)
+        except SessionError as error:
+            _send_error(sender, error)
+            return
+        # A turn without a picture must not overtake an earlier one of its session with a picture.
+        # 0 is no session: such requests have nothing to do with one another.
+        lane = session or object()
+        if not items:
+            self._jobs.submit(lane, lambda: _send(sender, protocol.NO_FEATURES), quick=True)
+        elif not self._jobs.submit(lane, lambda: self._answer(items, sender)):
+            limit = self._settings.max_queued_turns
+            _send_error(sender, unavailable(f"{limit} pictures are waiting; try again later"))
+
+    def _answer(self, items: list[bytes], sender: Any) -> None:
+        try:
+            _send(sender, self._encoded.features(items, self._encode))
         except SessionError as error:
             _send_error(sender, error)
         except Exception as error:
@@ -74,8 +75,30 @@ class TritonPythonModel:
             sentence = f"the picture could not be encoded: {error}"
             _send_error(sender, SessionError(ErrorCode.INTERNAL, sentence))
 
+    def _encode(self, items: Sequence[bytes]) -> np.ndarray:
+        pixels = self._pixel_values.of_encoded(list(items), self._settings)
+        response = pb_utils.InferenceRequest(
+            model_name="vision_encoder",
+            requested_output_names=[protocol.IMAGE_FEATURES],
+            inputs=[pb_utils.Tensor(protocol.PIXEL_VALUES, np.ascontiguousarray(pixels))],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+        ).exec()
+        if response.has_error():
+            raise RuntimeError(response.error().message())
+        features = pb_utils.get_output_tensor_by_name(response, protocol.IMAGE_FEATURES)
+        array: np.ndarray = features.as_numpy()
+        return array
 
-def _send(sender: Any, tensor: Any) -> None:
+
+def _images(request: Any) -> np.ndarray | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def _send(sender: Any, features: np.ndarray) -> None:
+    # Without a picture an empty tensor, not no tensor: an omitted output would reset the sequence
+    # flags that Triton hands to the ensemble's next step.
+    tensor = pb_utils.Tensor(protocol.IMAGE_FEATURES, features)
     sender.send(pb_utils.InferenceResponse([tensor]), flags=FINAL)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,13 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
-from llava_triton.checkpoint import default_device, default_dtype, load_checkpoint
+from llava_triton.checkpoint import compute_dtype, default_device, load_checkpoint
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner, cpu_threads
+from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.errors import ErrorCode, SessionError, as_session_error
+from llava_triton.metrics import Publisher, engine_metrics
+from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -39,13 +39,13 @@ class TritonPythonModel:
         device = default_device()
         checkpoint = load_checkpoint(
             repository / args["model_version"] / "checkpoint",
-            dtype=default_dtype(device),
+            dtype=compute_dtype(settings.dtype, device),
             device=device,
         )
-        torch.set_num_threads(cpu_threads(checkpoint.model))
         self._settings = settings
-        self._engine = Engine(ModelRunner(checkpoint), checkpoint.tokenizer, settings)
+        self._engine = Engine(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
         self._responses = ResponseThread()
+        self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the engine; the answers follow through their response senders."""
@@ -67,6 +67,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Free every session."""
+        self._metrics.stop()
         self._engine.shutdown()
         self._responses.stop()
 
@@ -143,34 +144,6 @@ class Responder:
             return b""
         self._watched_at = now
         return self.turn_id.encode()
-
-
-class ResponseThread:
-    """Sends responses beside the engine's thread, which need not wait for Triton then."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Responder, Delta | SessionError] | None]
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="responses", daemon=True)
-        self._thread.start()
-
-    def put(self, responder: Responder, event: Delta | SessionError) -> None:
-        """Send `event` after everything put before it."""
-        self._queue.put((responder, event))
-
-    def stop(self) -> None:
-        """Send what is left, then end."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            responder, event = item
-            try:
-                responder.send(event)
-            except Exception as error:
-                pb_utils.Logger.log_warn(f"a response could not be sent: {error}")
-                responder.give_up()
 
 
 def _array(request: Any, name: str) -> np.ndarray | None:

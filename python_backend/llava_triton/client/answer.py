@@ -21,7 +21,7 @@ class Answer:
     num_cached_tokens: int
     """Prompt tokens that the server did not compute again."""
     first_token_seconds: float
-    """Streamed: from sending the turn to its first piece, as seen here. Whole: from the turn's
+    """Streamed: from sending the turn to its first token, as seen here. Whole: from the turn's
     arrival in the engine to its first token, as the server says."""
     seconds: float
     """From sending the turn to the end of its answer, as seen here."""
@@ -66,12 +66,13 @@ class AnswerStream:
         first: float | None = None
         try:
             for delta in self._deltas:
-                if first is None:
+                if first is None and (delta.num_output_tokens or delta.is_final):
                     first = time.perf_counter() - sent_at
                 text.append(delta.text)
                 if delta.is_final:
                     seconds = time.perf_counter() - sent_at
-                    self._answer = whole_answer(delta.with_text("".join(text)), first, seconds)
+                    whole = delta.with_text("".join(text))
+                    self._answer = whole_answer(whole, first or seconds, seconds)
                 if delta.text:
                     yield delta.text
         finally:

@@ -4,6 +4,7 @@ It knows nothing of Triton. `Engine.submit` takes a turn and calls back with pie
 """
 
 from llava_triton.engine.engine import Engine
-from llava_triton.engine.turn import Statistics, TurnRequest
+from llava_triton.engine.statistics import Statistics
+from llava_triton.engine.turn import TurnRequest
 
 __all__ = ["Engine", "Statistics", "TurnRequest"]

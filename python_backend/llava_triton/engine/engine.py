@@ -1,4 +1,4 @@
-"""The engine: one thread that owns every session and advances every turn, step by step."""
+"""The engine: one thread that keeps the books of every session, and a device that advances them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
-
-import torch
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.detokenizer import Detokenizer
+from llava_triton.engine.block_pool import BlockPool
+from llava_triton.engine.image_store import ImageStore
+from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session, SessionId
-from llava_triton.engine.turn import Listener, RunningTurn, Statistics, Turn, TurnRequest
-from llava_triton.errors import (
-    ErrorCode,
-    SessionError,
-    as_session_error,
-    invalid,
-    not_found,
-    unavailable,
-)
+from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.session_table import SessionTable
+from llava_triton.engine.statistics import Statistics
+from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
+from llava_triton.engine.turn import Listener, RunningTurn, Turn, TurnRequest
+from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid, unavailable
+from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import Sampler
 from llava_triton.settings import Settings
 
@@ -32,14 +32,18 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
 """How often the engine looks for expired sessions."""
+SIGN_OF_LIFE_SECONDS = 0.25
+"""A turn without a token yet gets an empty piece this often: sending one is how a caller notices
+that its client has gone."""
 
 
 class Engine:
     """Answers turns of many sessions at once.
 
-    All public methods may be called from any thread and return at once; the engine's own thread
-    does the work. Each session's turns run one after another in the order they came; the running
-    turns of different sessions advance in turn, a token or a piece of a prompt at a time.
+    All public methods may be called from any thread and return at once. The engine's own thread
+    keeps the books; the device computes in another one, so that the next turns begin and the last
+    tokens become text while it works. Each session's turns run one after another in the order they
+    came; the running turns of all sessions advance together.
 
     Args:
         runner: the language model; it is the engine's alone from now on.
@@ -58,18 +62,38 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._settings = settings
-        self._clock = clock
         self._renderer = ConversationRenderer(
             tokenizer, runner.image_token_id, runner.tokens_per_image
         )
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._sessions: dict[SessionId, Session] = {}
-        # Turns of one session in the order they came; the first one may be running.
-        self._lanes: dict[SessionId, deque[Turn]] = {}
-        self._running: dict[str, RunningTurn] = {}
-        self._next_sweep_at = 0.0
         self._statistics = Statistics()
+        self._memory = SessionMemory(
+            BlockPool(runner.pages.blocks),
+            runner.pages,
+            runner.block_bytes,
+            runner.host_bytes,
+            runner.image_token_id,
+            runner.tokens_per_image,
+        )
+        self._images = ImageStore(
+            runner.features_on_device, runner.image_bytes_on_device, runner.host_bytes
+        )
+        self._sessions = SessionTable(self._memory, self._images, settings, clock, self._statistics)
+        self._lanes = Lanes()
+        self._running: dict[str, RunningTurn] = {}
+        """By the turn's ID, in the order they began."""
+        self._scheduler = Scheduler(
+            self._memory, self._idle_sessions, settings.prefill_chunk_tokens
+        )
+        self._in_flight = False
+        """Whether the device computes a step."""
+        self._with_new_tokens: list[RunningTurn] = []
+        """Turns of the last step whose listeners have not heard of it yet."""
+        self._to_try_alone: deque[RunningTurn] = deque()
+        """Turns of a step that failed: any of them may be the cause."""
+        self._next_sweep_at = 0.0
         self._stopping = False
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._device = ThreadPoolExecutor(1, "device", initializer=runner.use_threads)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -82,140 +106,140 @@ class Engine:
             The turn's ID, known to its caller alone.
         """
         turn = Turn(request, listener)
-        self._commands.put(lambda: self._enqueue(turn))
+        self._command(lambda: self._enqueue(turn))
         return turn.id
 
     def cancel(self, turn_id: str) -> None:
         """Stop a turn; its session goes back to its last completed turn. Unknown IDs are fine."""
-        self._commands.put(lambda: self._cancel(turn_id))
+        self._command(lambda: self._cancel(turn_id))
 
     def close(self, session_id: SessionId) -> None:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
-        self._commands.put(lambda: self._close_now(session_id))
+        self._command(lambda: self._close_now(session_id))
 
     def statistics(self) -> Statistics:
-        """A snapshot of the engine's counters."""
-        return replace(
-            self._statistics,
-            sessions_open=len(self._sessions),
-            turns_in_flight=sum(len(lane) for lane in list(self._lanes.values())),
-        )
+        """The engine's counts. Waits for the engine's thread, but not for the device."""
+        answer: Future[Statistics] = Future()
+        self._command(lambda: answer.set_result(self._count()))
+        return answer.result()
 
     def shutdown(self) -> None:
-        """Stop the thread and free all sessions; turns in flight fail with UNAVAILABLE."""
-        self._commands.put(self._stop)
+        """Stop the threads and free all sessions; turns in flight fail with UNAVAILABLE."""
+        self._command(self._stop)
         self._thread.join()
+        self._device.shutdown()
+        self._obey()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        if not self._thread.is_alive():  # nobody else would hear of it
+            self._obey()
 
     # The loop.
 
     def _run(self) -> None:
         while not self._stopping:
-            self._take_commands()
-            self._advance_all()
-            self._expire_sessions()
-        for lane in list(self._lanes.values()):
-            for turn in lane:
-                self._tell(turn, unavailable("the server is shutting down"))
-        self._lanes.clear()
+            try:
+                self._obey(wait=True)
+                self._launch()
+                self._tell_new_tokens()  # while the device computes the next ones
+                self._sweep()
+            except Exception:  # the thread must live: every session depends on it
+                log.exception("the engine's loop stumbled")
+        for turn in self._lanes.all():
+            self._tell(turn, unavailable("the server is shutting down"))
+        self._lanes = Lanes()
         self._running.clear()
         self._sessions.clear()
 
-    def _advance_all(self) -> None:
-        for running in list(self._running.values()):
-            self._attempt(running, self._advance)
-
-    def _take_commands(self) -> None:
-        """Do what callers asked for; with no turn to advance, wait until one asks."""
+    def _obey(self, wait: bool = False) -> None:
+        """Do what callers and the device asked for; wait for it where there is nothing else."""
+        busy = bool(self._running) and not self._in_flight
         try:
-            idle = not self._running
-            command = self._commands.get(block=idle, timeout=SWEEP_SECONDS if idle else None)
+            command = self._commands.get(
+                block=wait and not busy,
+                timeout=SIGN_OF_LIFE_SECONDS if self._running else SWEEP_SECONDS,
+            )
             while True:
-                self._do(command)
+                try:
+                    command()
+                except Exception:
+                    log.exception("a command failed")
                 command = self._commands.get_nowait()
         except queue.Empty:
             return
 
-    def _do(self, command: Callable[[], None]) -> None:
-        try:
-            command()
-        except Exception:  # the thread must live: every session depends on it
-            log.exception("a command of a caller failed")
-
     def _stop(self) -> None:
         self._stopping = True
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for running in self._running.values():
+            if not running.answer and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
+                self._tell(running.turn, running.delta(""))
+        if now >= self._next_sweep_at:
+            self._next_sweep_at = now + SWEEP_SECONDS
+            self._sessions.expire(self._lanes)
 
     # Turns begin ...
 
     def _enqueue(self, turn: Turn) -> None:
         limit = self._settings.max_queued_turns
-        waiting = sum(len(lane) for lane in self._lanes.values())
-        if waiting >= limit and not turn.request.end:  # an END makes room
+        if self._stopping:
+            self._refuse(turn, unavailable("the server is shutting down"))
+        elif self._lanes.turns >= limit and not turn.request.end:  # an END makes room
             self._refuse(turn, unavailable(f"{limit} turns are waiting already; try again later"))
-            return
-        lane = self._lanes.setdefault(turn.request.session_id, deque())
-        lane.append(turn)
-        self._start_head(turn.request.session_id)
+        else:
+            self._lanes.join(turn)
+            self._begin_next(turn.request.session_id)
 
-    def _start_head(self, session_id: SessionId) -> None:
+    def _begin_next(self, session_id: SessionId) -> None:
         """Begin the first turn in a session's lane, unless it runs already."""
-        lane = self._lanes.get(session_id)
-        if not lane or lane[0].id in self._running:
+        turn = self._lanes.head(session_id)
+        if turn is None or turn.id in self._running:
             return
-        turn = lane[0]
+        request = turn.request
         try:
-            session = self._session_for(turn.request)
+            session = (
+                self._sessions.make(session_id) if request.start else self._sessions.get(session_id)
+            )
             running = self._prepare(turn, session)
         except Exception as error:
-            if turn.request.end:
-                self._drop(session_id)  # Triton has ended the sequence: nobody can reach it again
-            elif session_id in self._sessions:
+            if request.end:
+                self._sessions.drop(session_id)  # Triton has ended the sequence for good
+            else:
                 # Triton has begun to count anew; see Settings.triton_idle_microseconds.
-                self._sessions[session_id].last_used_at = self._clock()
+                self._sessions.used(session_id)
             self._refuse(turn, as_session_error(error))
             self._leave(turn)
             return
-        if turn.request.start:
-            self._drop(session_id)
-            self._sessions[session_id] = session
-            self._statistics.sessions_opened += 1
+        if request.start:
+            self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._running[turn.id] = running
-        self._attempt(running, self._begin)
-
-    def _begin(self, running: RunningTurn) -> None:
-        request, session = running.turn.request, running.session
-        session.truncate(running.cached_tokens)
-        if request.image_features is not None:
-            session.image_features.append(self._runner.features_on_device(request.image_features))
+        try:
+            self._memory.truncate(session, running.remembered)
+            for digest, features in zip(
+                request.image_digests,
+                () if request.image_features is None else request.image_features,
+                strict=True,
+            ):
+                session.images.append(self._images.hold(digest, features))
+        except Exception as error:
+            self._fail(running, as_session_error(error))
+            return
         if request.text is None and request.image_features is None:
-            self._complete(running, "closed" if request.end else "prefilled")
-
-    def _session_for(self, request: TurnRequest) -> Session:
-        session = self._sessions.get(request.session_id)
-        now = self._clock()
-        if session is not None and self._expires_at(session) <= now:
-            self._expire(session)
-            session = None
-        if request.start:
-            if session is None and len(self._sessions) >= self._settings.max_sessions:
-                raise unavailable(
-                    f"all {self._settings.max_sessions} sessions are in use; try again later"
-                )
-            return Session(request.session_id, opened_at=now, last_used_at=now)
-        if session is None:
-            raise not_found(
-                f"session {request.session_id!r} is unknown or has expired; open a new one by a "
-                "request with the sequence start flag"
-            )
-        if request.text is None and request.image_features is None and not request.end:
-            raise invalid(
-                "the turn has neither text_input nor image; send a question, a picture or both"
-            )
-        return session
+            running.finish_reason = "closed" if request.end else "prefilled"
+            self._complete(running)
 
     def _prepare(self, turn: Turn, session: Session) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing."""
         request, runner = turn.request, self._runner
+        if request.text is None and request.image_features is None:
+            if not (request.start or request.end):
+                raise invalid(
+                    "the turn has neither text_input nor image; send a question, a picture or both"
+                )
         new_images = 0
         if request.image_features is not None:
             new_images, per_image, width = request.image_features.shape
@@ -227,83 +251,135 @@ class Engine:
         images = session.pending_images + new_images
         prompt = self._renderer.prompt(session.history, session.last_answer, request.text, images)
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
-        room = runner.context_length - len(prompt)
+        # One session may have all blocks, never more.
+        context = min(runner.context_length, runner.pages.blocks * BLOCK_TOKENS)
+        room = context - len(prompt)
         if room < (0 if request.text is None else 1):
             raise invalid(
                 f"the conversation would be {len(prompt)} tokens long and the model's context is "
-                f"{runner.context_length}; shorten the text or open a new session"
+                f"{context}; shorten the text or open a new session"
             )
-        cached = session.reusable_prefix(prompt)
+        remembered = session.reusable_prefix(prompt)
         if request.text is not None:
-            cached = min(cached, len(prompt) - 1)  # the last token's logits begin the answer
+            remembered = min(remembered, len(prompt) - 1)  # the last one's logits begin the answer
         return RunningTurn(
             turn=turn,
             session=session,
             prompt=prompt,
-            cached_tokens=cached,
-            features_before=len(session.image_features),
+            remembered=remembered,
+            images_before=len(session.images),
             images=images,
             max_tokens=0 if request.text is None else min(wanted, room),
             sampler=Sampler(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
+            cached_tokens=remembered,
         )
 
     # ... advance ...
 
-    def _attempt(self, running: RunningTurn, action: Callable[[RunningTurn], None]) -> None:
-        """Do something for a turn; where that fails, only this turn fails."""
+    def _launch(self) -> None:
+        """Give the device its next step, unless it has one."""
+        if self._in_flight:
+            return
+        turns = list(self._running.values())
+        while self._to_try_alone:
+            suspect = self._to_try_alone.popleft()
+            if self._is_running(suspect):
+                turns = [suspect]
+                break
+        works = self._scheduler.plan(turns)
+        if not works:
+            return
+        step = Step([self._part(work) for work in works], self._memory.take_transfers())
+        self._in_flight = True
+        future = self._device.submit(self._runner.compute, step)
+        future.add_done_callback(lambda done: self._commands.put(lambda: self._land(works, done)))
+
+    def _part(self, work: Work) -> StepPart:
+        running, runner = work.running, self._runner
+        return step_part(
+            work.ids,
+            running.session,
+            running.turn.request.sampling.temperature > 0.0,
+            runner.image_token_id,
+            runner.tokens_per_image,
+        )
+
+    def _land(self, works: list[Work], done: Future[StepResult]) -> None:
+        """The device has computed a step."""
+        self._in_flight = False
         try:
-            action(running)
+            result = done.result()
         except Exception as error:
-            try:
-                self._fail(running, as_session_error(error))
-            except Exception:  # the session is in an unknown state, the others are not
-                log.exception("turn %s could not be undone; its session is closed", running.turn.id)
-                self._drop(running.session.id)
-                self._tell(running.turn, as_session_error(error))
-                self._leave(running.turn)
-
-    def _advance(self, running: RunningTurn) -> None:
-        """Compute one piece of a turn's prompt, or its next token."""
-        ids = running.uncomputed[: self._settings.prefill_chunk_tokens]
-        logits = self._compute(running.session, ids)
-        if running.uncomputed:
+            self._step_failed(works, error)
             return
-        if running.max_tokens == 0:
-            self._complete(running, "closed" if running.turn.request.end else "prefilled")
-            return
-        token = running.sampler.sample(logits)
-        if running.first_token_at is None:
-            running.first_token_at = time.monotonic()
-        self._take_token(running, token)
-
-    def _compute(self, session: Session, ids: list[int]) -> torch.Tensor:
-        image_token = self._runner.image_token_id
-        features = None
-        if image_token in ids:
-            first = session.cached_ids.count(image_token)
-            features = session.features_between(first, first + ids.count(image_token))
-        logits = self._runner.forward(session.key_values, ids, features)
-        session.cached_ids.extend(ids)
-        return logits
+        decoding = sum(work.decoding for work in works)
+        prompt_tokens = sum(len(work.ids) for work in works if not work.decoding)
+        self._scheduler.clock.observe(decoding, prompt_tokens, result.seconds)
+        for index, work in enumerate(works):
+            running = work.running
+            if not self._is_running(running):
+                continue  # cancelled meanwhile: its session has forgotten these tokens already
+            self._memory.extend(running.session, work.ids)
+            if running.uncomputed:
+                continue
+            self._with_new_tokens.append(running)
+            if running.max_tokens == 0:
+                running.finish_reason = "closed" if running.turn.request.end else "prefilled"
+                continue
+            logits = result.logits[index]
+            self._take_token(
+                running,
+                result.best[index] if logits is None else running.sampler.sample(logits),
+            )
 
     def _take_token(self, running: RunningTurn, token: int) -> None:
-        ignore_eos = running.turn.request.sampling.ignore_eos
-        if token in self._runner.eos_token_ids and not ignore_eos:
-            self._complete(running, "stop")
+        now = time.monotonic()
+        if running.first_token_at is None:
+            running.first_token_at = now
+            self._statistics.first_token_seconds.observe(now - running.turn.arrived_at)
+        else:
+            self._statistics.between_tokens_seconds.observe(now - running.last_token_at)
+        running.last_token_at = now
+        if token in self._runner.eos_token_ids and not running.turn.request.sampling.ignore_eos:
+            running.finish_reason = "stop"
             return
         running.answer.append(token)
-        text = running.detokenizer.push(token)
-        if running.detokenizer.stopped:
-            self._complete(running, "stop", text)
-        elif len(running.answer) == running.max_tokens:
-            self._complete(running, "length", text)
-        elif text:
-            self._tell(running.turn, running.delta(text, ""))
+        running.unread.append(token)
+        if len(running.answer) == running.max_tokens:
+            running.finish_reason = "length"
+
+    def _step_failed(self, works: list[Work], error: Exception) -> None:
+        """Only the turn that made a step fail shall fail: several are tried again one by one."""
+        turns = [work.running for work in works if self._is_running(work.running)]
+        if len(turns) > 1 and not isinstance(error, TransferError):
+            self._to_try_alone.extend(turns)
+            return
+        for running in turns:
+            self._memory.forget(running.session)
+            self._fail(running, as_session_error(error))
+
+    def _tell_new_tokens(self) -> None:
+        """Turn the last step's tokens into text, and end the turns that ended with them."""
+        turns, self._with_new_tokens = self._with_new_tokens, []
+        for running in turns:
+            if not self._is_running(running):
+                continue
+            try:
+                text = "".join(running.detokenizer.push(token) for token in running.unread)
+                running.unread.clear()
+                if running.detokenizer.stopped:
+                    running.finish_reason = "stop"
+                if running.finish_reason:
+                    self._complete(running, text)
+                elif text:
+                    self._tell(running.turn, running.delta(text))
+            except Exception as error:
+                self._fail(running, as_session_error(error))
 
     # ... and end.
 
-    def _complete(self, running: RunningTurn, finish_reason: str, text: str = "") -> None:
+    def _complete(self, running: RunningTurn, text: str = "") -> None:
         turn, session = running.turn, running.session
         text += running.detokenizer.flush()
         if running.max_tokens == 0:
@@ -316,16 +392,17 @@ class Engine:
             session.history = [*running.prompt, *answer]
             session.last_answer = shown
             session.pending_images = 0
-        session.last_used_at = self._clock()
         counters = self._statistics
         counters.turns_completed += 1
-        if finish_reason != "closed":
+        if running.finish_reason != "closed":
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += len(running.prompt) - running.cached_tokens
         counters.answer_tokens += len(running.answer)
         if turn.request.end:  # everything is free before the client hears that it is over
-            self._drop(session.id)
-        self._tell(turn, running.delta(text, finish_reason))
+            self._sessions.drop(session.id)
+        else:
+            self._sessions.used(session.id)
+        self._tell(turn, running.delta(text, running.finish_reason))
         self._leave(turn)
 
     def _fail(self, running: RunningTurn, error: SessionError) -> None:
@@ -338,77 +415,60 @@ class Engine:
         if turn.request.start or turn.request.end:
             # Opened by this turn, it has no completed turn to go back to; closed by it, Triton has
             # ended the sequence and nobody can reach it again.
-            self._drop(session.id)
+            self._sessions.drop(session.id)
         else:
-            session.truncate(min(running.cached_tokens, len(session.cached_ids)))
-            del session.image_features[running.features_before :]
-            session.last_used_at = self._clock()
+            self._memory.truncate(session, running.remembered)
+            self._sessions.forget_images(session, running.images_before)
+            self._sessions.used(session.id)
         self._tell(turn, error)
         self._leave(turn)
 
     def _refuse(self, turn: Turn, error: SessionError) -> None:
-        self._statistics.turns_failed += 1
+        self._statistics.turns_refused += 1
         self._tell(turn, error)
 
     def _leave(self, turn: Turn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
         self._running.pop(turn.id, None)
-        session_id = turn.request.session_id
-        lane = self._lanes[session_id]
-        lane.remove(turn)
-        if lane:
+        if self._lanes.leave(turn):
             # As a command, not a call: a long lane of bad turns must not nest this deep.
-            self._commands.put(lambda: self._start_head(session_id))
-        else:
-            del self._lanes[session_id]
+            self._commands.put(lambda: self._begin_next(turn.request.session_id))
 
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")
         if turn_id in self._running:
             self._fail(self._running[turn_id], error)
             return
-        waiting = [turn for lane in self._lanes.values() for turn in lane if turn.id == turn_id]
-        for turn in waiting:
-            self._statistics.turns_cancelled += 1
-            if turn.request.end:
-                self._drop(turn.request.session_id)
-            self._tell(turn, error)
-            self._leave(turn)
+        for turn in self._lanes.all():
+            if turn.id == turn_id:
+                self._statistics.turns_cancelled += 1
+                if turn.request.end:
+                    self._sessions.drop(turn.request.session_id)
+                self._tell(turn, error)
+                self._leave(turn)
 
     def _close_now(self, session_id: SessionId) -> None:
-        for turn in list(self._lanes.get(session_id, ()))[::-1]:
+        for turn in reversed(self._lanes.of_session(session_id)):
             self._cancel(turn.id)
-        self._drop(session_id)
+        self._sessions.drop(session_id)
 
-    def _drop(self, session_id: SessionId) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            session.free()
-            self._statistics.sessions_closed += 1
+    # Little helpers.
+
+    def _is_running(self, running: RunningTurn) -> bool:
+        return self._running.get(running.turn.id) is running
+
+    def _idle_sessions(self) -> Iterator[Session]:
+        """Sessions without a turn, longest unused first."""
+        return (each for each in self._sessions.oldest_first() if each.id not in self._lanes)
 
     def _tell(self, turn: Turn, event: object) -> None:
+        turn.told_at = time.monotonic()
         try:
             turn.listener(event)  # type: ignore[arg-type]
         except Exception:
             log.exception("the listener of turn %s failed", turn.id)
 
-    # Lifetimes.
-
-    def _expires_at(self, session: Session) -> float:
-        return min(
-            session.last_used_at + self._settings.engine_idle_seconds,
-            session.opened_at + self._settings.session_lifetime_seconds,
+    def _count(self) -> Statistics:
+        return self._statistics.with_state(
+            self._memory, self._images, len(self._sessions), len(self._lanes), self._lanes.turns
         )
-
-    def _expire_sessions(self) -> None:
-        now = self._clock()
-        if now < self._next_sweep_at:
-            return
-        self._next_sweep_at = now + SWEEP_SECONDS
-        for session in list(self._sessions.values()):
-            if session.id not in self._lanes and self._expires_at(session) <= now:
-                self._expire(session)
-
-    def _expire(self, session: Session) -> None:
-        self._drop(session.id)
-        self._statistics.sessions_expired += 1

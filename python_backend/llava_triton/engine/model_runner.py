@@ -1,102 +1,133 @@
-"""The language model on its device: tokens and image features in, logits and keys/values out."""
+"""The language model on its device: steps in, tokens and logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from llava_triton.checkpoint import Checkpoint
+from llava_triton.engine.memory_size import blocks_for, device_memory, host_memory
+from llava_triton.engine.pages import Pages, block_bytes
+from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
+from llava_triton.engine.text_model import TextModel
+from llava_triton.paged_attention.interface import Rows
+from llava_triton.settings import Settings
 
 SMALL_MODEL_PARAMETERS = 30_000_000
 
 
-class KeyValues:
-    """Keys and values of one session's tokens, for every layer, on the model's device."""
-
-    def __init__(self) -> None:
-        # Built without a model config on purpose: every layer then keeps all its tokens, also in
-        # models with a sliding window (the mask does the sliding), so that any tail can be cut.
-        self.cache = DynamicCache()
-
-    def __len__(self) -> int:
-        return int(self.cache.get_seq_length())
-
-    def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on."""
-        if length == 0:
-            self.cache = DynamicCache()
-            return
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keys = layer.keys[..., :length, :]
-                layer.values = layer.values[..., :length, :]
-
-
 class ModelRunner:
-    """Runs a LLaVA checkpoint's text model; the vision tower is not kept.
+    """Runs a LLaVA checkpoint's text model over pages; the vision tower is not kept.
 
     Args:
-        checkpoint: loaded on the device and in the dtype it is to run in.
+        checkpoint: loaded on the device and in the dtype it is to run in; its weights are moved out
+            of it.
+        settings: sizes of the memories.
+
+    Raises:
+        ValueError: a text model that is not served.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         model = checkpoint.model
         config = model.config
-        text_config = config.get_text_config()
-        self._text_model = model.model.language_model
-        self._lm_head = model.lm_head
-        self._embed = self._text_model.get_input_embeddings()
+        self._threads = cpu_threads(model)
         self.image_token_id = int(config.image_token_id)
         self.tokens_per_image = _tokens_per_image(config)
-        self.context_length = int(text_config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
         # What is left refers to the text model only: the vision tower's memory goes free.
         model.model.vision_tower = None
         model.model.multi_modal_projector = None
+        self._text_model = TextModel(model)
+        self.context_length = self._text_model.context_length
+        geometry, layers = self._text_model.geometry, len(self._text_model.layers)
+        self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
+        free = device_memory(self.device)
+        blocks = blocks_for(settings, self.block_bytes, self.context_length, free)
+        self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
+        self.image_bytes_on_device = settings.image_features_bytes or free // 4
+        self.host_bytes = settings.host_cache_bytes or host_memory() // 4
 
     @property
     def device(self) -> torch.device:
         """Where features, keys and values live."""
-        return torch.device(self._embed.weight.device)
+        return torch.device(self._text_model.device)
 
     @property
     def hidden_size(self) -> int:
         """Width `D` of an image feature and of a token's embedding."""
-        return int(self._embed.weight.shape[1])
+        return int(self._text_model.embedding.shape[1])
 
     def features_on_device(self, features: Tensor) -> Tensor:
-        """Image features [N, T, D] of any float dtype -> [N * T, D] as the model computes."""
-        return features.to(self.device, self._embed.weight.dtype).flatten(0, 1)
+        """One picture's features [T, D] of any float dtype -> as the model computes them, a copy
+        of their own."""
+        return features.to(self.device, self._text_model.dtype, copy=True)
+
+    def use_threads(self) -> None:
+        """Let the calling thread use as many CPU cores as are worth having."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._threads)
 
     @torch.inference_mode()
-    def forward(self, key_values: KeyValues, ids: Sequence[int], features: Tensor | None) -> Tensor:
-        """Compute `ids` behind the tokens already in `key_values`, which grows by them.
+    def compute(self, step: Step) -> StepResult:
+        """Do a step's moves of blocks, then compute its tokens.
 
-        Args:
-            key_values: the session's memory.
-            ids: n >= 1 token IDs, image placeholders among them.
-            features: [number of placeholders in `ids`, D], in their order; None where there are
-                none.
-
-        Returns:
-            Logits [V] of the token after the last one, float32. The image placeholder's is -inf:
-            spoken by the model it would stand for a picture that does not exist.
+        Raises:
+            TransferError: a move failed; nothing was computed.
         """
-        id_tensor = torch.tensor(ids, device=self.device)
-        is_image = id_tensor == self.image_token_id
-        embeddings = self._embed(id_tensor.masked_fill(is_image, 0))
-        if features is not None:
-            embeddings[is_image] = features
-        output = self._text_model(
-            inputs_embeds=embeddings[None], past_key_values=key_values.cache, use_cache=True
+        began = time.perf_counter()
+        try:
+            for transfer in step.transfers:
+                transfer()
+        except Exception as error:
+            raise TransferError(f"blocks could not be moved: {error}") from error
+        parts = step.parts
+        embeddings = self._embeddings(parts)
+        hidden = self._text_model.hidden_states(
+            embeddings, self.pages.keys, self.pages.values, self._rows(parts)
         )
-        logits: Tensor = self._lm_head(output.last_hidden_state[0, -1]).float()
-        logits[self.image_token_id] = -torch.inf
-        return logits
+        ends = np.cumsum([len(part.ids) for part in parts]) - 1
+        logits = self._text_model.logits(hidden[torch.from_numpy(ends).to(self.device)])
+        logits[:, self.image_token_id] = -torch.inf
+        best = logits.argmax(-1).tolist()
+        wanted = [
+            row.cpu() if part.wants_logits else None
+            for part, row in zip(parts, logits, strict=True)
+        ]
+        return StepResult(best, wanted, time.perf_counter() - began)
+
+    def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
+        ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])
+        is_image = ids == self.image_token_id
+        ids[is_image] = 0
+        index = torch.from_numpy(ids).to(self.device)
+        embeddings = self._text_model.embedding[index]
+        pictures = [
+            rows.image.features[rows.first : rows.last].to(self.device, non_blocking=True)
+            for part in parts
+            for rows in part.image_rows
+        ]
+        if pictures:
+            places = torch.from_numpy(np.flatnonzero(is_image)).to(self.device)
+            embeddings[places] = torch.cat(pictures)
+        return embeddings
+
+    def _rows(self, parts: list[StepPart] | Any) -> Rows:
+        lengths = [len(part.ids) for part in parts]
+        starts = np.zeros(len(parts) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        contexts = np.array([part.context for part in parts], dtype=np.int32)
+        tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
+        for row, part in zip(tables, parts, strict=True):
+            row[: len(part.blocks)] = part.blocks
+        first_positions = np.repeat(contexts - starts[:-1], lengths)
+        positions = first_positions.astype(np.int64) + np.arange(starts[-1])
+        tensors = (torch.from_numpy(array) for array in (starts, contexts, tables, positions))
+        return Rows(*(tensor.to(self.device) for tensor in tensors))
 
 
 def cpu_threads(model: Any) -> int:

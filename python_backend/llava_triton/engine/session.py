@@ -1,17 +1,47 @@
-"""A session: what was said in it, and what of that the device remembers."""
+"""A session: what was said in it, and what of that is remembered as keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from llava_triton.engine.model_runner import KeyValues
+from llava_triton.engine.block_pool import BlockKey
+from llava_triton.engine.image_store import Image
 
 SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""
+
+
+@dataclass(eq=False)
+class HostCopy:
+    """Keys and values of a session in host memory."""
+
+    bytes: int
+    tensors: tuple[Tensor, Tensor] | None = None
+    """As `Pages.to_host` gives them; filled in by the device thread, None where that failed."""
+
+
+@dataclass(eq=False)
+class KeyValues:
+    """What is remembered of a session's tokens: in blocks, or as a copy in host memory.
+
+    `SessionMemory` alone changes it.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    """The tokens whose keys and values exist."""
+    blocks: list[int] = field(default_factory=list)
+    """The block table: at least as many as `ids` need; empty while they are in host memory."""
+    keys: list[BlockKey] = field(default_factory=list)
+    """Of the blocks that `ids` fill."""
+    host: HostCopy | None = None
+    dropped: bool = False
+    """Whether they were forgotten under pressure and have not been needed since."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(eq=False)
@@ -20,8 +50,6 @@ class Session:
 
     A session opened again under the same ID is another object, and a turn holds the object: what
     belonged to the earlier one can never reach the later.
-
-    Lengths are derived: the device holds `len(key_values)` tokens, which are `cached_ids`.
     """
 
     id: SessionId
@@ -34,30 +62,15 @@ class Session:
     """Text of the last answer; None before the first."""
     pending_images: int = 0
     """Images that came without a question since the last answer."""
-    image_features: list[Tensor] = field(default_factory=list)
-    """One [N * T, D] tensor per turn that brought images, on the device."""
-    cached_ids: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    """Every picture of the conversation, in order."""
     key_values: KeyValues = field(default_factory=KeyValues)
 
     def reusable_prefix(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens the device still remembers."""
+        """How many of the prompt's first tokens are remembered."""
         length = 0
-        for cached, wanted in zip(self.cached_ids, prompt, strict=False):
-            if cached != wanted:
+        for remembered, wanted in zip(self.key_values.ids, prompt, strict=False):
+            if remembered != wanted:
                 break
             length += 1
         return length
-
-    def truncate(self, length: int) -> None:
-        """Make the device forget every token from position `length` on."""
-        self.key_values.truncate(length)
-        del self.cached_ids[length:]
-
-    def free(self) -> None:
-        """Give back all memory on the device at once, whoever still refers to this object."""
-        self.truncate(0)
-        self.image_features.clear()
-
-    def features_between(self, first: int, last: int) -> Tensor:
-        """Rows [last - first, D] of the session's image features, counted over all its images."""
-        return torch.cat(self.image_features)[first:last]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from llava_triton.delta import Delta
+from llava_triton.delta import Delta, FinishReason
 from llava_triton.detokenizer import Detokenizer
+from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.errors import SessionError
 from llava_triton.sampling import Sampler, SamplingParameters
@@ -32,6 +33,13 @@ class TurnRequest:
     image_features: Tensor | None = None
     """[N, T, D], any float dtype and device."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    image_digests: tuple[Digest, ...] = field(init=False)
+    """Of each picture's features; computed here, on the caller's thread."""
+
+    def __post_init__(self) -> None:
+        features = self.image_features
+        digests = () if features is None else tuple(digest_of(each) for each in features)
+        object.__setattr__(self, "image_digests", digests)
 
 
 @dataclass(eq=False)
@@ -42,6 +50,8 @@ class Turn:
     listener: Listener
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived_at: float = field(default_factory=time.monotonic)
+    told_at: float = field(default_factory=time.monotonic)
+    """When its listener last heard of it."""
 
 
 @dataclass(eq=False)
@@ -51,53 +61,57 @@ class RunningTurn:
     turn: Turn
     session: Session
     prompt: list[int]
-    cached_tokens: int
-    """How many prompt tokens the device remembered: they are not computed again."""
-    features_before: int
-    """Entries of the session's `image_features` when the turn began."""
+    remembered: int
+    """How many prompt tokens the session itself remembered when the turn began: what it goes back
+    to if the turn fails."""
+    images_before: int
+    """Entries of the session's `images` when the turn began."""
     images: int
     """Images in the message this turn completes, pending ones included."""
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     sampler: Sampler
     detokenizer: Detokenizer
+    admitted: bool = False
+    """Whether the session has the blocks it needs to go on."""
+    cached_tokens: int = 0
+    """How many prompt tokens were not computed for this turn: the session remembered them, or they
+    came from blocks of other sessions."""
     answer: list[int] = field(default_factory=list)
     """Token IDs generated, the end-of-sequence token excluded."""
+    unread: list[int] = field(default_factory=list)
+    """The last ones of `answer`, not detokenized yet."""
+    finish_reason: FinishReason = ""
+    """Set when the last token has been computed."""
     first_token_at: float | None = None
+    last_token_at: float = 0.0
 
     @property
-    def uncomputed(self) -> list[int]:
-        """Token IDs of prompt and answer that are not on the device yet."""
-        done = len(self.session.cached_ids)
-        if done >= len(self.prompt):
-            return self.answer[done - len(self.prompt) :]
-        return [*self.prompt[done:], *self.answer]
+    def uncomputed(self) -> int:
+        """How many tokens of prompt and answer the session's keys and values lack."""
+        return len(self.prompt) + len(self.answer) - len(self.session.key_values)
 
-    def delta(self, text: str, finish_reason: str) -> Delta:
+    @property
+    def decoding(self) -> bool:
+        """Whether the next step brings the next token of an answer under way."""
+        return self.admitted and bool(self.answer) and self.uncomputed == 1
+
+    def next_ids(self, count: int) -> list[int]:
+        """The first `count` of the tokens not computed yet."""
+        done = len(self.session.key_values)
+        behind = done - len(self.prompt)
+        if behind >= 0:
+            return self.answer[behind : behind + count]
+        return [*self.prompt[done : done + count], *self.answer[: max(0, behind + count)]]
+
+    def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
         """A piece of the answer with the turn's numbers as they are now."""
         first = self.first_token_at
         return Delta(
             text=text,
-            finish_reason=finish_reason,  # type: ignore[arg-type]
+            finish_reason=finish_reason,
             num_input_tokens=len(self.prompt),
             num_output_tokens=len(self.answer),
             num_cached_tokens=self.cached_tokens,
             first_token_ms=0.0 if first is None else (first - self.turn.arrived_at) * 1000.0,
         )
-
-
-@dataclass
-class Statistics:
-    """Counts since the engine started, and how many sessions and turns there are now."""
-
-    sessions_opened: int = 0
-    sessions_closed: int = 0
-    sessions_expired: int = 0
-    sessions_open: int = 0
-    turns_completed: int = 0
-    turns_failed: int = 0
-    turns_cancelled: int = 0
-    turns_in_flight: int = 0
-    prompt_tokens_computed: int = 0
-    prompt_tokens_reused: int = 0
-    answer_tokens: int = 0

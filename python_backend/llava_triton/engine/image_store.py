@@ -1,0 +1,125 @@
+"""The image features of all open sessions: one copy of each picture, whoever shows it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_triton.errors import unavailable
+
+Digest = bytes
+"""SHA-256 of a picture's features: of everything that an answer can depend on."""
+
+
+def digest_of(features: Tensor) -> Digest:
+    """The identity of one picture's features [T, D]: shape, type and every bit of them."""
+    content = features.detach().cpu().contiguous()
+    head = f"{tuple(content.shape)} {content.dtype} ".encode()
+    return hashlib.sha256(head + content.view(torch.uint8).numpy().tobytes()).digest()
+
+
+@dataclass(eq=False)
+class Image:
+    """One picture's features."""
+
+    digest: Digest
+    features: Tensor
+    """[T, D], on the device or, after an eviction, in host memory."""
+    holders: int = 0
+    """How many times sessions hold it."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the features."""
+        return self.features.numel() * self.features.itemsize
+
+
+class ImageStore:
+    """Holds features by what they are, so that equal pictures share them.
+
+    Args:
+        place: puts features [T, D] of any float type where and how the model computes.
+        device_bytes: what may lie on the device; the longest unused go to host memory first.
+        host_bytes: what may lie there.
+    """
+
+    def __init__(
+        self, place: Callable[[Tensor], Tensor], device_bytes: int, host_bytes: int
+    ) -> None:
+        self._place = place
+        self._budgets = (device_bytes, host_bytes)
+        # Longest unused first.
+        self._on_device: OrderedDict[Digest, Image] = OrderedDict()
+        self._on_host: OrderedDict[Digest, Image] = OrderedDict()
+        self.device_bytes = 0
+        """In use."""
+        self.host_bytes = 0
+        """In use."""
+        self.hits = 0
+        """Pictures that were there already when a session brought them."""
+        self.evictions = 0
+        """Pictures that went to host memory."""
+
+    def __len__(self) -> int:
+        return len(self._on_device) + len(self._on_host)
+
+    def hold(self, digest: Digest, features: Tensor) -> Image:
+        """A picture that a session brings, held once more.
+
+        Raises:
+            SessionError: UNAVAILABLE, neither device nor host has room for it.
+        """
+        image = self._on_device.get(digest) or self._on_host.get(digest)
+        if image is not None:
+            self.hits += 1
+            self.touch(image)
+        else:
+            image = Image(digest, self._place(features))
+            self._make_room(image.bytes)
+            self._on_device[digest] = image
+            self.device_bytes += image.bytes
+        image.holders += 1
+        return image
+
+    def touch(self, image: Image) -> None:
+        """A picture has been used: it stays on the device longer than others."""
+        tier = self._on_device if image.digest in self._on_device else self._on_host
+        tier.move_to_end(image.digest)
+
+    def release(self, image: Image) -> None:
+        """Hold a picture once less; one that nobody holds is forgotten."""
+        image.holders -= 1
+        if image.holders == 0:
+            if self._on_device.pop(image.digest, None) is not None:
+                self.device_bytes -= image.bytes
+            else:
+                del self._on_host[image.digest]
+                self.host_bytes -= image.bytes
+
+    def _make_room(self, wanted: int) -> None:
+        on_device, on_host = self._budgets
+        excess = max(0, self.device_bytes + wanted - on_device)
+        # Look before anything is moved: a refusal changes nothing.
+        moved, victims = 0, []
+        for image in self._on_device.values():
+            if moved >= excess:
+                break
+            victims.append(image)
+            moved += image.bytes
+        if moved < excess or self.host_bytes + moved > on_host:
+            raise unavailable(
+                f"the memory for pictures is full ({len(self)} pictures, "
+                f"{self.device_bytes + self.host_bytes} bytes); try again later"
+            )
+        for image in victims:
+            del self._on_device[image.digest]
+            self._on_host[image.digest] = image
+            image.features = image.features.cpu()
+            self.device_bytes -= image.bytes
+            self.host_bytes += image.bytes
+            self.evictions += 1

@@ -1,0 +1,51 @@
+"""Turns in the order they came, session by session."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from llava_triton.engine.session import SessionId
+from llava_triton.engine.turn import Turn
+
+
+class Lanes:
+    """A lane of turns for every session that has one; the first of a lane may be running."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[SessionId, deque[Turn]] = {}
+        self.turns = 0
+        """In all lanes."""
+
+    def __contains__(self, session_id: object) -> bool:
+        return session_id in self._lanes
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def join(self, turn: Turn) -> None:
+        """Put a turn behind those of its session."""
+        self._lanes.setdefault(turn.request.session_id, deque()).append(turn)
+        self.turns += 1
+
+    def leave(self, turn: Turn) -> bool:
+        """Take a turn out; returns whether there are others of its session."""
+        session_id = turn.request.session_id
+        lane = self._lanes[session_id]
+        lane.remove(turn)
+        self.turns -= 1
+        if not lane:
+            del self._lanes[session_id]
+        return bool(lane)
+
+    def head(self, session_id: SessionId) -> Turn | None:
+        """The first turn of a session."""
+        lane = self._lanes.get(session_id)
+        return lane[0] if lane else None
+
+    def of_session(self, session_id: SessionId) -> list[Turn]:
+        """A session's turns, in order."""
+        return list(self._lanes.get(session_id, ()))
+
+    def all(self) -> list[Turn]:
+        """Every turn."""
+        return [turn for lane in self._lanes.values() for turn in lane]

@@ -1,0 +1,59 @@
+"""How much memory there is, and how many blocks of keys and values to make of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.settings import Settings
+
+GPU_SHARE = 0.6
+"""Of the GPU's free memory after the weights: a quarter more is for image features, and the rest for
+what a step computes."""
+HOST_SHARE = 0.25
+"""Of the host's free memory, where it is the device: other processes live there too."""
+
+
+def device_memory(device: torch.device) -> int:
+    """Free bytes of the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Free bytes of the host, as far as this process's control group lets it."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    used = _number(Path("/sys/fs/cgroup/memory.current"))
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return None
+
+
+def blocks_for(settings: Settings, block_bytes: int, context_length: int, free: int) -> int:
+    """Blocks of the pool: as many as the setting or the device's memory allows, but no more than
+    all sessions could ever use.
+
+    Args:
+        settings: limits.
+        block_bytes: of one block over all layers.
+        context_length: of the model, in tokens.
+        free: bytes of the device.
+    """
+    share = GPU_SHARE if torch.cuda.is_available() else HOST_SHARE
+    allowed = settings.kv_cache_bytes or int(free * share)
+    # One more block a session than its tokens need: for a copy before a write.
+    useful = settings.max_sessions * (-(-context_length // BLOCK_TOKENS) + 1)
+    return max(1, min(useful, allowed // block_bytes))

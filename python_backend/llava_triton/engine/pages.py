@@ -1,0 +1,67 @@
+"""The tensors that hold keys and values, in blocks, for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llava_triton.paged_attention.interface import BLOCK_TOKENS, AttentionGeometry
+
+
+class Pages:
+    """All blocks of keys and values of one text model.
+
+    Its methods run on the device thread only, in the order of the steps.
+
+    Args:
+        layers: of the model.
+        blocks: how many.
+        geometry: of its attention.
+        dtype: of keys and values.
+        device: where they live.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        blocks: int,
+        geometry: AttentionGeometry,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        kv_heads, width = geometry.kv_heads, geometry.head_dim
+        self.blocks = blocks
+        # Not zeroed: on a CPU, pages that no session has used take no memory then.
+        self.keys = torch.empty(
+            (layers, blocks, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
+        )
+        """[layers, blocks, G, D, BLOCK_TOKENS]"""
+        self.values = torch.empty(
+            (layers, blocks, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
+        )
+        """[layers, blocks, G, BLOCK_TOKENS, D]"""
+
+    def copy(self, source: int, target: int) -> None:
+        """One block's content to another block."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+    def to_host(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of blocks in host memory: keys and values, [layers, len(blocks), G, ...]."""
+        index = torch.tensor(blocks, device=self.keys.device)
+        # Not the index's dtype nor the pages': a copy, also where the device is the host.
+        return self.keys[:, index].cpu(), self.values[:, index].cpu()
+
+    def from_host(self, keys: Tensor, values: Tensor, blocks: Sequence[int]) -> None:
+        """Write what `to_host` gave, block by block, to other blocks."""
+        index = torch.tensor(blocks, device=self.keys.device)
+        self.keys[:, index] = keys.to(self.keys.device)
+        self.values[:, index] = values.to(self.values.device)
+
+
+def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    numbers = 2 * layers * BLOCK_TOKENS * geometry.kv_heads * geometry.head_dim
+    return numbers * dtype.itemsize

@@ -1,0 +1,269 @@
+"""Keys and values of sessions: blocks that grow, are shared, and give way under pressure."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava_triton.engine.block_pool import BlockKey, BlockPool
+from llava_triton.engine.image_store import Image
+from llava_triton.engine.pages import Pages
+from llava_triton.engine.session import HostCopy, Session
+from llava_triton.paged_attention.interface import BLOCK_TOKENS
+
+log = logging.getLogger(__name__)
+
+Transfer = Callable[[], None]
+"""A move of blocks, to be done on the device thread before the next step."""
+
+
+@dataclass
+class MemoryCounters:
+    """Counts since the engine started."""
+
+    evicted_to_host: int = 0
+    """Sessions whose keys and values went to host memory."""
+    evicted_by_dropping: int = 0
+    """Sessions whose keys and values were forgotten, to be computed again."""
+    restored_from_host: int = 0
+    restored_by_computing: int = 0
+    """Sessions whose forgotten keys and values were needed again."""
+    blocks_taken_over: int = 0
+    """Blocks that a session took over from others instead of computing them."""
+    blocks_copied: int = 0
+    """Shared blocks that were copied because one of their sessions went on differently."""
+
+
+class SessionMemory:
+    """Gives sessions blocks and takes them away.
+
+    Nothing is moved here: moves are listed, and the device thread does them in order before the
+    step that follows. A block released now and given to another session is therefore written
+    only after everything that was planned for it before.
+
+    Args:
+        pool: the blocks.
+        pages: their content.
+        block_bytes: of one block over all layers.
+        host_bytes: budget for copies in host memory.
+        image_token_id: the placeholder in token IDs.
+        tokens_per_image: placeholders of one picture.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        pages: Pages,
+        block_bytes: int,
+        host_bytes: int,
+        image_token_id: int,
+        tokens_per_image: int,
+    ) -> None:
+        self.pool = pool
+        self.counters = MemoryCounters()
+        self.host_bytes = 0
+        """In use by copies."""
+        self._pages = pages
+        self._block_bytes = block_bytes
+        self._host_budget = host_bytes
+        self._image_token_id = image_token_id
+        self._tokens_per_image = tokens_per_image
+        self._transfers: list[Transfer] = []
+        self._on_host: OrderedDict[int, Session] = OrderedDict()
+        """Sessions with a host copy by `id()`, longest there first."""
+
+    def take_transfers(self) -> list[Transfer]:
+        """The moves to be done before the next step; they are the caller's now."""
+        transfers, self._transfers = self._transfers, []
+        return transfers
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a session of so many tokens could ever be computed."""
+        return _blocks_for(tokens) <= self.pool.blocks
+
+    def admit(self, session: Session, prompt: Sequence[int], tokens: int) -> bool:
+        """Make what a session remembers usable and give it blocks for `tokens` tokens in all.
+
+        Blocks that other sessions have computed for the same beginning of `prompt` are taken over.
+
+        Returns:
+            Whether there were enough free blocks; if not, nothing has changed.
+        """
+        kv = session.key_values
+        if kv.host is not None and not self._restore(session):
+            return False
+        if kv.dropped:
+            kv.dropped = False
+            self.counters.restored_by_computing += 1
+        self._take_over(session, prompt)
+        return self.reserve(session, tokens)
+
+    def reserve(self, session: Session, tokens: int) -> bool:
+        """Give a session blocks for `tokens` tokens in all; False where there are too few.
+
+        The tokens after those it remembers may be written then.
+        """
+        kv = session.key_values
+        missing = max(0, _blocks_for(tokens) - len(kv.blocks))
+        last = len(kv.ids) // BLOCK_TOKENS
+        partial = len(kv.ids) % BLOCK_TOKENS > 0
+        copied = partial and self.pool.is_shared(kv.blocks[last])
+        blocks = self.pool.allocate(missing + copied)
+        if blocks is None:
+            return False
+        if copied:
+            source, target = kv.blocks[last], blocks.pop()
+            self._transfers.append(lambda: self._pages.copy(source, target))
+            self.pool.release(source)
+            kv.blocks[last] = target
+            self.counters.blocks_copied += 1
+        elif partial:
+            self.pool.withdraw(kv.blocks[last])
+        kv.blocks += blocks
+        return True
+
+    def extend(self, session: Session, ids: Sequence[int]) -> None:
+        """A step has computed `ids` behind what the session remembered."""
+        kv = session.key_values
+        kv.ids.extend(ids)
+        while (len(kv.keys) + 1) * BLOCK_TOKENS <= len(kv.ids):
+            key = self._key(kv.keys, kv.ids, session.images)
+            self.pool.publish(kv.blocks[len(kv.keys)], key)
+            kv.keys.append(key)
+
+    def truncate(self, session: Session, length: int) -> None:
+        """Forget every token from position `length` on."""
+        kv = session.key_values
+        del kv.ids[length:]
+        del kv.keys[length // BLOCK_TOKENS :]
+        keep = _blocks_for(length)
+        for block in kv.blocks[keep:]:
+            self.pool.release(block)
+        del kv.blocks[keep:]
+        if not kv.ids:
+            self._drop_copy(session)
+
+    def evict(self, session: Session) -> None:
+        """Free a session's blocks; what they held goes to host memory, if that is large enough."""
+        kv = session.key_values
+        used = kv.blocks[: _blocks_for(len(kv.ids))]
+        wanted = len(used) * self._block_bytes
+        if used and wanted <= self._host_budget:
+            while self.host_bytes + wanted > self._host_budget:
+                oldest = next(iter(self._on_host.values()))
+                self._drop(oldest)
+            copy = HostCopy(wanted)
+            self._transfers.append(lambda: _fill(copy, self._pages, used))
+            self.host_bytes += wanted
+            self._on_host[id(session)] = session
+            self.counters.evicted_to_host += 1
+            for block in kv.blocks:
+                self.pool.release(block)
+            kv.blocks, kv.host = [], copy
+        else:
+            self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        self.truncate(session, 0)
+        session.key_values.dropped = True
+        self.counters.evicted_by_dropping += 1
+
+    def forget(self, session: Session) -> None:
+        """A step with this session failed: its blocks may hold anything. It is computed again."""
+        for block in session.key_values.blocks:
+            self.pool.withdraw(block)
+        self.truncate(session, 0)
+
+    def _restore(self, session: Session) -> bool:
+        """Bring back what is in host memory; False where there are too few blocks for it."""
+        kv = session.key_values
+        copy = kv.host
+        assert copy is not None
+        found: list[int] = []
+        for key in kv.keys:
+            block = self.pool.find(key)
+            if block is None:
+                break
+            found.append(block)
+        fresh = self.pool.allocate(_blocks_for(len(kv.ids)) - len(found))
+        if fresh is None:
+            for block in found:
+                self.pool.release(block)
+            return False
+        first = len(found)
+        if fresh:
+            self._transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
+        kv.blocks = found + fresh
+        for block, key in zip(kv.blocks, kv.keys, strict=False):
+            self.pool.publish(block, key)
+        self._drop_copy(session)
+        self.counters.restored_from_host += 1
+        return True
+
+    def _take_over(self, session: Session, prompt: Sequence[int]) -> None:
+        """Hold the blocks that are published for the prompt beyond what the session has itself.
+
+        Never all of the prompt: its last token is computed, because its logits begin the answer.
+        """
+        kv = session.key_values
+        keys = list(kv.keys)
+        while (len(keys) + 1) * BLOCK_TOKENS < len(prompt):
+            key = self._key(keys, prompt, session.images)
+            block = self.pool.find(key)
+            if block is None:
+                return
+            end = (len(keys) + 1) * BLOCK_TOKENS
+            self.truncate(session, len(keys) * BLOCK_TOKENS)
+            kv.blocks.append(block)
+            kv.ids.extend(prompt[len(kv.ids) : end])
+            keys.append(key)
+            kv.keys.append(key)
+            self.counters.blocks_taken_over += 1
+
+    def _key(
+        self, keys: Sequence[BlockKey], ids: Sequence[int], images: Sequence[Image]
+    ) -> BlockKey:
+        """The key of the block that follows those of `keys`."""
+        start = len(keys) * BLOCK_TOKENS
+        inside = ids[start : start + BLOCK_TOKENS]
+        digest = hashlib.sha256(keys[-1] if keys else b"")
+        digest.update(array("q", inside).tobytes())
+        pictured = inside.count(self._image_token_id)
+        if pictured:
+            # Which picture a placeholder stands for: counted from the conversation's first one.
+            first = ids[:start].count(self._image_token_id)
+            last = first + pictured - 1
+            per_image = self._tokens_per_image
+            for image in images[first // per_image : last // per_image + 1]:
+                digest.update(image.digest)
+        return digest.digest()
+
+    def _drop_copy(self, session: Session) -> None:
+        copy = session.key_values.host
+        if copy is not None:
+            session.key_values.host = None
+            self.host_bytes -= copy.bytes
+            del self._on_host[id(session)]
+
+
+def _blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def _fill(copy: HostCopy, pages: Pages, blocks: Sequence[int]) -> None:
+    try:
+        copy.tensors = pages.to_host(blocks)
+    except Exception:  # the step that follows belongs to others; `_bring_back` will say so
+        log.exception("keys and values could not be copied to host memory")
+
+
+def _bring_back(copy: HostCopy, pages: Pages, first: int, blocks: Sequence[int]) -> None:
+    if copy.tensors is None:
+        raise RuntimeError("a session's keys and values were not copied to host memory")
+    last = first + len(blocks)
+    keys, values = copy.tensors
+    pages.from_host(keys[:, first:last], values[:, first:last], blocks)

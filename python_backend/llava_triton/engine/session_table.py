@@ -1,0 +1,130 @@
+"""The open sessions: who may open one, how long it lives, and what is freed when it ends."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator
+
+from llava_triton.engine.image_store import ImageStore
+from llava_triton.engine.session import Session, SessionId
+from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.statistics import Statistics
+from llava_triton.errors import not_found, unavailable
+from llava_triton.settings import Settings
+
+
+class SessionTable:
+    """Every open session by its ID, longest unused first.
+
+    Args:
+        memory: of their keys and values.
+        images: of their pictures.
+        settings: limits.
+        clock: seconds.
+        statistics: to count in.
+    """
+
+    def __init__(
+        self,
+        memory: SessionMemory,
+        images: ImageStore,
+        settings: Settings,
+        clock: Callable[[], float],
+        statistics: Statistics,
+    ) -> None:
+        self._memory = memory
+        self._images = images
+        self._settings = settings
+        self._clock = clock
+        self._statistics = statistics
+        self._sessions: OrderedDict[SessionId, Session] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def oldest_first(self) -> Iterator[Session]:
+        """All of them, longest unused first."""
+        return iter(self._sessions.values())
+
+    def make(self, session_id: SessionId) -> Session:
+        """A new session that is not in the table yet.
+
+        Raises:
+            SessionError: UNAVAILABLE, there are as many as there may be, and none by this ID whose
+                place it could take.
+        """
+        now, limit = self._clock(), self._settings.max_sessions
+        if self.find(session_id) is None and len(self._sessions) >= limit:
+            raise unavailable(f"all {limit} sessions are in use; try again later")
+        return Session(session_id, opened_at=now, last_used_at=now)
+
+    def find(self, session_id: SessionId) -> Session | None:
+        """The open session of this ID; one that has outlived its limits is closed instead."""
+        session = self._sessions.get(session_id)
+        if session is not None and self._has_expired(session):
+            self._expire(session)
+            return None
+        return session
+
+    def get(self, session_id: SessionId) -> Session:
+        """The open session of this ID.
+
+        Raises:
+            SessionError: NOT_FOUND.
+        """
+        session = self.find(session_id)
+        if session is None:
+            raise not_found(
+                f"session {session_id!r} is unknown or has expired; open a new one by a "
+                "request with the sequence start flag"
+            )
+        return session
+
+    def open(self, session: Session) -> None:
+        """Put a new session into the table; an open one of the same ID is closed."""
+        self.drop(session.id)
+        self._sessions[session.id] = session
+        self._statistics.sessions_opened += 1
+
+    def used(self, session_id: SessionId) -> None:
+        """A session's idle time begins anew, if it is open."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.last_used_at = self._clock()
+            self._sessions.move_to_end(session_id)
+
+    def drop(self, session_id: SessionId) -> None:
+        """Close a session and free all it holds, whoever still refers to it."""
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._memory.truncate(session, 0)
+            self.forget_images(session, 0)
+            self._statistics.sessions_closed += 1
+
+    def forget_images(self, session: Session, first: int) -> None:
+        """Let go of a session's pictures from number `first` on."""
+        for image in session.images[first:]:
+            self._images.release(image)
+        del session.images[first:]
+
+    def clear(self) -> None:
+        """Close all."""
+        for session_id in list(self._sessions):
+            self.drop(session_id)
+
+    def expire(self, active: Container[SessionId]) -> None:
+        """Close what has outlived its limits, except active sessions."""
+        for session in list(self._sessions.values()):
+            if session.id not in active and self._has_expired(session):
+                self._expire(session)
+
+    def _has_expired(self, session: Session) -> bool:
+        now = self._clock()
+        return (
+            session.last_used_at + self._settings.engine_idle_seconds <= now
+            or session.opened_at + self._settings.session_lifetime_seconds <= now
+        )
+
+    def _expire(self, session: Session) -> None:
+        self.drop(session.id)
+        self._statistics.sessions_expired += 1

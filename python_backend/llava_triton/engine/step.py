@@ -1,0 +1,80 @@
+"""One step of the device: what it computes, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from llava_triton.engine.image_store import Image
+from llava_triton.engine.session import Session
+from llava_triton.engine.session_memory import Transfer
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """A stretch of one picture's features."""
+
+    image: Image
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """The tokens of one sequence in a step."""
+
+    ids: Sequence[int]
+    """At least one, image placeholders among them."""
+    context: int
+    """Tokens of the sequence that are in its blocks already."""
+    blocks: Sequence[int]
+    """Its block table, long enough for `ids`."""
+    image_rows: Sequence[ImageRows] = ()
+    """As many features as `ids` has placeholders, in order."""
+    wants_logits: bool = False
+    """Whether the likeliest token after the last one is not enough."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sequences that advance together, after the moves of blocks that were planned before."""
+
+    parts: Sequence[StepPart]
+    transfers: Sequence[Transfer] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What follows each part's last token."""
+
+    best: list[int]
+    """The likeliest token ID, one for each part."""
+    logits: list[Tensor | None]
+    """float32 [V] in host memory, for the parts that want them. The image placeholder's is -inf:
+    spoken by the model it would stand for a picture that does not exist."""
+    seconds: float
+    """The device's time."""
+
+
+class TransferError(RuntimeError):
+    """A move of blocks failed; the step was not computed."""
+
+
+def step_part(
+    ids: Sequence[int], session: Session, samples: bool, image_token_id: int, tokens_per_image: int
+) -> StepPart:
+    """The tokens `ids` of a session behind those it remembers, with the pictures among them."""
+    kv = session.key_values
+    rows = []
+    count = ids.count(image_token_id)
+    if count:
+        first = kv.ids.count(image_token_id)
+        last = first + count
+        while first < last:
+            number, offset = divmod(first, tokens_per_image)
+            end = min(tokens_per_image, offset + last - first)
+            rows.append(ImageRows(session.images[number], offset, end))
+            first += end - offset
+    return StepPart(ids, len(kv), list(kv.blocks), rows, samples)
