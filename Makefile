@@ -28,10 +28,10 @@ export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
 
 ##@ The main job
 
-demo: .venv/runtime $(demo_repository) ## Show a picture to a real server and ask about it
+demo: .venv/runtime compiler $(demo_repository) ## Show a picture to a real server and ask about it
 	$(python) -m demo.run --repository build/repositories/demo
 
-serve: .venv/runtime repository ## Serve in the foreground (REPOSITORY= or MODEL=, HTTP_PORT= ...)
+serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY= or MODEL=, HTTP_PORT= ...)
 	exec $(python) -m llava_triton.server --repository '$(REPOSITORY)' --log build/serve.log \
 	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
@@ -40,7 +40,7 @@ export: .venv/runtime ## Fill build/repositories/NAME from MODEL= (a directory o
 
 ##@ Checking and measuring
 
-test: .venv/development libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
+test: .venv/development compiler libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
 	$(python) -m pytest $(TESTS)
 
 lint: .venv/development ## Style and types
@@ -49,10 +49,13 @@ lint: .venv/development ## Style and types
 	$(python) -m mypy $(wildcard $(sources))
 	for model in model_repository/*/1/model.py; do $(python) -m mypy --no-error-summary "$$model"; done
 
-bench: .venv/runtime $(demo_repository) ## Later turns against first ones, sessions against none
-	$(python) -m benchmarks.turns
+bench: .venv/runtime compiler ## Speed beside plain transformers, in one run (20 minutes)
+	$(python) -m benchmarks.bench
 
-profile: .venv/runtime libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
+soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
+	$(python) -m benchmarks.soak
+
+profile: .venv/runtime compiler libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
 	$(python) -m benchmarks.profile
 
 ##@ The demo checkpoint
@@ -77,8 +80,8 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export test lint bench profile train evaluate clean distclean help
-.PHONY: repository libb64 curl force
+.PHONY: demo serve export test lint bench soak profile train evaluate clean distclean help
+.PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----
 
@@ -129,6 +132,9 @@ echo "installing the project with [$(1)]: a minute or two"
 } 2> .venv/pip-messages || { echo; cat .venv/pip-messages >&2; exit 1; }
 echo done
 endef
+
+compiler: # for the language model's kernels on the CPU; compiled when they are first used
+	command -v c++ >/dev/null || { $(call debian,g++); }
 
 libb64: # a library that perf_analyzer needs
 	/sbin/ldconfig -p | grep libb64.so.0d >/dev/null || { $(call debian,libb64-0d); }

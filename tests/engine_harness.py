@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import queue
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -16,8 +21,11 @@ from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.engine.session import SessionId
+from llava_triton.engine.session import Session, SessionId
+from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.step import Step, StepResult
 from llava_triton.errors import SessionError
+from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import SamplingParameters
 from llava_triton.settings import Settings
 from tests.reference import image_features, load_reference
@@ -30,6 +38,8 @@ SMALL_MEMORIES = {
     "host_cache_bytes": 64 << 20,
     "image_features_bytes": 64 << 20,
 }
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -70,16 +80,19 @@ class EngineHarness:
 
     def __init__(self, checkpoint: Path, **limits: Any) -> None:
         self.clock = Clock()
-        self._vision = load_reference(checkpoint)
-        self._processor = AutoProcessor.from_pretrained(checkpoint)
+        self._checkpoint = checkpoint
         loaded = load_checkpoint(checkpoint)
-        settings = Settings(**{**SMALL_MEMORIES, **limits})
-        self.runner = ModelRunner(loaded, settings)
-        self.engine = Engine(self.runner, loaded.tokenizer, settings, clock=self.clock)
+        self._tokenizer = loaded.tokenizer
+        self.settings = Settings(**{**SMALL_MEMORIES, **limits})
+        self.runner = ModelRunner(loaded, self.settings)
+        self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
 
     def features(self, images: Sequence[Image]) -> torch.Tensor | None:
-        """Image features [N, T, D]; None for no images."""
-        return image_features(self._vision, self._processor, images) if images else None
+        """Image features [N, T, D], each picture's the same bits whichever others are beside it;
+        None for no images."""
+        if not images:
+            return None
+        return torch.stack([_features_of(self._checkpoint, _Picture(image)) for image in images])
 
     def submit(
         self,
@@ -119,3 +132,237 @@ class EngineHarness:
     def shutdown(self) -> None:
         """Stop the engine's thread."""
         self.engine.shutdown()
+
+    # What only a test does.
+
+    def restart(self) -> None:
+        """A new engine with nothing open, on the same device; its pages hold nothing but NaN."""
+        self.engine.shutdown()
+        self.runner.pages.keys.fill_(torch.nan)
+        self.runner.pages.values.fill_(torch.nan)
+        self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
+
+    def on_engine(self, action: Callable[[Engine], Result]) -> Result:
+        """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
+        result: Future[Result] = Future()
+
+        def command() -> None:
+            try:
+                result.set_result(action(self.engine))
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.engine._command(command)
+        return result.result(PATIENCE_SECONDS)
+
+    def session(self, session_id: SessionId) -> Session:
+        """An open session, to look at on the engine's thread or while nothing runs."""
+        return self.on_engine(lambda engine: engine._sessions._sessions[session_id])
+
+    def history(self, session_id: SessionId) -> list[int]:
+        """All tokens of an open session's conversation, up to its last completed turn."""
+        return self.on_engine(lambda engine: list(engine._sessions._sessions[session_id].history))
+
+    def evict_idle(self, *session_ids: SessionId) -> int:
+        """Take the blocks of idle sessions (of all or of these), as memory pressure would.
+
+        Returns:
+            How many sessions had any.
+        """
+
+        def evict(engine: Engine) -> int:
+            resident = [each for each in engine._idle_sessions() if each.key_values.blocks]
+            if session_ids:
+                resident = [each for each in resident if each.id in session_ids]
+            for session in resident:
+                engine._memory.evict(session)
+            return len(resident)
+
+        return self.on_engine(evict)
+
+    def poison_free_blocks(self) -> None:
+        """Nobody finds what free blocks held, and whoever reads them reads NaN."""
+
+        def poison(engine: Engine) -> None:
+            pool, pages = engine._memory.pool, self.runner.pages
+            free = pool.allocate(pool.free) or []
+
+            def write() -> None:
+                pages.keys[:, free] = torch.nan
+                pages.values[:, free] = torch.nan
+
+            # As any other move of blocks: after those that were planned before.
+            engine._memory._transfers.append(write)
+            for block in free:
+                pool.release(block)
+
+        self.on_engine(poison)
+
+    def check_books(self) -> None:
+        """Everything the engine counts adds up at this moment, whatever is under way."""
+        self.on_engine(_check_books)
+
+    def assert_nothing_is_held(self) -> None:
+        """No session, no turn, and no memory of any."""
+        self.check_books()
+        now = self.engine.statistics()
+        assert (now.sessions_open, now.sessions_active, now.turns_in_flight) == (0, 0, 0)
+        assert (now.blocks_free, now.blocks_shared) == (now.blocks_total, 0)
+        assert (now.host_bytes, now.images) == (0, 0)
+        assert self.on_engine(lambda engine: engine._images.device_bytes) == 0
+        assert self.on_engine(lambda engine: engine._images.host_bytes) == 0
+        assert self.on_engine(lambda engine: len(engine._memory._on_host)) == 0
+
+    @contextmanager
+    def held_device(self) -> Iterator[HeldDevice]:
+        """The device stops before its next step and goes on when the block ends, or when told."""
+        device = HeldDevice(self.runner.compute)
+        self.runner.compute = device.compute  # type: ignore[method-assign]
+        try:
+            yield device
+        finally:
+            del self.runner.compute
+            device.go_on()
+
+    @contextmanager
+    def failing_step(self) -> Iterator[FailingStep]:
+        """The next step fails when it has been computed, one single time."""
+        step = FailingStep(self.runner.compute)
+        self.runner.compute = step.compute  # type: ignore[method-assign]
+        try:
+            yield step
+        finally:
+            del self.runner.compute
+
+
+class HeldDevice:
+    """A device that waits before each step.
+
+    Args:
+        compute: what it does then.
+    """
+
+    def __init__(self, compute: Callable[[Step], StepResult]) -> None:
+        self._compute = compute
+        self._has_work = threading.Event()
+        self._may_go_on = threading.Event()
+
+    def compute(self, step: Step) -> StepResult:
+        """In the place of `ModelRunner.compute`."""
+        self._has_work.set()
+        assert self._may_go_on.wait(PATIENCE_SECONDS)
+        return self._compute(step)
+
+    def wait_until_busy(self) -> None:
+        """Return when a step waits."""
+        assert self._has_work.wait(PATIENCE_SECONDS)
+
+    def go_on(self) -> None:
+        """Wait no more, now and later."""
+        self._may_go_on.set()
+
+
+class FailingStep:
+    """A device that loses one step's result.
+
+    Args:
+        compute: what it does at all others.
+    """
+
+    def __init__(self, compute: Callable[[Step], StepResult]) -> None:
+        self._compute = compute
+        self.turns: int | None = None
+        """Of the step that failed; None before."""
+
+    def compute(self, step: Step) -> StepResult:
+        """In the place of `ModelRunner.compute`."""
+        result = self._compute(step)  # moves and writes are done by then, as far as it came
+        if self.turns is None:
+            self.turns = len(step.parts)
+            raise RuntimeError("the device lost a bit")
+        return result
+
+
+class _Picture:
+    """A picture that equals another one of the same pixels."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._content = (image.mode, image.size, image.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Picture) and self._content == other._content
+
+
+@functools.lru_cache(maxsize=8)
+def _vision(checkpoint: Path) -> tuple[Any, Any]:
+    return load_reference(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+
+
+@functools.lru_cache(maxsize=1024)
+def _features_of(checkpoint: Path, picture: _Picture) -> torch.Tensor:
+    model, processor = _vision(checkpoint)
+    return image_features(model, processor, [picture.image])[0]
+
+
+def _check_books(engine: Engine) -> None:
+    sessions = list(engine._sessions.oldest_first())
+    for running in engine._running.values():
+        assert running.session in sessions, "a turn runs for a session that is not open"
+    assert engine._lanes.turns == len(engine._lanes.all())
+    _check_blocks(engine._memory, sessions)
+    for session in sessions:
+        _check_session(engine._memory, session)
+    _check_host_copies(engine._memory, sessions)
+    _check_images(engine, sessions)
+
+
+def _check_blocks(memory: SessionMemory, sessions: Sequence[Session]) -> None:
+    pool = memory.pool
+    held = Counter(block for session in sessions for block in session.key_values.blocks)
+    assert pool.holders() == [held[block] for block in range(pool.blocks)]
+    assert pool.free + len(held) == pool.blocks
+    assert pool.shared == sum(count > 1 for count in held.values())
+    free = [*pool._blank, *pool._remembered]
+    assert sorted(free) == [block for block in range(pool.blocks) if not held[block]]
+    assert {block: key for key, block in pool._by_key.items()} == pool._keys
+    assert all(block in pool._keys for block in pool._remembered)
+    assert not any(block in pool._keys for block in pool._blank)
+
+
+def _check_session(memory: SessionMemory, session: Session) -> None:
+    kv = session.key_values
+    assert len(set(kv.blocks)) == len(kv.blocks)
+    if kv.host is None:
+        assert len(kv.blocks) * BLOCK_TOKENS >= len(kv.ids)
+    else:
+        assert not kv.blocks, "a session is on the host and on the device"
+        assert kv.ids
+    assert len(kv.keys) == len(kv.ids) // BLOCK_TOKENS
+    for index, key in enumerate(kv.keys):
+        assert key == memory._key(kv.keys[:index], kv.ids, session.images)
+        if kv.blocks:
+            assert memory.pool._keys.get(kv.blocks[index], key) == key
+    placeholders = kv.ids.count(memory._image_token_id)
+    assert placeholders <= len(session.images) * memory._tokens_per_image
+
+
+def _check_host_copies(memory: SessionMemory, sessions: Sequence[Session]) -> None:
+    there = [session for session in sessions if session.key_values.host is not None]
+    copies = [session.key_values.host.bytes for session in there if session.key_values.host]
+    assert memory.host_bytes == sum(copies) <= memory._host_budget
+    assert set(memory._on_host.values()) == set(there)
+
+
+def _check_images(engine: Engine, sessions: Sequence[Session]) -> None:
+    store = engine._images
+    shown = Counter(image for session in sessions for image in session.images)
+    on_device, on_host = store._on_device.values(), store._on_host.values()
+    assert sorted(map(id, [*on_device, *on_host])) == sorted(map(id, shown))
+    assert all(image.holders == count for image, count in shown.items())
+    used = (store.device_bytes, store.host_bytes)
+    assert used == (sum(each.bytes for each in on_device), sum(each.bytes for each in on_host))
+    assert all(bytes_ <= budget for bytes_, budget in zip(used, store._budgets, strict=True))
