@@ -225,9 +225,9 @@ class EngineHarness:
             device.go_on()
 
     @contextmanager
-    def failing_step(self) -> Iterator[FailingStep]:
-        """The next step fails when it has been computed, one single time."""
-        step = FailingStep(self.runner.compute)
+    def failing_step(self, turns: int = 1) -> Iterator[FailingStep]:
+        """The next step of at least so many turns fails when it has been computed."""
+        step = FailingStep(self.runner.compute, turns)
         self.runner.compute = step.compute  # type: ignore[method-assign]
         try:
             yield step
@@ -267,17 +267,19 @@ class FailingStep:
 
     Args:
         compute: what it does at all others.
+        turns: how many the step has at the least.
     """
 
-    def __init__(self, compute: Callable[[Step], StepResult]) -> None:
+    def __init__(self, compute: Callable[[Step], StepResult], turns: int) -> None:
         self._compute = compute
-        self.turns: int | None = None
-        """Of the step that failed; None before."""
+        self._least = turns
+        self.turns = 0
+        """Of the step that failed; 0 before."""
 
     def compute(self, step: Step) -> StepResult:
         """In the place of `ModelRunner.compute`."""
         result = self._compute(step)  # moves and writes are done by then, as far as it came
-        if self.turns is None:
+        if not self.turns and len(step.parts) >= self._least:
             self.turns = len(step.parts)
             raise RuntimeError("the device lost a bit")
         return result

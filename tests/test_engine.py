@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -171,7 +171,8 @@ def test_a_failing_step_fails_one_turn_only(
 
     with monkeypatch.context() as patch:
         # The layers before it have written their keys and values by then.
-        broken_layers = [*layers[:2], replace(layers[2], gate_up=broken), *layers[3:]]
+        failing = replace(layers[2], gate_up=cast(Any, broken))
+        broken_layers = [*layers[:2], failing, *layers[3:]]
         patch.setattr(harness.runner._text_model, "layers", broken_layers)
         assert failure(harness.submit("s", QUESTIONS[1])) is ErrorCode.INTERNAL
     assert harness.ask("s", QUESTIONS[1])[0] == reference.answer(QUESTIONS[1])

@@ -33,8 +33,8 @@ class InOrder:
         Args:
             session: whose job it is.
             job: what to do.
-            quick: takes no time; it is done at once, here, where no job of the session is before it,
-                and is never one too many.
+            quick: takes no time; it is done at once, here, where no job of the session is before
+                it, and is never one too many.
 
         Returns:
             False where too many jobs wait already; the job is not run then.

@@ -19,10 +19,10 @@ class InstallationError(ServerError):
 
 OPENMP_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 """How torch's threads wait for each other: spinning for some tens of microseconds, then asleep.
-Threads that spin without such a bound (the default), once the kernel has put two on one core, wait a
-whole time slice at every layer: 480 ms instead of 5 ms to the first token on a machine of two cores.
-Threads that sleep at once cost 24 instead of 16 ms for the products of a decode step (12 layers of
-768) there: waking takes long."""
+Threads that spin without such a bound (the default), once the kernel has put two on one core, wait
+a whole time slice at every layer: 480 ms instead of 5 ms to the first token on two cores. Threads
+that sleep at once cost 24 instead of 16 ms for the products of a decode step (12 layers of 768)
+there: waking takes long."""
 
 
 @dataclass(frozen=True)

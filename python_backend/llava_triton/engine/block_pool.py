@@ -12,9 +12,9 @@ among them, and the key of the block before it."""
 class BlockPool:
     """Book-keeping of the blocks; the tensors are `Pages`'.
 
-    A block is free, or held by one or more sessions. A full block may be published under its key, so
-    that sessions with the same beginning hold it together. A published block that nobody holds is
-    free, but keeps its content until it is given out again: the longest unused one goes first.
+    A block is free, or held by one or more sessions. A full block may be published under its key,
+    so that sessions with the same beginning hold it together. A published block that nobody holds
+    is free, but keeps its content until it is given out again: the longest unused one goes first.
 
     Args:
         blocks: how many there are.

@@ -235,11 +235,11 @@ class Engine:
     def _prepare(self, turn: Turn, session: Session) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing."""
         request, runner = turn.request, self._runner
-        if request.text is None and request.image_features is None:
-            if not (request.start or request.end):
-                raise invalid(
-                    "the turn has neither text_input nor image; send a question, a picture or both"
-                )
+        empty = request.text is None and request.image_features is None
+        if empty and not (request.start or request.end):
+            raise invalid(
+                "the turn has neither text_input nor image; send a question, a picture or both"
+            )
         new_images = 0
         if request.image_features is not None:
             new_images, per_image, width = request.image_features.shape

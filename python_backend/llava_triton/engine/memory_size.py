@@ -11,8 +11,8 @@ from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.settings import Settings
 
 GPU_SHARE = 0.6
-"""Of the GPU's free memory after the weights: a quarter more is for image features, and the rest for
-what a step computes."""
+"""Of the GPU's free memory after the weights: a quarter more is for image features, and the rest
+for what a step computes."""
 HOST_SHARE = 0.25
 """Of the host's free memory, where it is the device: other processes live there too."""
 

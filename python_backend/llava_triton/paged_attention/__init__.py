@@ -24,6 +24,9 @@ class Kernels:
     residual, normalized, times weight [W]."""
     silu_multiply: Callable[[Tensor], Tensor]
     """[T, 2 * I], gates then values -> silu(gates) * values, [T, I]."""
+    few_rows_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """(x, weight, bias): x W^T + b for at most `few_rows` rows, where the device has it."""
+    few_rows: int = 0
 
     def attention(self, geometry: AttentionGeometry, window: int | None) -> PagedAttention:
         """Attention of layers whose tokens see `window` tokens back, or all."""
@@ -38,4 +41,10 @@ def kernels_for(device: torch.device) -> Kernels:
         return Kernels(gpu.GpuAttention, gpu.add_rms_norm, gpu.silu_multiply)
     from llava_triton.paged_attention import cpu
 
-    return Kernels(cpu.CpuAttention, cpu.add_rms_norm, cpu.silu_multiply)
+    return Kernels(
+        cpu.CpuAttention,
+        cpu.add_rms_norm,
+        cpu.silu_multiply,
+        cpu.few_rows_product,
+        cpu.MOST_ROWS,
+    )

@@ -48,6 +48,7 @@ class _Kernels(NamedTuple):
     attend: Callable[..., None]
     add_rms_norm: Callable[..., None]
     silu_multiply: Callable[..., None]
+    products: Callable[..., None]
 
 
 @functools.cache
@@ -68,6 +69,7 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
             "add_rms_norm", *[pointer] * 3, ctypes.c_float, pointer, count, count
         ),
         silu_multiply=function("silu_multiply", pointer, pointer, count, count),
+        products=function("products", *[pointer] * 4, *[count] * 3),
     )
 
 
@@ -197,5 +199,40 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty((rows, width // 2))
     _kernels(gate_up.dtype).silu_multiply(
         gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
+    )
+    return out
+
+
+MOST_ROWS = 2
+"""Rows that `few_rows_product` takes."""
+
+
+def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as fast as the memory gives W, for the few rows of a decode step.
+
+    Args:
+        x: float32 or bfloat16 [T, inputs], 1 <= T <= MOST_ROWS, contiguous, as are the others.
+        weight: [outputs, inputs].
+        bias: [outputs].
+
+    Returns:
+        [T, outputs]. A row's result does not depend on the others.
+    """
+    rows, inputs = x.shape
+    assert 1 <= rows <= MOST_ROWS
+    assert weight.shape[1] == inputs
+    assert x.dtype == weight.dtype
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    out = x.new_empty((rows, len(weight)))
+    _kernels(x.dtype).products(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        inputs,
+        len(weight),
+        torch.get_num_threads(),
     )
     return out

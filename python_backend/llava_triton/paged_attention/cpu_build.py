@@ -16,7 +16,9 @@ from pathlib import Path
 # and both share one pool of threads.
 import torch  # noqa: F401
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_FOLDER = Path(__file__).parent
+SOURCES = (_FOLDER / "cpu_kernels.cpp", _FOLDER / "cpu_products.cpp")
+_HEADERS = (_FOLDER / "cpu_vectors.h",)
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -69,7 +71,8 @@ def _find_compiler() -> list[str]:
 
 def _fingerprint(compiler: list[str]) -> str:
     """Names a build by all it depends on: a home may be shared by machines that differ."""
-    parts = [SOURCE.read_text(), *FLAGS, *compiler, _run([*compiler, "--version"]), _cpu()]
+    code = [path.read_text() for path in (*SOURCES, *_HEADERS)]
+    parts = [*code, *FLAGS, *compiler, _run([*compiler, "--version"]), _cpu()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -98,7 +101,7 @@ def _compile(compiler: list[str], library: Path) -> None:
     handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        _run([*compiler, *FLAGS, "-o", unfinished, str(SOURCE)])
+        _run([*compiler, *FLAGS, "-o", unfinished, *map(str, SOURCES)])
         os.replace(unfinished, library)
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""`make bench`: our engine beside transformers' `generate`, on one machine, in one run.
+
+Whole sessions of one shape (a picture and a question, then questions; answers of one length) are
+held in several ways, each in processes of its own. The ways take turns over several rounds, because
+a machine gets slower and faster by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measurement import Load, read_loads
+from benchmarks.processes import busy_seconds
+from benchmarks.report import Rounds, report
+from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
+from llava_triton.server import OPENMP_ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGE_LOAD = 16
+"""Loads of more sessions are measured in the first round only: they take minutes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way of answering: which part of the benchmark runs, and how."""
+
+    title: str
+    module: str
+    options: tuple[str, ...] = ()
+    dtype: str = "float32"
+    many_sessions: bool = True
+    """Whether it can answer several sessions at once."""
+    every_round: bool = True
+    """Else in the first round only."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether our engine answers."""
+        return self.module in ("engine_load", "triton_load")
+
+
+WAYS = {
+    "S": Way(
+        "transformers, stateless", "transformers_baselines", many_sessions=False, every_round=False
+    ),
+    "K": Way(
+        "transformers, kept cache", "transformers_baselines", ("--kept",), many_sessions=False
+    ),
+    "E": Way("engine", "engine_load"),
+    "T": Way("engine in Triton", "triton_load"),
+    "E16": Way("engine, bfloat16", "engine_load", ("--dtype", "bfloat16"), dtype="bfloat16"),
+    "T16": Way("engine in Triton, bfloat16", "triton_load", dtype="bfloat16"),
+}
+DEFAULT_WAYS = ("S", "K", "E", "T")
+
+
+def environment(way: Way) -> dict[str, str]:
+    """The environment of a way's processes: OpenMP as the server sets it for our engine, as OpenMP
+    itself would have it for transformers."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "GOMP_", "KMP_"))
+    }
+    if way.module == "engine_load":
+        clean |= OPENMP_ENVIRONMENT
+    return clean
+
+
+class OtherPrograms:
+    """How much of the machine they use, from now on."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = self._now()
+
+    def share(self) -> float:
+        """0 to 1, until now; what is waited for counts as this program's own."""
+        ended, busy, own = self._now()
+        used = (busy - self._busy) - (own - self._own)
+        return max(0.0, used / (ended - self._began) / (os.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return time.monotonic(), busy_seconds(), own
+
+
+class Bench:
+    """A run of the benchmark.
+
+    Args:
+        folder: for checkpoints, repositories and what the parts write.
+        sessions: numbers of sessions at once, ascending.
+        quick: the small geometry.
+    """
+
+    def __init__(self, folder: Path, sessions: Sequence[int], *, quick: bool) -> None:
+        self._folder = folder
+        self._sessions = sorted(sessions)
+        self._quick = quick
+        self._began = time.monotonic()
+        self._repositories: dict[str, Path] = {}
+        self._checkpoint = folder / "checkpoint"
+        self.fairness: dict[str, Any] = {}
+        """By the way's name: fields of `Fairness`."""
+        self.disturbances: list[tuple[str, float]] = []
+        """Every part's name, and the share of the machine that other programs used meanwhile."""
+
+    def prepare(self, ways: Sequence[str]) -> None:
+        """Write the checkpoint and export it, once for each dtype."""
+        self._say("writing a checkpoint with random weights")
+        geometry: Geometry = QUICK if self._quick else FULL
+        write_checkpoint(self._checkpoint, geometry)
+        for dtype in sorted({WAYS[name].dtype for name in ways if WAYS[name].ours}):
+            self._say(f"exporting it for {dtype}")
+            self._repositories[dtype] = self._export(dtype)
+
+    def _export(self, dtype: str) -> Path:
+        repository = self._folder / f"served-{dtype}"
+        settings = self._folder / f"settings-{dtype}.json"
+        settings.write_text(json.dumps({"dtype": dtype}))
+        command = ["-m", "llava_export", "--model", str(self._checkpoint)]
+        command += ["--output", str(repository), "--settings", str(settings)]
+        self._run(command, dict(os.environ))
+        return repository
+
+    def measure(self, ways: Sequence[str], repeats: int) -> Rounds:
+        """All ways, one after the other, `repeats` times."""
+        rounds: Rounds = []
+        for number in range(repeats):
+            wanted = [name for name in ways if number == 0 or WAYS[name].every_round]
+            # One after the other, except where the figures mean nothing and only time is saved.
+            with ThreadPoolExecutor(len(ways) if self._quick else 1) as pool:
+                loads = pool.map(self._part, wanted, [number] * len(wanted))
+                rounds.append(dict(zip(wanted, loads, strict=True)))
+        return rounds
+
+    def _part(self, name: str, number: int) -> list[Load]:
+        way = WAYS[name]
+        sessions = [
+            count
+            for count in self._sessions
+            if (way.many_sessions or count == 1) and (number == 0 or count <= LARGE_LOAD)
+        ] or [1]
+        self._say(f"round {number + 1}, {name} ({way.title}): {sessions} sessions at once")
+        workload = self._folder / f"workload-{way.dtype}.json"
+        self._workload(way.dtype).write(workload)
+        output = self._folder / f"loads-{name}-{number}.json"
+        command = ["-m", f"benchmarks.{way.module}", *way.options, "--workload", str(workload)]
+        command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
+        fairness = self._folder / f"fairness-{name}-{number}.json"
+        if way.module == "engine_load" and number == 0:
+            command += ["--fairness", str(fairness)]
+        others = OtherPrograms()
+        self._run(command, environment(way), show=True)
+        if not self._quick:  # where the parts run side by side
+            self.disturbances.append((f"{name} in round {number + 1}", others.share()))
+        if fairness.exists():
+            self.fairness[name] = json.loads(fairness.read_text())
+        return read_loads(output)
+
+    def _workload(self, dtype: str) -> Workload:
+        repository = self._repositories.get(dtype, Path("none"))
+        workload = Workload(str(self._checkpoint), str(repository))
+        if not self._quick:
+            return workload
+        return dataclasses.replace(
+            workload, turns=3, answer_tokens=8, streams=4, stream_tokens=400, prompt_tokens=500
+        )
+
+    def _run(self, arguments: list[str], variables: dict[str, str], show: bool = False) -> None:
+        """Run a part; what it prints is shown as it comes if `show`."""
+        with tempfile.TemporaryFile("w+") as complaints:
+            part = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+            )
+            assert part.stdout is not None
+            for line in part.stdout:
+                if show:
+                    print(f"{'':11}{line}", end="", flush=True)
+            if part.wait() != 0:
+                complaints.seek(0)
+                raise BenchError(f"{' '.join(arguments)} failed:\n{complaints.read()[-4000:]}")
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
+
+
+class BenchError(RuntimeError):
+    """A part of the benchmark failed; the text holds its output."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the table, write it and every figure as JSON; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once: tests the bench")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(DEFAULT_WAYS))
+    parser.add_argument("--sessions", type=int, nargs="+", help="at once (default: 1 4 16 64)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 3)")
+    parser.add_argument("--output", type=Path, default=ROOT / "build/bench/bench.json")
+    options = parser.parse_args(arguments)
+    sessions = options.sessions or ([1, 4] if options.quick else [1, 4, 16, 64])
+    repeats = options.repeats or (1 if options.quick else 3)
+    if min(sessions) < 1 or repeats < 1:
+        parser.error("--sessions and --repeats must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="llava-bench-") as folder:
+        bench = Bench(Path(folder), sessions, quick=options.quick)
+        try:
+            bench.prepare(options.ways)
+            rounds = bench.measure(options.ways, repeats)
+        except BenchError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    titles = {name: WAYS[name].title for name in options.ways}
+    text, values = report(rounds, titles, bench.fairness, bench.disturbances)
+    print(f"\n{text}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    values["quick"] = options.quick
+    options.output.write_text(json.dumps(values, indent=1) + "\n")
+    options.output.with_suffix(".txt").write_text(text)
+    print(f"written to {options.output} and {options.output.with_suffix('.txt').name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

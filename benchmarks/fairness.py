@@ -1,0 +1,148 @@
+"""Do running answers stall while a long prompt is computed? With our engine in this process."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.engine_load import PATIENCE_SECONDS, Asked
+from benchmarks.workload import Workload
+from llava_triton.engine import Engine, TurnRequest
+from llava_triton.sampling_parameters import SamplingParameters
+
+QUIET_SHARE = 0.3
+"""The long prompt comes when this share of every answer is there."""
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """Intervals between the pieces that a stream gets, in milliseconds."""
+
+    streams: int
+    prompt_tokens: int
+    """Of the long prompt."""
+    usual_ms: float
+    """Median over all streams before the long prompt came."""
+    usual_largest_ms: float
+    """The largest before it came: what the machine does by itself."""
+    stalled_median_ms: float
+    """Median over all streams from its coming to its first token."""
+    stalled_largest_ms: float
+    """The largest of any stream that touches that time."""
+    prompt_first_token_ms: float
+    """From the long prompt's coming to its first token."""
+    largest_piece_tokens: int
+    """Tokens in one piece at most; above 1, an interval is one of several tokens."""
+
+    @property
+    def ratio(self) -> float:
+        """The largest interval over the usual one."""
+        return self.stalled_largest_ms / self.usual_ms
+
+
+def measure_fairness(engine: Engine, workload: Workload) -> Fairness:
+    """`workload.streams` long answers run; then a session with one long prompt comes.
+
+    Raises:
+        RuntimeError: an answer ended before the long prompt's first token: the answers are too
+            short to tell anything.
+    """
+    finished: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+    question = workload.question_tokens
+    streams = [
+        _submit(
+            engine,
+            workload.text(question, f"stream {number}"),
+            workload.stream_tokens,
+            number,
+            finished,
+        )
+        for number in range(workload.streams)
+    ]
+    enough = int(workload.stream_tokens * QUIET_SHARE)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while min(_tokens(stream) for stream in streams) < enough and time.monotonic() < deadline:
+        time.sleep(0.02)
+    prompt = workload.text(workload.prompt_tokens, "long prompt")
+    late = _submit(engine, prompt, 2, workload.streams, finished)
+    for _ in range(workload.streams + 1):
+        ended = finished.get(timeout=PATIENCE_SECONDS)
+        if ended.error is not None:
+            raise ended.error
+    came = late.submitted_at
+    first_token_ms = late.events[-1][1].first_token_ms
+    return summarize_fairness(
+        [[when for when, _ in stream.events] for stream in streams],
+        came,
+        came + first_token_ms / 1000.0,
+        prompt_tokens=late.events[-1][1].num_input_tokens,
+        largest_piece=max(_largest_piece(stream) for stream in streams),
+    )
+
+
+def summarize_fairness(
+    streams: Sequence[Sequence[float]],
+    came: float,
+    computed: float,
+    *,
+    prompt_tokens: int,
+    largest_piece: int,
+) -> Fairness:
+    """Intervals from the times, in seconds, at which every stream got its pieces.
+
+    Args:
+        streams: those times.
+        came: when the long prompt came.
+        computed: when it had its first token.
+        prompt_tokens: of the long prompt.
+        largest_piece: tokens in one piece at most.
+    """
+    if min(times[-1] for times in streams) < computed:
+        raise RuntimeError("an answer ended before the long prompt was computed; make them longer")
+    before: list[float] = []
+    during: list[float] = []
+    for times in streams:
+        for start, end in itertools.pairwise(times):
+            if end <= came:
+                before.append((end - start) * 1000.0)
+            elif start < computed:
+                during.append((end - start) * 1000.0)
+    return Fairness(
+        streams=len(streams),
+        prompt_tokens=prompt_tokens,
+        usual_ms=statistics.median(before),
+        usual_largest_ms=max(before),
+        stalled_median_ms=statistics.median(during),
+        stalled_largest_ms=max(during),
+        prompt_first_token_ms=(computed - came) * 1000.0,
+        largest_piece_tokens=largest_piece,
+    )
+
+
+def _submit(
+    engine: Engine, text: str, tokens: int, number: int, finished: queue.SimpleQueue[Asked]
+) -> Asked:
+    request = TurnRequest(
+        session_id=f"fairness {number}",
+        start=True,
+        end=True,
+        text=text,
+        sampling=SamplingParameters(max_tokens=tokens, ignore_eos=True),
+    )
+    now = time.monotonic()
+    asked = Asked(number, 0, now, now, finished)
+    engine.submit(request, asked)
+    return asked
+
+
+def _tokens(stream: Asked) -> int:
+    return stream.events[-1][1].num_output_tokens if stream.events else 0
+
+
+def _largest_piece(stream: Asked) -> int:
+    counts = [0, *(delta.num_output_tokens for _, delta in stream.events)]
+    return max(after - before for before, after in itertools.pairwise(counts))

@@ -1,0 +1,293 @@
+"""The benchmark's table, its ratios, and whether they meet their targets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from benchmarks.measurement import Load, TurnTimes
+
+Rounds: TypeAlias = "list[dict[str, list[Load]]]"
+"""What was measured, a round each: by the way's name, one load a number of sessions."""
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def _first_token(load: Load, wanted: Callable[[TurnTimes], bool]) -> float:
+    return _median([turn.first_token_ms for turn in load.turns if wanted(turn)])
+
+
+METRICS: dict[str, Callable[[Load], float]] = {
+    "first_token_first_turn_ms": lambda load: _first_token(load, lambda turn: turn.turn == 0),
+    "first_token_later_turns_ms": lambda load: _first_token(load, lambda turn: turn.turn > 0),
+    "between_tokens_ms": lambda load: _median(
+        [turn.between_tokens_ms for turn in load.turns if turn.between_tokens_ms is not None]
+    ),
+    "tokens_per_second": lambda load: load.tokens_per_second,
+    "peak_mib": lambda load: load.peak_mib,
+}
+FIRST, LATER, BETWEEN, RATE, _MEMORY = METRICS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way under one load: medians over the rounds of each round's median."""
+
+    way: str
+    title: str
+    sessions: int
+    rounds: int
+    first_token_first_turn_ms: float
+    first_token_later_turns_ms: float
+    between_tokens_ms: float
+    tokens_per_second: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """A figure of one way under one load."""
+
+    way: str
+    sessions: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """How two figures should compare."""
+
+    text: str
+    metric: str
+    left: Side
+    right: Side
+    bound: float
+    at_most: bool = True
+    difference: bool = False
+    """Subtract instead of dividing."""
+
+    def value(self, loads: Mapping[str, Sequence[Load]]) -> float | None:
+        """In one round; None where a figure was not measured in it."""
+        left, right = (_figure(loads, side, self.metric) for side in (self.left, self.right))
+        if left is None or right is None:
+            return None
+        return left - right if self.difference else left / right
+
+
+def _ours(way: str, bounds: tuple[float, float, float, float, float]) -> list[Target]:
+    """The targets against a kept cache, for one precision."""
+    later, between, rate, many, first = bounds
+    one, sixteen, kept = Side(way, 1), Side(way, 16), Side("K", 1)
+    return [
+        Target(f"later first token, {way} / K", LATER, one, kept, later),
+        Target(f"time between tokens, {way} / K", BETWEEN, one, kept, between),
+        Target(f"tokens/s, {way} / K", RATE, one, kept, rate, at_most=False),
+        Target(f"tokens/s at 16, {way} / K", RATE, sixteen, kept, many, at_most=False),
+        Target(f"later first token, {way} at 16 / at 1", LATER, sixteen, one, 3.0),
+        Target(f"first token of first turn, {way} / K", FIRST, one, kept, first),
+    ]
+
+
+def _server(served: str, engine: str) -> list[Target]:
+    """What Triton may cost."""
+    pairs = [(Side(served, count), Side(engine, count)) for count in (16, 1)]
+    return [
+        Target(f"tokens/s at 16, {served} / {engine}", RATE, *pairs[0], 0.9, at_most=False),
+        Target(
+            f"later first token, {served} - {engine}, ms", LATER, *pairs[1], 3.0, difference=True
+        ),
+    ]
+
+
+TARGETS = [
+    *_ours("E", (0.7, 0.5, 2.0, 7.0, 0.8)),
+    Target("later first token, E / S", LATER, Side("E", 1), Side("S", 1), 0.1),
+    *_server("T", "E"),
+    *_ours("E16", (0.6, 0.3, 3.0, 10.0, 0.5)),
+    *_server("T16", "E16"),
+]
+QUIET_SHARE = 0.05
+"""Other programs may use this share of the machine; more spoils the figures, those of threads that
+spin while they wait (transformers') most of all."""
+FAIRNESS_BOUND = 2.0
+"""The largest interval between tokens while a long prompt is computed, over the usual one."""
+
+
+def _figure(loads: Mapping[str, Sequence[Load]], side: Side, metric: str) -> float | None:
+    for load in loads.get(side.way, ()):
+        if load.sessions == side.sessions:
+            return METRICS[metric](load)
+    return None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target beside what was measured."""
+
+    text: str
+    value: float
+    """Median over the rounds of each round's own ratio."""
+    least: float
+    """Over the rounds."""
+    most: float
+    bound: float
+    at_most: bool
+    met: bool
+
+
+def rows(rounds: Rounds, titles: Mapping[str, str]) -> list[Row]:
+    """One a way and load."""
+    made = []
+    for way, title in titles.items():
+        counts = sorted({load.sessions for loads in rounds for load in loads.get(way, ())})
+        for count in counts:
+            same = [
+                load for loads in rounds for load in loads.get(way, ()) if load.sessions == count
+            ]
+            values = {
+                name: _median([metric(load) for load in same]) for name, metric in METRICS.items()
+            }
+            made.append(Row(way, title, count, len(same), **values))
+    return made
+
+
+def verdicts(rounds: Rounds, fairness: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Every target that can be judged by what was measured."""
+    made = []
+    for target in TARGETS:
+        values = [value for loads in rounds if (value := target.value(loads)) is not None]
+        if values:
+            made.append(_verdict(target.text, values, target.bound, target.at_most))
+    for way, measured in fairness.items():
+        ratio = measured["stalled_largest_ms"] / measured["usual_ms"]
+        text = f"largest / usual interval of {way} during a long prompt"
+        made.append(_verdict(text, [ratio], FAIRNESS_BOUND, True))
+    return made
+
+
+def _verdict(text: str, values: Sequence[float], bound: float, at_most: bool) -> Verdict:
+    value = _median(values)
+    met = value <= bound if at_most else value >= bound
+    return Verdict(text, value, min(values), max(values), bound, at_most, met)
+
+
+def equal_answers(rounds: Rounds) -> dict[str, str]:
+    """By the way's name: how many answers of the one-session load are those of K (else of the first
+    way), as "8 of 8", in the first round."""
+    loads = {
+        way: next((load for load in measured if load.sessions == 1), None)
+        for way, measured in rounds[0].items()
+    }
+    reference = loads.get("K") or next((load for load in loads.values() if load), None)
+    if reference is None:
+        return {}
+    expected = reference.texts(0)
+    counts = {}
+    for way, load in loads.items():
+        if load is not None:
+            same = sum(a == b for a, b in zip(expected, load.texts(0), strict=True))
+            counts[way] = f"{same} of {len(expected)}"
+    return counts
+
+
+def report(
+    rounds: Rounds,
+    titles: Mapping[str, str],
+    fairness: Mapping[str, Mapping[str, Any]],
+    disturbances: Sequence[tuple[str, float]] = (),
+) -> tuple[str, dict[str, Any]]:
+    """The text for people, and all figures for programs.
+
+    Args:
+        rounds: what was measured.
+        titles: the ways' titles, by their names.
+        fairness: fields of `Fairness`, by the way's name.
+        disturbances: every part's name, and the share of the machine that others used meanwhile.
+    """
+    table, judged, same = rows(rounds, titles), verdicts(rounds, fairness), equal_answers(rounds)
+    parts = [_table(table), _notes(same), _fairness_text(fairness), _verdict_text(judged)]
+    parts.append(_disturbance_text(disturbances))
+    values = {
+        "rows": [asdict(row) for row in table],
+        "targets": [asdict(verdict) for verdict in judged],
+        "fairness": dict(fairness),
+        "equal_answers": same,
+        "used_by_others": dict(disturbances),
+        "rounds": [
+            {
+                way: [
+                    {"sessions": load.sessions, "seconds": load.seconds}
+                    | {name: metric(load) for name, metric in METRICS.items()}
+                    for load in measured
+                ]
+                for way, measured in loads.items()
+            }
+            for loads in rounds
+        ],
+    }
+    return "\n".join(part for part in parts if part), values
+
+
+def _table(table: Sequence[Row]) -> str:
+    lines = [
+        "                                         sessions  first token, ms    between     tokens"
+        "      peak",
+        "                                          at once   1st turn   later  tokens, ms  per s  "
+        "  memory, MiB",
+    ]
+    for row in table:
+        lines.append(
+            f"{row.way:4} {row.title:34}  {row.sessions:7}"
+            f"  {row.first_token_first_turn_ms:9.1f}  {row.first_token_later_turns_ms:6.1f}"
+            f"  {row.between_tokens_ms:9.2f}  {row.tokens_per_second:7.1f}  {row.peak_mib:10.0f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _notes(same: Mapping[str, str]) -> str:
+    answers = ", ".join(f"{way} {count}" for way, count in same.items())
+    return f"""\
+Medians over the rounds. All ways get the same pictures (encoded) and questions. S and K answer one
+turn at a time, so their tokens per second hold for any number of sessions; a session's time to its
+first token would then be the queue's. First token: E by the engine's clock, the time in the encoder
+added; T by the client's clock, at the first piece that it gets. Memory: all processes that answer,
+at their highest from their start on, shared pages counted in each. One-session answers that are
+the same as K's: {answers}.
+"""
+
+
+def _fairness_text(fairness: Mapping[str, Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"{way}: {values['streams']} answers stream when a prompt of {values['prompt_tokens']:,} "
+        f"tokens comes.\n  Time between pieces: usually {values['usual_ms']:.1f} ms (largest "
+        f"{values['usual_largest_ms']:.1f}); until its first token, after "
+        f"{values['prompt_first_token_ms']:.0f} ms, {values['stalled_median_ms']:.1f} ms (largest "
+        f"{values['stalled_largest_ms']:.1f}).\n"
+        for way, values in fairness.items()
+    )
+
+
+def _verdict_text(judged: Sequence[Verdict]) -> str:
+    lines = [f"{'':52}  measured   (rounds)         target"]
+    for verdict in judged:
+        lines.append(
+            f"{verdict.text:52}  {verdict.value:8.3f}   {verdict.least:.3f} - {verdict.most:.3f}"
+            f"{'':3}  {'<=' if verdict.at_most else '>='} {verdict.bound:<5g}"
+            f"  {'met' if verdict.met else 'NOT MET'}"
+        )
+    return "\n".join(lines) + "\n" if judged else ""
+
+
+def _disturbance_text(disturbances: Sequence[tuple[str, float]]) -> str:
+    loud = [
+        f"{100 * share:.0f} % during {part}" for part, share in disturbances if share > QUIET_SHARE
+    ]
+    if not loud:
+        return ""
+    return (
+        "WARNING: the machine was not quiet, so these figures prove nothing. Other programs used "
+        f"{', '.join(loud)}.\n"
+    )

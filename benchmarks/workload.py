@@ -1,0 +1,162 @@
+"""What every way of answering is asked: a checkpoint, pictures and questions."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+
+from demo.random_checkpoint import DEMO, write_random_llava
+
+PICTURE_PIXELS = 336
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A LLaVA's size."""
+
+    vision: dict[str, int]
+    text: dict[str, int]
+
+
+FULL = Geometry(
+    vision={
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+    text={
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 4096,
+    },
+)
+"""256 tokens a picture; 86 million parameters of text model."""
+QUICK = Geometry(
+    vision={
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+    text={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    },
+)
+"""For a test of the benchmark itself: its figures say nothing about speed."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sessions to be held; every process of a run reads the same one from a file."""
+
+    checkpoint: str
+    """Directory of the checkpoint."""
+    repository: str
+    """Directory of the Triton model repository exported from it."""
+    turns: int = 8
+    """Of a session; the picture comes with the first."""
+    question_tokens: int = 24
+    answer_tokens: int = 32
+    streams: int = 16
+    """Long answers on their way when the long prompt comes (the fairness part)."""
+    stream_tokens: int = 256
+    """Of each long answer."""
+    prompt_tokens: int = 2000
+    """Of the long prompt."""
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Workload:
+        """What `write` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+    @cached_property
+    def _words(self) -> list[str]:
+        return whole_words(AutoTokenizer.from_pretrained(self.checkpoint))
+
+    def question(self, load: int, session: int, turn: int) -> str:
+        """The question of `question_tokens` tokens; another one for every session and turn.
+
+        Args:
+            load: sessions at once in this part of the run; 0 for the warm-up.
+            session: number of the session in it.
+            turn: from 0.
+        """
+        return self.text(self.question_tokens, f"{load} {session} {turn}")
+
+    def text(self, tokens: int, seed: str) -> str:
+        """A text of exactly so many tokens."""
+        return " ".join(random.Random(seed).choices(self._words, k=tokens))
+
+    def picture(self, load: int, session: int) -> bytes:
+        """An encoded picture (PNG), another one for every session, so that none can be reused."""
+        noise = np.random.default_rng([load, session]).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        size = (PICTURE_PIXELS, PICTURE_PIXELS)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def whole_words(tokenizer: Any) -> list[str]:
+    """Words that are one token each: alone at the beginning of a text, and behind a space."""
+    words = []
+    for token in sorted(tokenizer.get_vocab()):
+        word = token.removeprefix("\u0120")  # how byte-level tokenizers write a leading space
+        if word.isascii() and word.isalpha():
+            lengths = [
+                len(tokenizer(text, add_special_tokens=False)["input_ids"])
+                for text in (word, f" {word}")
+            ]
+            if lengths == [1, 1]:
+                words.append(word)
+    return sorted(set(words))
+
+
+def write_checkpoint(directory: Path, geometry: Geometry) -> Path:
+    """A checkpoint with random weights, every token of whose answers can be read at once.
+
+    A model with random weights would say mostly bytes that make no character, which a server holds
+    back: a client could not see when a token comes. So the rows of its last matrix are 0 for
+    everything but readable tokens, which makes those the likeliest; it computes as much as before.
+    Nor does such a model ever end its answer.
+    """
+    vision = CLIPVisionConfig(**geometry.vision)
+    write_random_llava(directory, vision, LlamaConfig, geometry.text, least_deviation=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    silent = [token for token in range(len(tokenizer)) if not _is_readable(tokenizer, token)]
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.lm_head.weight"][silent] = 0.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+def _is_readable(tokenizer: Any, token: int) -> bool:
+    text = tokenizer.decode([token], skip_special_tokens=True)
+    return bool(text.strip()) and text.isascii() and text.isprintable()

@@ -1,0 +1,150 @@
+"""`make bench` and `make soak`, in short forms, and the judgement they end with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.fairness import summarize_fairness
+from benchmarks.measurement import Load, TurnTimes
+from benchmarks.report import report, rows, verdicts
+from benchmarks.soak_memory import Sample, growths
+from benchmarks.workload import Workload
+from demo.random_checkpoint import DEMO
+from tests.conftest import ROOT
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
+    output = tmp_path / "bench of a test.json"
+    told = run("benchmarks.bench", "--quick", "--output", str(output))
+    values = json.loads(output.read_text())
+    measured = {(row["way"], row["sessions"]) for row in values["rows"]}
+    assert measured == {("S", 1), ("K", 1), ("E", 1), ("E", 4), ("T", 1), ("T", 4)}
+    for row in values["rows"]:
+        assert f"{row['way']:4} {row['title']:34}  {row['sessions']:7}" in told
+        for metric in ("first_token_first_turn_ms", "first_token_later_turns_ms", "peak_mib"):
+            assert row[metric] > 0, row
+        assert row["tokens_per_second"] > 0
+    # Greedy in float32: every way computes the same.
+    assert values["equal_answers"] == dict.fromkeys("SKET", "3 of 3")
+    assert values["fairness"]["E"]["prompt_tokens"] >= 500
+    texts = [target["text"] for target in values["targets"]]
+    assert "later first token, E / K" in texts
+    assert "later first token, T - E, ms" in texts
+    for target in values["targets"]:
+        assert target["least"] <= target["value"] <= target["most"]
+        assert target["text"] in told
+
+
+def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
+    output = tmp_path / "soak of a test.json"
+    repository = tmp_path / "repository"
+    run(
+        *("benchmarks.soak", "--sessions", "300", "--clients", "16"),
+        *("--repository", str(repository), "--output", str(output)),
+    )
+    values = json.loads(output.read_text())
+    counts = values["counts"]
+    assert sum(counts[fate] for fate in ("closed", "abandoned", "disconnected")) == 300
+    assert min(counts[fate] for fate in ("closed", "abandoned", "disconnected")) > 0
+    assert counts["answers"] > 300
+    assert {"wrong", "lost", "error"}.isdisjoint(counts)
+    assert all(values["verdict"].values())
+    assert values["verdict"]["a forgotten session has expired"]
+    parts = set(values["samples"][-1]["mib"])
+    assert {"tritonserver", "language_model", "image_encoder", "/dev/shm"} <= parts
+    # 300 sessions are all warm-up.
+    assert "memory is flat" not in values["verdict"]
+
+
+def load(sessions: int, first: float, later: float, between: float, seconds: float) -> Load:
+    turns = [
+        TurnTimes(session, turn, later if turn else first, between, 32, 0, "red")
+        for session in range(sessions)
+        for turn in range(3)
+    ]
+    return Load(sessions=sessions, seconds=seconds, peak_mib=100.0, turns=turns)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The machine is half as fast in the third round; each round's own ratio is 0.5.
+    rounds = [
+        {"K": [load(1, 100, 20, 10, 1)], "E": [load(1, 80, 10, 5, 0.5)]},
+        {"K": [load(1, 100, 20, 10, 1)], "E": [load(1, 80, 10, 5, 0.5), load(16, 0, 25, 9, 1)]},
+        {"K": [load(1, 200, 40, 20, 2)], "E": [load(1, 160, 20, 10, 1)]},
+    ]
+    judged = {verdict.text: verdict for verdict in verdicts(rounds, {})}
+    later = judged["later first token, E / K"]
+    assert (later.value, later.least, later.most, later.met) == (0.5, 0.5, 0.5, True)
+    rate = judged["tokens/s, E / K"]
+    assert (rate.value, rate.met) == (2.0, True)
+    many = judged["tokens/s at 16, E / K"]
+    assert (many.value, many.met) == (16.0, True)
+    assert judged["later first token, E at 16 / at 1"].value == 2.5
+    assert "later first token, E / S" not in judged  # S was not measured
+    table = {(row.way, row.sessions): row for row in rows(rounds, {"K": "", "E": ""})}
+    assert table["K", 1].first_token_later_turns_ms == 20
+    assert (table["E", 1].rounds, table["E", 16].rounds) == (3, 1)
+
+
+def test_a_machine_that_was_not_quiet_is_told() -> None:
+    rounds = [{"K": [load(1, 100, 20, 10, 1)]}]
+    told, values = report(rounds, {"K": ""}, {}, [("K in round 1", 0.3), ("E in round 1", 0.01)])
+    assert "used 30 % during K in round 1.\n" in told
+    assert values["used_by_others"] == {"K in round 1": 0.3, "E in round 1": 0.01}
+    assert "WARNING" not in report(rounds, {"K": ""}, {}, [("K in round 1", 0.01)])[0]
+
+
+def test_fairness_looks_at_the_time_of_the_long_prompt_alone() -> None:
+    streams = [[0.00, 0.01, 0.02, 0.03, 0.07, 0.08, 0.5], [0.00, 0.01, 0.02, 0.04, 0.05, 0.06, 0.9]]
+    measured = summarize_fairness(
+        streams, came=0.035, computed=0.065, prompt_tokens=2000, largest_piece=1
+    )
+    assert measured.usual_ms == pytest.approx(10.0)
+    assert measured.usual_largest_ms == pytest.approx(10.0)
+    assert measured.stalled_largest_ms == pytest.approx(840.0)  # it began in that time
+    with pytest.raises(RuntimeError, match="make them longer"):
+        summarize_fairness(streams, came=0.035, computed=0.6, prompt_tokens=1, largest_piece=1)
+
+
+def memory_of(values: list[float]) -> Any:
+    samples = [
+        Sample(seconds=2.0 * number, sessions=100 * number, mib={"tritonserver": value})
+        for number, value in enumerate(values)
+    ]
+    return {growth.part: growth for growth in growths(samples)}["tritonserver"]
+
+
+def test_memory_that_grows_is_told_from_memory_that_warms_up() -> None:
+    flat = memory_of([100.0, 150.0, 200.0, 240.0] + [250.0, 252.0] * 18)
+    assert flat.flat
+    assert abs(flat.per_thousand_sessions) < 1
+    leaking = memory_of([200.0 + number for number in range(40)])
+    assert not leaking.flat
+    assert leaking.per_thousand_sessions == pytest.approx(10.0)
+    assert growths([]) == []
+
+
+def test_questions_have_the_promised_length_and_pictures_differ() -> None:
+    workload = Workload(checkpoint=str(DEMO), repository="none")
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO)
+    questions = [workload.question(16, session, turn) for session in range(16) for turn in range(8)]
+    assert len(set(questions)) == len(questions)
+    for text in questions:
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 24
+    pictures = {workload.picture(count, session) for count in (0, 1, 4) for session in range(4)}
+    assert len(pictures) == 12

@@ -1,0 +1,248 @@
+"""The GPU kernels against the reference: on a GPU where there is one, else by Triton's interpreter.
+
+The interpreter is chosen before `triton` is imported, and other tests may have imported it (torch
+does, in parts): the tests of this module then run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llava_triton import paged_attention
+from llava_triton.paged_attention.interface import AttentionGeometry, Rows
+from llava_triton.paged_attention.reference import ReferenceAttention
+from tests.test_paged_attention import Step
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+INTERPRETER_SECONDS = 300.0
+
+if ON_GPU or INTERPRETED:
+    from llava_triton.paged_attention.gpu import (
+        MAX_SPLITS,
+        MIN_SPLIT_TOKENS,
+        GpuAttention,
+        add_rms_norm,
+        silu_multiply,
+    )
+
+runs_kernels = pytest.mark.skipif(
+    not (ON_GPU or INTERPRETED), reason="runs within test_by_the_interpreter"
+)
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCES)
+
+
+def geometry(
+    heads: int, kv_heads: int, head_dim: int, window: int | None = None
+) -> AttentionGeometry:
+    return AttentionGeometry(heads, kv_heads, head_dim, head_dim**-0.5, window)
+
+
+# Sequences are (tokens in the pages, new tokens).
+RAGGED = [(37, 21), (150, 1), (0, 5), (15, 1), (16, 1), (0, 1)]
+SMALL = [
+    (geometry(2, 2, 16), RAGGED, torch.bfloat16),
+    (geometry(3, 1, 18, window=20), RAGGED, torch.float32),
+    (geometry(14, 2, 8, window=130), RAGGED, torch.float16),
+    (geometry(2, 1, 80), [(33, 70)], torch.float32),  # several tiles of rows
+    (geometry(4, 2, 40, window=1), [(200, 1), (3, 1)], torch.bfloat16),
+    (geometry(17, 1, 16), [(140, 1), (1, 2)], torch.bfloat16),  # more than 16 queries a row
+    (geometry(1, 1, 2), [(0, 200)], torch.float16),
+    # The last rows of a tile see nothing of what the first ones do.
+    (geometry(2, 1, 16, window=5), [(40, 60)], torch.float16),
+]
+LONG = [(0, 700), (3000, 1), (1500, 40), (17, 1), (9000, 1), (64, 64)]
+LARGE = [
+    (shape, sequences, dtype)
+    for shape in (
+        geometry(32, 32, 128),
+        geometry(28, 4, 128),
+        geometry(8, 2, 256, window=300),
+        geometry(71, 1, 64),
+        geometry(12, 12, 80, window=4096),
+        geometry(6, 3, 18, window=5),
+    )
+    for sequences in (LONG, [(700, 1)] * 40)
+    for dtype in DTYPES
+]
+
+
+def make_step(
+    shape: AttentionGeometry,
+    sequences: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Step:
+    """Like `Step.make`, on the device of the kernels, with positions for long contexts."""
+    step = Step.make(shape, sequences, dtype, seed)
+    longest = max(context + new for context, new in sequences)
+    angles = torch.rand(longest, shape.head_dim // 2, generator=torch.Generator().manual_seed(seed))
+    rows = Rows(*(getattr(step.rows, field.name).to(DEVICE) for field in fields(Rows)))
+    return Step(
+        rows,
+        step.qkv.to(DEVICE),
+        step.keys.to(DEVICE),
+        step.values.to(DEVICE),
+        (angles * 6.3).cos().to(DEVICE),
+        (angles * 6.3).sin().to(DEVICE),
+    )
+
+
+def check(shape: AttentionGeometry, step: Step, tolerance: float | None = None) -> None:
+    """The step's pages and result are those of the reference."""
+    keys, values, result = step.run(GpuAttention(shape))
+    slow_keys, slow_values, slow_result = step.run(ReferenceAttention(shape))
+    if tolerance is None:
+        tolerance = TOLERANCES[step.qkv.dtype]
+    # Slots that hold nothing are NaN before and after.
+    close: dict[str, Any] = {"atol": tolerance, "rtol": tolerance, "equal_nan": True}
+    torch.testing.assert_close(keys, slow_keys, **close)
+    assert torch.equal(values.nan_to_num(7), slow_values.nan_to_num(7))
+    assert not result.isnan().any()
+    torch.testing.assert_close(result, slow_result, **close)
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels' tests run in this process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_by_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=INTERPRETER_SECONDS,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@runs_kernels
+@pytest.mark.parametrize(("shape", "sequences", "dtype"), LARGE if ON_GPU else SMALL)
+def test_gpu_is_the_reference_only_faster(
+    shape: AttentionGeometry, sequences: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    check(shape, make_step(shape, sequences, dtype))
+
+
+@runs_kernels
+def test_more_sequences_than_are_searched_at_once() -> None:
+    shape = geometry(2, 1, 16)
+    check(shape, make_step(shape, [(3, 1), (0, 2), (1, 1)] * 44))
+
+
+@runs_kernels
+def test_splits_grow_with_a_context_that_needs_more_than_there_are() -> None:
+    shape = geometry(2, 1, 16)
+    check(shape, make_step(shape, [(MAX_SPLITS * MIN_SPLIT_TOKENS + 1, 1), (130, 1)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else [torch.float32], ids=str)
+def test_a_sequence_does_not_notice_the_others(dtype: torch.dtype) -> None:
+    shape = geometry(4, 2, 16)
+    sequences = [(290, 1), (20, 40), (5, 1), (0, 30)]
+    step = make_step(shape, sequences, dtype)
+    _, _, together = step.run(GpuAttention(shape))
+    for sequence in range(len(sequences)):
+        alone, rows = step.alone(sequence)
+        # In a step where it is alone, the tables are as wide as its own blocks at the least.
+        width = -(-sum(sequences[sequence]) // 16)
+        narrow = alone.rows.block_tables[:, :width].contiguous()
+        for tables in (alone.rows.block_tables, narrow):
+            shown = replace(alone, rows=replace(alone.rows, block_tables=tables))
+            assert torch.equal(shown.run(GpuAttention(shape))[2], together[rows])
+
+
+@runs_kernels
+@pytest.mark.parametrize("size", [30.0, 1e4])
+def test_large_scores(size: float) -> None:
+    shape = AttentionGeometry(heads=2, kv_heads=2, head_dim=16, scale=1.0)
+    step = make_step(shape, [(90, 20), (150, 1)])
+    step.qkv[:, : 2 * 16] *= size
+    # Scores in the ten thousands are themselves known to some 0.01 only in float32.
+    tolerance = 1e-4 if size < 100 else 0.1
+    _, _, result = step.run(GpuAttention(shape))
+    _, _, expected = step.run(ReferenceAttention(shape))
+    torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 768), (3, 70), (2, 5)])
+def test_add_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    torch.manual_seed(rows)
+    residual, delta = torch.randn(2, rows, width).to(DEVICE, dtype)
+    norm = LlamaRMSNorm(width, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.data.normal_()
+    tolerance: dict[str, Any] = {"atol": 1e-6, "rtol": 4e-6 if dtype == torch.float32 else 2e-2}
+    alone = add_rms_norm(residual.clone(), None, norm.weight.data, 1e-5)
+    torch.testing.assert_close(alone, norm(residual).detach(), **tolerance)
+    added = residual.clone()
+    normalized = add_rms_norm(added, delta, norm.weight.data, 1e-5)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts off what a GPU rounds
+        torch.testing.assert_close(added, residual + delta, atol=0, rtol=1e-2)
+    else:
+        assert torch.equal(added, residual + delta)
+    torch.testing.assert_close(normalized, norm(added).detach(), **tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 2048), (3, 70), (2, 5)])
+def test_silu_multiply(dtype: torch.dtype, rows: int, width: int) -> None:
+    torch.manual_seed(rows)
+    gate_up = (torch.randn(rows, 2 * width) * 10).to(DEVICE, dtype)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -70.5])
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up).to(dtype)
+    # A GPU's exp loses bits the farther from zero it is.
+    tolerance: dict[str, Any] = {"atol": 1e-7, "rtol": 2e-5 if dtype == torch.float32 else 1e-2}
+    torch.testing.assert_close(silu_multiply(gate_up), expected, **tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sequences", [[(900, 1), (40, 1)], [(900, 1), (40, 70)], [(0, 90)]])
+def test_a_step_can_be_captured_in_a_cuda_graph(sequences: list[tuple[int, int]]) -> None:
+    shape = geometry(8, 2, 64)
+    step, other = (make_step(shape, sequences, torch.bfloat16, seed) for seed in (0, 1))
+    attention = GpuAttention(shape)
+    _, _, expected = other.run(attention)  # compiles the kernels, too
+
+    def run() -> Tensor:
+        parts = (step.qkv, step.cos, step.sin, step.keys, step.values, step.rows)
+        attention.rotate_and_store(*parts)
+        return attention.attend(step.qkv, step.keys, step.values, step.rows)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # fails where anything waits for the GPU
+        result = run()
+    for name in ("qkv", "keys", "values", "cos", "sin"):
+        getattr(step, name).copy_(getattr(other, name))
+    for field in fields(Rows):
+        getattr(step.rows, field.name).copy_(getattr(other.rows, field.name))
+    graph.replay()
+    assert torch.equal(result, expected)
+
+
+def test_no_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gpu", "gpu_kernels", "gpu_row_kernels"):
+        monkeypatch.delitem(sys.modules, f"{paged_attention.__name__}.{name}", raising=False)
+        monkeypatch.delattr(paged_attention, name, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match="torch built for CUDA brings it along"):
+        paged_attention.kernels_for(torch.device("cuda"))
