@@ -24,7 +24,7 @@ from benchmarks.measurement import Load, read_loads
 from benchmarks.processes import busy_seconds
 from benchmarks.report import Rounds, report
 from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
-from llava_triton.server import OPENMP_ENVIRONMENT
+from llava_triton.server import CPU_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_LOAD = 16
@@ -74,7 +74,7 @@ def environment(way: Way) -> dict[str, str]:
         if not name.startswith(("OMP_", "GOMP_", "KMP_"))
     }
     if way.module == "engine_load":
-        clean |= OPENMP_ENVIRONMENT
+        clean |= CPU_ENVIRONMENT
     return clean
 
 

@@ -24,9 +24,9 @@ from typing import IO, NoReturn
 from llava_triton import server_guard
 from llava_triton.ports import check_ports, free_ports
 from llava_triton.server_error import ServerError
-from llava_triton.triton_installation import OPENMP_ENVIRONMENT, Installation, find_installation
+from llava_triton.triton_installation import CPU_ENVIRONMENT, Installation, find_installation
 
-__all__ = ["OPENMP_ENVIRONMENT", "ServerError", "TritonServer", "free_ports"]
+__all__ = ["CPU_ENVIRONMENT", "ServerError", "TritonServer", "free_ports"]
 
 START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""

@@ -17,12 +17,16 @@ class InstallationError(ServerError):
     """No usable Triton server on this machine; the sentence says what to install."""
 
 
-OPENMP_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
-"""How torch's threads wait for each other: spinning for some tens of microseconds, then asleep.
-Threads that spin without such a bound (the default), once the kernel has put two on one core, wait
-a whole time slice at every layer: 480 ms instead of 5 ms to the first token on two cores. Threads
-that sleep at once cost 24 instead of 16 ms for the products of a decode step (12 layers of 768)
-there: waking takes long."""
+CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}
+"""How torch uses CPUs and their memory.
+
+Its threads wait for each other spinning for some tens of microseconds, then asleep. Spinning without
+such a bound (the default), two that the kernel has put on one core wait a whole time slice at every
+layer: 480 ms instead of 5 ms to the first token on two cores. Asleep at once, the products of a
+decode step (12 layers of 768) cost 24 instead of 16 ms there: waking takes long.
+
+Large tensors lie in large pages: a tenth to a quarter less time for the same products.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Installation:
         _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in self.libraries])
         # What a model prints belongs in the log at once, not when its buffer is full.
         environment["PYTHONUNBUFFERED"] = "1"
-        for name, value in OPENMP_ENVIRONMENT.items():
+        for name, value in CPU_ENVIRONMENT.items():
             environment.setdefault(name, value)
         return environment
 

@@ -9,13 +9,15 @@ from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.turn import RunningTurn
 
-STALL = 1.8
+STALL = 1.6
 """A step that also computes prompts may take this many times as long as one that only advances
-running answers: a stream's pause stays below twice its usual interval."""
-STALL_SECONDS = 0.06
-"""... but may always take this long: nobody notices."""
+running answers: a stream's pause stays below twice its usual interval, also where the estimate of
+the time is somewhat wrong."""
 LEAST_CHUNK = 16
 """Prompt tokens of a step at the least, so that every prompt goes on."""
+QUESTION_TOKENS = 48
+"""The first prompt of a step that has no more tokens left than this is computed to its end: a
+question's answer begins a step earlier, for one pause that may be a little longer."""
 SMOOTHING = 0.3
 """Weight of the newest measurement of how long steps take."""
 
@@ -53,8 +55,7 @@ class StepClock:
         decode, per_token = self._decode_seconds, self._seconds_per_prompt_token
         if not decoding or decode is None or per_token is None:
             return most
-        rest = max(STALL * decode, STALL_SECONDS) - decode
-        return min(most, max(LEAST_CHUNK, int(rest / per_token)))
+        return min(most, max(LEAST_CHUNK, int((STALL - 1.0) * decode / per_token)))
 
 
 def _smoothed(before: float | None, now: float) -> float:
@@ -94,6 +95,7 @@ class Scheduler:
         going = [turn for turn in turns if not turn.finish_reason]
         decoding = sum(turn.decoding for turn in going)
         budget = self.clock.prompt_tokens_beside(decoding, self._chunk_tokens)
+        whole = min(QUESTION_TOKENS, self._chunk_tokens)
         works: list[Work] = []
         for index, turn in enumerate(going):
             is_decoding = turn.decoding
@@ -101,9 +103,12 @@ class Scheduler:
                 continue
             if not self._make_room(turn, going[index + 1 :]):
                 continue
-            count = 1 if is_decoding else min(budget, turn.uncomputed)
-            if not is_decoding:
-                budget -= count
+            if is_decoding:
+                count = 1
+            else:
+                count = turn.uncomputed if turn.uncomputed <= whole else budget
+                count = min(count, turn.uncomputed)
+                budget, whole = max(0, budget - count), 0
             works.append(Work(turn, turn.next_ids(count), is_decoding))
         return works
 
