@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from transformers import AutoProcessor
 
-from llava_triton.checkpoint import load_checkpoint
+from llava_triton.checkpoint import compute_dtype, load_checkpoint
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
@@ -81,9 +81,10 @@ class EngineHarness:
     def __init__(self, checkpoint: Path, **limits: Any) -> None:
         self.clock = Clock()
         self._checkpoint = checkpoint
-        loaded = load_checkpoint(checkpoint)
-        self._tokenizer = loaded.tokenizer
         self.settings = Settings(**{**SMALL_MEMORIES, **limits})
+        dtype = compute_dtype(self.settings.dtype, torch.device("cpu"))
+        loaded = load_checkpoint(checkpoint, dtype=dtype)
+        self._tokenizer = loaded.tokenizer
         self.runner = ModelRunner(loaded, self.settings)
         self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
 
@@ -256,6 +257,11 @@ class HeldDevice:
     def wait_until_busy(self) -> None:
         """Return when a step waits."""
         assert self._has_work.wait(PATIENCE_SECONDS)
+
+    @property
+    def going(self) -> bool:
+        """Whether it was told to go on."""
+        return self._may_go_on.is_set()
 
     def go_on(self) -> None:
         """Wait no more, now and later."""

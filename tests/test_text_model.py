@@ -1,0 +1,137 @@
+"""The text model computed here against transformers', in the shapes that checkpoints come in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from demo.random_checkpoint import write_random_llava
+from llava_triton.checkpoint import load_checkpoint
+from llava_triton.engine.text_model import Linear, TextModel
+from llava_triton.paged_attention import kernels_for
+from tests.engine_harness import EngineHarness
+from tests.reference import TransformersChat
+
+VISION = CLIPVisionConfig(
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    image_size=56,
+    patch_size=14,
+)
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LONG_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0}
+LONG_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG_ROPE |= {"original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 128}
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama with biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": (LlamaConfig, {"head_dim": 40}),
+    "llama 3's rotation": (LlamaConfig, {"rope_parameters": LONG_ROPE}),
+    "yarn's rotation": (LlamaConfig, {"rope_parameters": YARN}),
+    "linear rotation": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "mistral with a window": (MistralConfig, {"sliding_window": 21}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2 with windows above": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_conversations_equal_transformers(name: str, tmp_path: Path) -> None:
+    config, options = SHAPES[name]
+    checkpoint = write_random_llava(tmp_path / "model", VISION, config, TEXT | options, seed=5)
+    reference = TransformersChat(checkpoint)
+    harness = EngineHarness(checkpoint, prefill_chunk_tokens=16)
+    picture = Image.effect_noise((80, 60), 90).convert("RGB")
+    try:
+        for index, question in enumerate(("What is it?", "How many are there, and where?")):
+            images = [picture] if index == 0 else []
+            expected = reference.ask(question, images, max_tokens=20)
+            text, final = harness.ask("s", question, images, start=index == 0, max_tokens=20)
+            assert text == reference.decode(expected)
+            assert final.num_output_tokens == len(expected)
+    finally:
+        harness.shutdown()
+
+
+def test_bfloat16_agrees_roughly(tmp_path: Path) -> None:
+    checkpoint = write_random_llava(
+        tmp_path / "model", VISION, LlamaConfig, TEXT, least_deviation=0.0
+    )
+    first: list[list[int]] = []
+    for dtype in ("float32", "bfloat16"):
+        harness = EngineHarness(checkpoint, dtype=dtype)
+        try:
+            harness.ask("s", "What is it?", start=True, max_tokens=8, ignore_eos=True)
+            first.append(list(harness.engine._sessions.get("s").history))
+        finally:
+            harness.shutdown()
+    assert first[0][:-7] == first[1][:-7]  # prompt and first token: later ones may drift apart
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "sentence"),
+    [
+        (LlamaConfig, {"hidden_act": "gelu"}, "activation is 'gelu'"),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary embedding is 'dynamic'",
+        ),
+        (GemmaConfig, {"head_dim": 16}, "family 'gemma'"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(
+    config: type[PreTrainedConfig], options: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    checkpoint = write_random_llava(tmp_path / "model", VISION, config, TEXT | options)
+    with pytest.raises(ValueError, match=sentence):
+        TextModel(load_checkpoint(checkpoint).model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (72, 33), (5, 7)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_any_number_of_rows(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool
+) -> None:
+    torch.manual_seed(rows)
+    weights = [torch.randn(outputs, inputs).to(dtype), torch.randn(3, inputs).to(dtype)]
+    biases = [torch.randn(len(weight)).to(dtype) if biased else None for weight in weights]
+    x = torch.randn(rows, inputs).to(dtype)
+    result = Linear(list(weights), list(biases), kernels_for(torch.device("cpu")))(x)
+    whole_bias = torch.cat([bias for bias in biases if bias is not None]) if biased else None
+    expected = functional.linear(
+        x.double(), torch.cat(weights).double(), None if whole_bias is None else whole_bias.double()
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(result.double(), expected, atol=tolerance * 8, rtol=tolerance)
