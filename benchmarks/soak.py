@@ -25,6 +25,7 @@ from benchmarks.soak_clients import (
     Conversation,
     Script,
     Tally,
+    explain,
     learn_answers,
     make_scripts,
 )
@@ -45,6 +46,8 @@ LIMITS: dict[str, Any] = {
 """Sessions that nobody closes expire while the soak runs, many times over, and there are blocks for
 about 100 sessions on the device and 25 more in host memory, of about 200 that are open: sessions
 leave and come back all the time."""
+MOST_RAN_ON = 0.005
+"""Of the answers whose client left, those that Triton let run to their end."""
 PROGRESS_SECONDS = 10.0
 LAST_ANSWERS_SECONDS = 60.0
 """When no more sessions are opened, the open ones must end within this time."""
@@ -118,6 +121,9 @@ def verdict(tally: Tally, memory: Sequence[Growth], checks: dict[str, bool]) -> 
         "no wrong answer": counts["wrong"] == 0,
         "no lost session": counts["lost"] == 0,
         "no other error": counts["error"] == 0,
+        f"at most {MOST_RAN_ON:.1%} of the left answers ran on": (
+            counts["ran on"] <= max(1.0, MOST_RAN_ON * counts["disconnected"])
+        ),
     }
     if tally.sessions >= JUDGED_SESSIONS:
         held["memory is flat"] = bool(memory) and all(growth.flat for growth in memory)
@@ -130,7 +136,7 @@ def table(tally: Tally, seconds: float, memory: Sequence[Growth], held: dict[str
     fates = ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES)
     lines = [
         f"{tally.sessions:,} sessions in {seconds:.0f} s ({fates}); {counts['answers']:,} answers "
-        f"compared",
+        f"compared; {counts['ran on']} left answers ran to their end",
         "",
         "memory, MiB             2nd quarter  last quarter  per 1,000 sessions",
     ]
@@ -162,6 +168,7 @@ def soak(options: argparse.Namespace) -> int:
             seconds = run_clients(server, clients, tally, options.minutes * 60.0)
         checks = {"the server lives": server.alive}
         if server.alive:
+            explain(server.grpc_address, tally)
             checks |= check_afterwards(server.grpc_address, scripts[0], tally)
     memory = growths(sampler.samples)
     held = verdict(tally, memory, checks)

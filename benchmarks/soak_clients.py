@@ -32,6 +32,7 @@ QUESTIONS = (
 )
 MAX_TOKENS = 12
 """Of an answer: short ones, for many sessions in little time."""
+LONG_QUESTION = "Describe the picture."
 LONG = {"max_tokens": 600, "ignore_eos": True}
 """An answer that is still on its way when its client leaves."""
 FATES = {"closed": 0.78, "abandoned": 0.17, "disconnected": 0.05}
@@ -103,12 +104,18 @@ class Conversation:
             return "".join(delta.text for delta in self._transport.stream(message))
         return self._transport.ask(message).text
 
+    def answer_to_its_end(self) -> None:
+        """Ask for a long answer and stay for all of it."""
+        message = TurnMessage(self.id, text=LONG_QUESTION, sampling=LONG)
+        for _ in self._transport.stream(message):
+            pass
+
     def leave_an_answer(self, *, start: bool) -> None:
         """Ask for a long answer and disconnect at its first piece."""
         message = TurnMessage(
             self.id,
             start=start,
-            text="Describe the picture.",
+            text=LONG_QUESTION,
             images=[self._script.picture] if start else [],
             sampling=LONG,
         )
@@ -129,6 +136,9 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.sentences: list[str] = []
         """The first failures, for a person."""
+        self.unexplained: list[tuple[Script, int, str]] = []
+        """Answers that do not follow from the session's completed turns, after one was left: the
+        script, the turn, what was said."""
         self.first_abandoned: tuple[int | str, float] | None = None
         """A session that nobody closed, and when it was left."""
         self._numbers: Iterator[int] = iter(range(sessions))
@@ -155,6 +165,27 @@ class Tally:
     def sessions(self) -> int:
         """Sessions that have run their course."""
         return sum(self.counts[fate] for fate in FATES)
+
+
+def explain(address: str, tally: Tally) -> None:
+    """Was an answer that its client left completed all the same? Then the next one follows from it.
+
+    Triton does not always hear of a client that has gone; the turn runs to its end and counts then.
+    """
+    transport = GrpcTransport(address)
+    try:
+        for script, turn, said in tally.unexplained:
+            again = Conversation(transport, script, uuid.uuid4().hex)
+            for earlier in range(turn):
+                again.ask(earlier, start=earlier == 0, end=False, streamed=False)
+            again.answer_to_its_end()
+            if again.ask(turn, start=False, end=True, streamed=False) == said:
+                tally.count("ran on")
+            else:
+                sentence = f"after a left answer, turn {turn}: {said!r}"
+                tally.count("wrong", f"{sentence} instead of {script.answers[turn]!r}")
+    finally:
+        transport.close()
 
 
 class Clients:
@@ -225,7 +256,9 @@ class Clients:
             )
             opened = True
             self._tally.count("answers")
-            if said != script.answers[turn]:
+            if said != script.answers[turn] and fate == "disconnected" and last:
+                self._tally.unexplained.append((script, turn, said))
+            elif said != script.answers[turn]:
                 sentence = f"{fate}, turn {turn}: {said!r} instead of {script.answers[turn]!r}"
                 self._tally.count("wrong", sentence)
         if fate == "closed" and not end_with_question:
