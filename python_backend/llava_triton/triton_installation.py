@@ -20,10 +20,10 @@ class InstallationError(ServerError):
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}
 """How torch uses CPUs and their memory.
 
-Its threads wait for each other spinning for some tens of microseconds, then asleep. Spinning without
-such a bound (the default), two that the kernel has put on one core wait a whole time slice at every
-layer: 480 ms instead of 5 ms to the first token on two cores. Asleep at once, the products of a
-decode step (12 layers of 768) cost 24 instead of 16 ms there: waking takes long.
+Its threads wait for each other spinning for some tens of microseconds, then asleep. Spinning
+without such a bound (the default), two that the kernel has put on one core wait a whole time slice
+at every layer: 480 ms instead of 5 ms to the first token on two cores. Asleep at once, the products
+of a decode step (12 layers of 768) cost 24 instead of 16 ms there: waking takes long.
 
 Large tensors lie in large pages: a tenth to a quarter less time for the same products.
 """
