@@ -62,7 +62,7 @@ WAYS = {
     "E16": Way("engine, bfloat16", "engine_load", ("--dtype", "bfloat16"), dtype="bfloat16"),
     "T16": Way("engine in Triton, bfloat16", "triton_load", dtype="bfloat16"),
 }
-DEFAULT_WAYS = ("S", "K", "E", "T")
+DEFAULT_WAYS = ("S", "K", "E", "T", "E16")
 
 
 def environment(way: Way) -> dict[str, str]:
