@@ -228,7 +228,7 @@ class EngineHarness:
     @contextmanager
     def failing_step(self, turns: int = 1) -> Iterator[FailingStep]:
         """The next step of at least so many turns fails when it has been computed."""
-        step = FailingStep(self.runner.compute, turns)
+        step = FailingStep(self.runner, turns)
         self.runner.compute = step.compute  # type: ignore[method-assign]
         try:
             yield step
@@ -269,26 +269,32 @@ class HeldDevice:
 
 
 class FailingStep:
-    """A device that loses one step's result.
+    """A device that loses a step: what it should have written is NaN.
 
     Args:
-        compute: what it does at all others.
+        runner: the device.
         turns: how many the step has at the least.
     """
 
-    def __init__(self, compute: Callable[[Step], StepResult], turns: int) -> None:
-        self._compute = compute
+    def __init__(self, runner: ModelRunner, turns: int) -> None:
+        self._pages = runner.pages
+        self._compute = runner.compute
         self._least = turns
         self.turns = 0
         """Of the step that failed; 0 before."""
 
     def compute(self, step: Step) -> StepResult:
         """In the place of `ModelRunner.compute`."""
-        result = self._compute(step)  # moves and writes are done by then, as far as it came
-        if not self.turns and len(step.parts) >= self._least:
-            self.turns = len(step.parts)
-            raise RuntimeError("the device lost a bit")
-        return result
+        result = self._compute(step)  # blocks that were to be moved are moved
+        if self.turns or len(step.parts) < self._least:
+            return result
+        self.turns = len(step.parts)
+        for part in step.parts:
+            for position in range(part.context, part.context + len(part.ids)):
+                block, slot = part.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+                self._pages.keys[:, block, :, :, slot] = torch.nan
+                self._pages.values[:, block, :, slot] = torch.nan
+        raise RuntimeError("the device lost a bit")
 
 
 class _Picture:

@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 from llava_triton import protocol
 from llava_triton.encoded_images import EncodedImages
 from llava_triton.errors import ErrorCode, SessionError, unavailable
-from llava_triton.images import PixelValues
+from llava_triton.images import PixelValues, iterate_images
 from llava_triton.in_order import InOrder
 from llava_triton.metrics import Publisher, image_encoder_metrics
 from llava_triton.settings import Settings
@@ -69,11 +69,21 @@ class TritonPythonModel:
         try:
             _send(sender, self._encoded.features(items, self._encode))
         except SessionError as error:
-            _send_error(sender, error)
+            _send_error(sender, self._numbered(items, error))
         except Exception as error:
             pb_utils.Logger.log_error(f"a picture could not be encoded: {error!r}")
             sentence = f"the picture could not be encoded: {error}"
             _send_error(sender, SessionError(ErrorCode.INTERNAL, sentence))
+
+    def _numbered(self, items: list[bytes], error: SessionError) -> SessionError:
+        """The error with the picture's number in its turn: only new pictures are decoded, so the
+        one that failed may have been counted among fewer."""
+        try:
+            for _ in iterate_images(items, self._settings):
+                pass
+        except SessionError as numbered:
+            return numbered
+        return error
 
     def _encode(self, items: Sequence[bytes]) -> np.ndarray:
         pixels = self._pixel_values.of_encoded(list(items), self._settings)

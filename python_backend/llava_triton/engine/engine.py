@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.block_pool import BlockPool
-from llava_triton.engine.image_store import ImageStore
+from llava_triton.engine.image_store import Image, ImageStore
 from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.scheduler import Scheduler, Work
@@ -22,7 +22,7 @@ from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
-from llava_triton.engine.turn import Listener, RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import Listener, RunningTurn, Turn, TurnRequest, closing_turn
 from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid, unavailable
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import Sampler
@@ -204,6 +204,7 @@ class Engine:
                 self._sessions.make(session_id) if request.start else self._sessions.get(session_id)
             )
             running = self._prepare(turn, session)
+            pictures = self._hold_pictures(request)
         except Exception as error:
             if request.end:
                 self._sessions.drop(session_id)  # Triton has ended the sequence for good
@@ -217,20 +218,24 @@ class Engine:
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._running[turn.id] = running
-        try:
-            self._memory.truncate(session, running.remembered)
-            for digest, features in zip(
-                request.image_digests,
-                () if request.image_features is None else request.image_features,
-                strict=True,
-            ):
-                session.images.append(self._images.hold(digest, features))
-        except Exception as error:
-            self._fail(running, as_session_error(error))
-            return
+        session.images += pictures
+        self._memory.truncate(session, running.remembered)
         if request.text is None and request.image_features is None:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
+
+    def _hold_pictures(self, request: TurnRequest) -> list[Image]:
+        """The turn's pictures, all of them held or none."""
+        features = () if request.image_features is None else request.image_features
+        held: list[Image] = []
+        try:
+            for digest, each in zip(request.image_digests, features, strict=True):
+                held.append(self._images.hold(digest, each))
+        except Exception:
+            for image in held:
+                self._images.release(image)
+            raise
+        return held
 
     def _prepare(self, turn: Turn, session: Session) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing."""
@@ -442,14 +447,19 @@ class Engine:
         for turn in self._lanes.all():
             if turn.id == turn_id:
                 self._statistics.turns_cancelled += 1
-                if turn.request.end:
-                    self._sessions.drop(turn.request.session_id)
                 self._tell(turn, error)
-                self._leave(turn)
+                if turn.request.end:
+                    # Triton has ended the sequence: the session ends in this turn's place, when the
+                    # turns before it are done.
+                    self._lanes.replace(turn, closing_turn(turn.request.session_id))
+                else:
+                    self._leave(turn)
 
     def _close_now(self, session_id: SessionId) -> None:
         for turn in reversed(self._lanes.of_session(session_id)):
             self._cancel(turn.id)
+        for closing in self._lanes.of_session(session_id):
+            self._leave(closing)
         self._sessions.drop(session_id)
 
     # Little helpers.

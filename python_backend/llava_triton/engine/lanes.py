@@ -37,6 +37,11 @@ class Lanes:
             del self._lanes[session_id]
         return bool(lane)
 
+    def replace(self, turn: Turn, other: Turn) -> None:
+        """Put another turn of the same session in a turn's place."""
+        lane = self._lanes[turn.request.session_id]
+        lane[lane.index(turn)] = other
+
     def head(self, session_id: SessionId) -> Turn | None:
         """The first turn of a session."""
         lane = self._lanes.get(session_id)

@@ -127,7 +127,8 @@ class Scheduler:
         if not self._memory.admit(turn.session, turn.prompt, tokens):
             return False
         turn.admitted = True
-        if not turn.answer:
+        if not turn.begun:
+            turn.begun = True
             turn.cached_tokens = min(len(turn.session.key_values), len(turn.prompt))
         return True
 

@@ -20,7 +20,9 @@ class HostCopy:
 
     bytes: int
     tensors: tuple[Tensor, Tensor] | None = None
-    """As `Pages.to_host` gives them; filled in by the device thread, None where that failed."""
+    """As `Pages.to_host` gives them; filled in by the device thread."""
+    failed: bool = False
+    """Whether the device thread could not make the copy."""
 
 
 @dataclass(eq=False)

@@ -183,6 +183,9 @@ class SessionMemory:
         kv = session.key_values
         copy = kv.host
         assert copy is not None
+        if copy.failed:
+            self._drop(session)
+            return True
         found: list[int] = []
         for key in kv.keys:
             block = self.pool.find(key)
@@ -258,6 +261,7 @@ def _fill(copy: HostCopy, pages: Pages, blocks: Sequence[int]) -> None:
     try:
         copy.tensors = pages.to_host(blocks)
     except Exception:  # the step that follows belongs to others; `_bring_back` will say so
+        copy.failed = True
         log.exception("keys and values could not be copied to host memory")
 
 

@@ -54,6 +54,11 @@ class Turn:
     """When its listener last heard of it."""
 
 
+def closing_turn(session_id: SessionId) -> Turn:
+    """A turn that ends a session and that nobody waits for."""
+    return Turn(TurnRequest(session_id, end=True), lambda _: None)
+
+
 @dataclass(eq=False)
 class RunningTurn:
     """A turn that is being computed: the prompt first, then one token at a time."""
@@ -77,6 +82,8 @@ class RunningTurn:
     cached_tokens: int = 0
     """How many prompt tokens were not computed for this turn: the session remembered them, or they
     came from blocks of other sessions."""
+    begun: bool = False
+    """Whether a step has been planned for it; `cached_tokens` is settled then."""
     answer: list[int] = field(default_factory=list)
     """Token IDs generated, the end-of-sequence token excluded."""
     unread: list[int] = field(default_factory=list)
