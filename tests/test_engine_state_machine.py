@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -29,11 +28,6 @@ from llava_triton.errors import ErrorCode, SessionError
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, FailingStep, Pending
 from tests.properties import settings
-
-pytestmark = pytest.mark.skip(
-    reason="found real faults, since mended, but has not been seen green yet: its run took longer "
-    "than there was time, and hypothesis once called its data generation inconsistent"
-)
 
 EXAMPLES = 35
 STEPS = 40
@@ -226,6 +220,7 @@ ids = st.sampled_from(IDS)
 # Few of them, so that sessions often begin alike.
 openings = talks((0,), (), (1,), (0, 1), (2,))
 later_talks = talks((), (), (), (3,), (), (4, 5), (0,), (6,), (7, 7))
+picks = st.integers(0, 11)
 seldom = st.integers(0, 5).map(lambda number: number == 5)
 
 
@@ -244,12 +239,13 @@ class EngineMachine(RuleBasedStateMachine):
         self._clock = harness.clock
         self._sessions: dict[SessionId, Open] = {}
         self._flights: list[Flight | Closing] = []
-        self._completed = self._cancelled = self._failures = 0
+        self._completed = self._cancelled = self._cancelled_ends = self._failures = 0
         self._failed = False
         """A rule is broken already: the rest says nothing."""
         harness.restart()
 
-    # What can happen.
+    # What can happen. Nothing that is drawn may depend on how turns ended: that is a matter of time
+    # where they are cancelled, and Hypothesis must be able to draw the same again.
 
     @property
     def _likely(self) -> list[SessionId]:
@@ -262,8 +258,10 @@ class EngineMachine(RuleBasedStateMachine):
                 likely[flight.session_id] = None
         return list(likely)
 
-    def _likely_id(self, data: st.DataObject) -> SessionId:
-        return data.draw(st.sampled_from(self._likely))
+    def _likely_id(self, pick: int) -> SessionId:
+        """One of them; any ID where there is none."""
+        likely = self._likely or IDS
+        return likely[pick % len(likely)]
 
     @rule(session_id=ids, talk=openings, end=seldom, wait=st.booleans())
     def start(self, session_id: SessionId, talk: Talk, end: bool, wait: bool) -> None:
@@ -271,18 +269,16 @@ class EngineMachine(RuleBasedStateMachine):
         if wait:
             self._drain()
 
-    @precondition(lambda self: self._likely)
-    @rule(data=st.data(), talk=later_talks, wait=st.booleans())
-    def turn(self, data: st.DataObject, talk: Talk, wait: bool) -> None:
-        self._submit(self._likely_id(data), talk)
+    @rule(pick=picks, talk=later_talks, wait=st.booleans())
+    def turn(self, pick: int, talk: Talk, wait: bool) -> None:
+        self._submit(self._likely_id(pick), talk)
         if wait:
             self._drain()
 
-    @precondition(lambda self: self._likely)
-    @rule(data=st.data(), some=st.lists(later_talks, min_size=2, max_size=4))
-    def several_turns(self, data: st.DataObject, some: list[Talk]) -> None:
-        for talk in some:
-            self._submit(self._likely_id(data), talk)
+    @rule(some=st.lists(st.tuples(picks, later_talks), min_size=2, max_size=4))
+    def several_turns(self, some: list[tuple[int, Talk]]) -> None:
+        for pick, talk in some:
+            self._submit(self._likely_id(pick), talk)
 
     @rule(talk=openings, some=st.lists(later_talks, max_size=2))
     def everybody_says_the_same(self, talk: Talk, some: list[Talk]) -> None:
@@ -292,17 +288,15 @@ class EngineMachine(RuleBasedStateMachine):
             for session_id in IDS[:MAX_SESSIONS]:
                 self._submit(session_id, each)
 
-    @precondition(lambda self: self._likely)
-    @rule(data=st.data(), picture=st.integers(0, len(PICTURES) - 1), wait=st.booleans())
-    def picture_without_text(self, data: st.DataObject, picture: int, wait: bool) -> None:
-        self._submit(self._likely_id(data), Talk(None, (picture,)))
+    @rule(pick=picks, picture=st.integers(0, len(PICTURES) - 1), wait=st.booleans())
+    def picture_without_text(self, pick: int, picture: int, wait: bool) -> None:
+        self._submit(self._likely_id(pick), Talk(None, (picture,)))
         if wait:
             self._drain()
 
-    @precondition(lambda self: self._likely)
-    @rule(data=st.data(), talk=st.one_of(st.just(NOTHING), later_talks), wait=st.booleans())
-    def end(self, data: st.DataObject, talk: Talk, wait: bool) -> None:
-        self._submit(self._likely_id(data), talk, end=True)
+    @rule(pick=picks, talk=st.one_of(st.just(NOTHING), later_talks), wait=st.booleans())
+    def end(self, pick: int, talk: Talk, wait: bool) -> None:
+        self._submit(self._likely_id(pick), talk, end=True)
         if wait:
             self._drain()
 
@@ -319,29 +313,27 @@ class EngineMachine(RuleBasedStateMachine):
     def bad_input(self, session_id: SessionId, talk: Talk, start: bool, end: bool) -> None:
         self._submit(session_id, talk, start=start, end=end)
 
-    @precondition(lambda self: self._flights)
     @rule()
     def drain(self) -> None:
         self._drain()
 
-    @precondition(lambda self: self._flights)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self._flights) - 1))
+    @rule(pick=picks)
+    def cancel(self, pick: int) -> None:
+        if not self._flights:
+            return
+        index = pick % len(self._flights)
         flight = self._flights[index]
         if isinstance(flight, Closing):
             return
         # Cancelled, a START on an open ID has closed the old session or not: it depends on whether
         # it ran already.
         earlier = {each.session_id for each in self._flights[:index]} | set(self._sessions)
-        if flight.start and flight.session_id in earlier:
-            return
-        self._cancel(flight)
+        if not (flight.start and flight.session_id in earlier):
+            self._cancel(flight)
 
-    @precondition(lambda self: self._likely)
-    @rule(data=st.data(), talk=later_talks, end=st.booleans())
-    def cancel_a_waiting_turn(self, data: st.DataObject, talk: Talk, end: bool) -> None:
-        session_id = self._likely_id(data)
+    @rule(pick=picks, talk=later_talks, end=st.booleans())
+    def cancel_a_waiting_turn(self, pick: int, talk: Talk, end: bool) -> None:
+        session_id = self._likely_id(pick)
         self._submit(session_id, Talk("Go on.", max_tokens=40))
         self._cancel(self._submit(session_id, talk, end=end))
 
@@ -403,7 +395,6 @@ class EngineMachine(RuleBasedStateMachine):
             self._submit(session_id, talk, start=start, end=end)
             self._drain(step)
 
-    @precondition(lambda self: len(self._sessions) > 1)
     @rule(first=later_talks, second=later_talks)
     def failing_step_of_several(self, first: Talk, second: Talk) -> None:
         """Whichever turns it has, each is tried again alone, and none is to blame."""
@@ -429,9 +420,10 @@ class EngineMachine(RuleBasedStateMachine):
             self._harness.engine.close(session_id)
         self._harness.assert_nothing_is_held()
         now = self._harness.engine.statistics()
-        assert now.turns_completed == self._completed
         assert now.turns_cancelled == self._cancelled
-        assert now.turns_failed + now.turns_refused == self._failures
+        # The end that comes in the place of a cancelled END may count or not.
+        counted = now.turns_completed + now.turns_failed + now.turns_refused
+        assert 0 <= counted - self._completed - self._failures <= self._cancelled_ends
         assert now.sessions_opened == now.sessions_closed
 
     # How a turn goes.
@@ -474,6 +466,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert flight.may_be_cancelled
                 self._undone(flight)
                 self._cancelled += 1
+                self._cancelled_ends += flight.end
             elif flight.result is ErrorCode.INTERNAL:
                 assert step is not None
                 self._undone(flight)

@@ -67,5 +67,6 @@ def test_curl(server: TritonServer) -> None:
         assert outputs["text_output"]
         assert outputs["finish_reason"] in ("stop", "length")
         answers.append(outputs)
-    assert answers[0]["num_cached_tokens"] == 0
+    # Not zero where another session has shown the same picture.
+    assert answers[0]["num_cached_tokens"] < answers[0]["num_input_tokens"]
     assert answers[1]["num_cached_tokens"] >= answers[0]["num_input_tokens"]

@@ -593,16 +593,15 @@ def test_the_same_picture_at_another_place_of_the_prompt(start: Start, alone: Al
 
 def test_equal_blocks_behind_another_beginning(start: Start, alone: Alone) -> None:
     harness = start()
-    asks = [Ask("red red " + "star " * 60), Ask("red green " + "star " * 60)]
-    finals = []
-    for ask in asks:
-        text, final = ask.wait(harness, ask.text or "", start=True)
-        assert text == alone(ask)[0]
-        finals.append(final)
-    first, second = (harness.history(ask.text or "") for ask in asks)
-    places = slice(BLOCK_TOKENS, 3 * BLOCK_TOKENS)
-    assert first[places] == second[places]
-    assert finals[1].num_cached_tokens == 0
+    same = Ask("star " * 60)
+    for name in ("red", "green"):
+        long_ask(name).wait(harness, name, start=True)
+    for name in ("red", "green"):
+        assert same.wait(harness, name)[0] == alone(long_ask(name), same)[-1]
+    red, green = harness.history("red"), harness.history("green")
+    equal = slice(5 * BLOCK_TOKENS, 7 * BLOCK_TOKENS)
+    assert red[equal] == green[equal]
+    assert harness.engine.statistics().blocks_taken_over == 0
 
 
 def test_a_whole_prompt_that_is_known_leaves_a_token_to_compute(
@@ -699,6 +698,21 @@ def test_a_cancelled_end_waits_for_the_turn_before_it(
     assert failure(Ask("?").submit(harness, "s")) is ErrorCode.NOT_FOUND
     harness.engine.close("other")
     harness.assert_nothing_is_held()
+
+
+def test_every_turn_has_one_outcome(start: Start) -> None:
+    """Also an END that is cancelled, though something ends the session in its place."""
+    harness = start()
+    running = Ask("Go on", max_tokens=300, ignore_eos=True).submit(harness, "s", start=True)
+    next(running.deltas())
+    ending = Ask("Bye").submit(harness, "s", end=True)
+    harness.engine.cancel(ending.id)
+    assert failure(ending) is ErrorCode.CANCELLED
+    running.wait()
+    assert failure(Ask("?").submit(harness, "s")) is ErrorCode.NOT_FOUND
+    now = harness.engine.statistics()
+    assert (now.turns_completed, now.turns_cancelled) == (1, 1)
+    assert (now.turns_refused, now.turns_failed) == (1, 0)
 
 
 # The books themselves.
