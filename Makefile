@@ -20,7 +20,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # Always the interpreter, never a script of .venv/bin: those break when the path has spaces.
 python := .venv/bin/python
-sources := python_backend export demo benchmarks examples tests
+sources := python_backend export sagemaker demo benchmarks examples tests
 demo_repository := build/repositories/demo/settings.json
 export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
     model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
@@ -106,7 +106,7 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)deploy$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
