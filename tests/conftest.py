@@ -13,6 +13,9 @@ import tritonclient.grpc
 import tritonclient.http
 
 from llava_triton.server import TritonServer, free_ports
+from tests.checkpoints import tiny_llava
+from tests.engine_harness import EngineHarness
+from tests.small_engine import PICTURES, Alone, Ask, Start
 from tests.triton import Asker, Stream, ask, whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,3 +75,66 @@ def asker(
     else:
         with Stream(server.grpc_address) as stream:
             yield lambda *args, **kwargs: whole(stream.turn(*args, **kwargs))
+
+
+# Engines in the test's own process, on a tiny checkpoint.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: whatever a token attends to by mistake changes the answer."""
+    folder = tmp_path_factory.mktemp("pressure") / "tiny"
+    return tiny_llava(folder, text="mistral", kv_heads=2, image_size=56, seed=1)
+
+
+@pytest.fixture(scope="module")
+def quiet(checkpoint: Path) -> Iterator[EngineHarness]:
+    """Room for everything; for right answers."""
+    harness = EngineHarness(checkpoint)
+    yield harness
+    harness.shutdown()
+
+
+@pytest.fixture
+def alone(quiet: EngineHarness) -> Alone:
+    """The answers to a conversation where nothing else is open."""
+
+    def hold(*turns: Ask) -> list[str]:
+        quiet.restart()
+        return [turn.wait(quiet, "alone", start=index == 0)[0] for index, turn in enumerate(turns)]
+
+    return hold
+
+
+@pytest.fixture
+def start(checkpoint: Path, quiet: EngineHarness) -> Iterator[Start]:
+    """Starts engines; `blocks`, `pictures` and `host_pictures` limit their memories."""
+    started: list[EngineHarness] = []
+
+    def make(
+        blocks: int | None = None,
+        pictures: int | None = None,
+        host_pictures: int | None = None,
+        host_blocks: int | None = None,
+        **limits: Any,
+    ) -> EngineHarness:
+        features = quiet.features(PICTURES[:1])
+        assert features is not None
+        one = features.numel() * features.itemsize
+        if blocks is not None:
+            limits["kv_cache_bytes"] = blocks * quiet.runner.block_bytes
+        if host_blocks is not None:
+            limits["host_cache_bytes"] = max(1, host_blocks * quiet.runner.block_bytes)
+        if pictures is not None:
+            limits["image_features_bytes"] = pictures * one
+        if host_pictures is not None:
+            limits["host_cache_bytes"] = host_pictures * one
+        started.append(EngineHarness(checkpoint, **limits))
+        return started[-1]
+
+    yield make
+    for harness in started:
+        try:
+            harness.check_books()
+        finally:
+            harness.shutdown()

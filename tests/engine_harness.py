@@ -25,6 +25,7 @@ from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.step import Step, StepResult
 from llava_triton.errors import SessionError
+from llava_triton.history import PastTurn
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import SamplingParameters
 from llava_triton.settings import Settings
@@ -103,6 +104,7 @@ class EngineHarness:
         *,
         start: bool = False,
         end: bool = False,
+        history: Sequence[PastTurn] = (),
         listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
@@ -115,6 +117,7 @@ class EngineHarness:
             end=end,
             text=text,
             image_features=self.features(images),
+            history=tuple(history),
             sampling=SamplingParameters(**sampling),
         )
 

@@ -46,6 +46,7 @@ def _case(code: ErrorCode, sentence: str, **turn: Any) -> Any:
 
 
 INVALID = ErrorCode.INVALID_ARG
+HELLO: dict[str, Any] = {"text": "Hello!", "answer": "Hi."}
 CASES = [
     _case(INVALID, "is no picture", text="?", images=[b"\x00\x01 this is no picture"]),
     _case(INVALID, "looks like base64 text but is not", text="?", images=[b"aGVsbG8=hello"]),
@@ -72,6 +73,14 @@ CASES = [
     _case(INVALID, "stop is [1]", text="?", parameters={"stop": [1]}),
     _case(INVALID, 'unknown name "beams"', text="?", parameters={"beams": 4}),
     _case(INVALID, "has the unknown name", text="?", parameters='{"\\ud800": 1}'),
+    _case(INVALID, "max_seconds is 0", text="?", parameters={"max_seconds": 0}),
+    _case(INVALID, "history came with a turn of an open", text="?", history=[HELLO]),
+    _case(INVALID, "history is not valid JSON", text="?", history="[", start=True),
+    _case(INVALID, "history is no JSON list", text="?", history={}, start=True),
+    _case(INVALID, "a turn 1 that is no object", text="?", history=["Hi"], start=True),
+    _case(INVALID, "a turn 2 without an answer", text="?", history=[HELLO, {"text": "?"}]),
+    _case(INVALID, "speaks of 2 pictures", text="?", history=[HELLO | {"images": 2}], start=True),
+    _case(INVALID, "placeholder", text="?", history=[HELLO | {"answer": "<image>"}], start=True),
     _case(INVALID, "not valid JSON", text="?", parameters="{max_tokens: 4}"),
     _case(INVALID, "give a JSON object", text="?", parameters="[4]"),
     _case(INVALID, "sampling_parameters is not UTF-8", text="?", parameters=b'{"stop": "\xff"}'),

@@ -37,6 +37,7 @@ def inputs(
     text: str | bytes | None = None,
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
+    history: Any = None,
 ) -> list[Any]:
     """Input tensors of `llava` and `llava_stream` for `tritonclient.grpc` or `.http`."""
     made = []
@@ -47,6 +48,9 @@ def inputs(
     if parameters is not None:
         encoded = json.dumps(parameters) if isinstance(parameters, dict) else parameters
         made.append(_bytes_tensor(module, "sampling_parameters", [encoded]))
+    if history is not None:
+        encoded = history if isinstance(history, str) else json.dumps(history)
+        made.append(_bytes_tensor(module, "history", [encoded]))
     return made
 
 
@@ -57,6 +61,7 @@ def ask(
     session: str | int = 0,
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
+    history: Any = None,
     start: bool = False,
     end: bool = False,
     model: str = "llava",
@@ -70,7 +75,7 @@ def ask(
     module = tritonclient.grpc if over_grpc else tritonclient.http
     result = client.infer(
         model,
-        inputs(module, text, images, parameters),
+        inputs(module, text, images, parameters, history),
         sequence_id=session,
         sequence_start=start,
         sequence_end=end,
@@ -93,6 +98,7 @@ class Stream:
         session: str | int = 0,
         images: Sequence[bytes] | None = None,
         parameters: dict[str, Any] | str | bytes | None = None,
+        history: Any = None,
         start: bool = False,
         end: bool = False,
         model: str = "llava_stream",
@@ -100,7 +106,7 @@ class Stream:
         """Send one turn and return at once."""
         self.client.async_stream_infer(
             model,
-            inputs(tritonclient.grpc, text, images, parameters),
+            inputs(tritonclient.grpc, text, images, parameters, history),
             sequence_id=session,
             sequence_start=start,
             sequence_end=end,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_triton.errors import invalid
+from llava_triton.history import PastTurn
 
 
 class ConversationRenderer:
@@ -53,11 +54,7 @@ class ConversationRenderer:
         Raises:
             SessionError: INVALID_ARG, the text holds the image placeholder.
         """
-        if text is not None and self._image_token in text:
-            raise invalid(
-                f"text_input contains the image placeholder {self._image_token!r}, which stands "
-                "for a picture; send the picture in the input 'image' and leave the placeholder out"
-            )
+        self._refuse_placeholder("text_input", text or "")
         if text is None and images == 0:
             return list(history)
         message = self._user_message(text or "", images)
@@ -75,6 +72,41 @@ class ConversationRenderer:
             last_image = len(new_ids) - 1 - new_ids[::-1].index(self._image_token_id)
             new_ids = new_ids[: last_image + 1]
         return [*history, *self._expand_images(new_ids)]
+
+    def past(self, turns: Sequence[PastTurn]) -> tuple[list[int], str | None]:
+        """Turns that took place elsewhere, as if they had taken place in a new session.
+
+        Returns:
+            Token IDs up to the end of the last answer, and that answer's text: what `prompt` takes.
+
+        Raises:
+            SessionError: INVALID_ARG, a text holds the image placeholder.
+        """
+        history: list[int] = []
+        last_answer: str | None = None
+        for turn in turns:
+            self._refuse_placeholder("history", turn.text + turn.answer)
+            history = self.prompt(history, last_answer, turn.text, turn.images)
+            history += self._answer_tokens(turn.answer)
+            last_answer = turn.answer
+        return history, last_answer
+
+    def _answer_tokens(self, answer: str) -> list[int]:
+        """An answer as the model would have said it behind the generation prompt."""
+        question = self._user_message("", 0)
+        asked = self._render([question])
+        said = self._render([question, self._assistant_message()]).split(self._answer_mark, 1)[0]
+        # What the template puts between its generation prompt and an answer, a space often, is the
+        # model's to say.
+        lead = said[len(asked) :] if answer and said.startswith(asked) else ""
+        return self._tokenize_after(asked, lead + answer)
+
+    def _refuse_placeholder(self, name: str, text: str) -> None:
+        if self._image_token in text:
+            raise invalid(
+                f"{name} contains the image placeholder {self._image_token!r}, which stands "
+                "for a picture; send the picture in the input 'image' and leave the placeholder out"
+            )
 
     def tokens_of(self, answer_ids: Sequence[int], shown: str) -> list[int]:
         """Token IDs of the part of an answer that was shown.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-FinishReason = Literal["", "stop", "length", "prefilled", "closed"]
+FinishReason = Literal["", "stop", "length", "time_limit", "prefilled", "closed"]
 """Why a turn ended: "" while it goes on; "stop": the model ended its answer or a stop string came;
-"length": max_tokens or the context is used up; "prefilled": a turn without text has been computed
-and nothing was to be answered; "closed": the turn only closed its session."""
+"length": max_tokens or the context is used up; "time_limit": max_seconds have passed; "prefilled":
+a turn without text has been computed and nothing was to be answered; "closed": the turn only closed
+its session."""
 
 
 @dataclass(frozen=True)

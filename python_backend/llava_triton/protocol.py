@@ -11,6 +11,7 @@ import numpy as np
 
 from llava_triton.delta import Delta
 from llava_triton.errors import invalid
+from llava_triton.history import PastTurn, history_from_json
 from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.settings import Settings
 
@@ -21,6 +22,8 @@ IMAGE = "image"
 """BYTES [N]: pictures, each an encoded file, as it is or in base64 or as a data URI."""
 SAMPLING_PARAMETERS = "sampling_parameters"
 """BYTES [1]: a JSON object, see `SamplingParameters`."""
+HISTORY = "history"
+"""BYTES [1]: a JSON list, see `PastTurn`; only where a session opens."""
 
 # ... what they get ...
 TEXT_OUTPUT = "text_output"
@@ -78,6 +81,20 @@ def parse_turn(
         question or None,
         SamplingParameters.from_json(parameters) if parameters else SamplingParameters(),
     )
+
+
+def parse_history(history: np.ndarray | None, settings: Settings) -> tuple[PastTurn, ...]:
+    """Check a turn's `history`.
+
+    Args:
+        history: object [1] holding bytes; None or an empty string: nothing was said before.
+        settings: limits.
+
+    Raises:
+        SessionError: INVALID_ARG.
+    """
+    text = _string(HISTORY, history, settings.max_text_bytes)
+    return history_from_json(text) if text else ()
 
 
 def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:

@@ -32,6 +32,9 @@ class SamplingParameters:
     """0 to 2**63 - 1; the same seed gives the same answer. None: another one each time."""
     stop: tuple[str, ...] = ()
     """An answer ends before the first of these strings that it would contain."""
+    max_seconds: float | None = None
+    """The answer ends, with what there is of it, when this much time has passed since its turn
+    arrived; a turn that has no token by then is refused. None: no limit."""
     ignore_eos: bool = False
     """Go on to `max_tokens` although the model has ended its answer; for measurements."""
 
@@ -112,6 +115,12 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def _max_seconds(name: str, value: Any) -> float:
+    if not _is_number(value) or value <= 0:
+        _refuse(name, value, "a number of seconds above 0")
+    return float(min(value, 2**31 - 1))
+
+
 def _ignore_eos(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         _refuse(name, value, "true or false")
@@ -125,6 +134,7 @@ _CHECKS = {
     "top_k": _top_k,
     "seed": _seed,
     "stop": _stop,
+    "max_seconds": _max_seconds,
     "ignore_eos": _ignore_eos,
 }
 

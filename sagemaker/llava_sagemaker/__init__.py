@@ -1,1 +1,1 @@
-"""LLaVA on Triton behind SageMaker's `invoke_endpoint`, with sessions that stay on their instance."""
+"""LLaVA on Triton behind SageMaker, with sessions that stay on their instance."""

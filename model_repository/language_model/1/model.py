@@ -92,6 +92,7 @@ class TritonPythonModel:
             end=bool(flags & END),
             text=text,
             image_features=_features(request),
+            history=protocol.parse_history(_array(request, protocol.HISTORY), self._settings),
             sampling=sampling,
         )
 

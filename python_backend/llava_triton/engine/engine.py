@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from llava_triton.conversation import ConversationRenderer
-from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import Image, ImageStore
 from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
@@ -23,9 +23,7 @@ from llava_triton.engine.session_table import SessionTable
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
 from llava_triton.engine.turn import Listener, RunningTurn, Turn, TurnRequest, closing_turn
-from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid, unavailable
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.sampling import Sampler
+from llava_triton.errors import ErrorCode, SessionError, as_session_error, unavailable
 from llava_triton.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,11 +58,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
-        self._tokenizer = tokenizer
         self._settings = settings
         self._renderer = ConversationRenderer(
             tokenizer, runner.image_token_id, runner.tokens_per_image
         )
+        self._preparation = TurnPreparation(runner, tokenizer, self._renderer, settings)
         self._statistics = Statistics()
         self._memory = SessionMemory(
             BlockPool(runner.pages.blocks),
@@ -174,12 +172,17 @@ class Engine:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for running in self._running.values():
-            if not running.answer and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
+        for running in list(self._running.values()):
+            if running.turn.is_over_time:
+                self._end_over_time(running)
+            elif not running.answer and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
                 self._tell(running.turn, running.delta(""))
         if now >= self._next_sweep_at:
             self._next_sweep_at = now + SWEEP_SECONDS
             self._sessions.expire(self._lanes)
+            for turn in self._lanes.all():
+                if turn.id not in self._running and turn.is_over_time:
+                    self._withdraw(turn, _too_late(turn))
 
     # Turns begin ...
 
@@ -203,7 +206,7 @@ class Engine:
             session = (
                 self._sessions.make(session_id) if request.start else self._sessions.get(session_id)
             )
-            running = self._prepare(turn, session)
+            running = self._preparation.prepare(turn, session)
             pictures = self._hold_pictures(request)
         except Exception as error:
             if request.end:
@@ -220,7 +223,7 @@ class Engine:
         self._running[turn.id] = running
         session.images += pictures
         self._memory.truncate(session, running.remembered)
-        if request.text is None and request.image_features is None:
+        if request.is_empty:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
 
@@ -237,49 +240,6 @@ class Engine:
             raise
         return held
 
-    def _prepare(self, turn: Turn, session: Session) -> RunningTurn:
-        """Work out what a turn has to compute, changing nothing."""
-        request, runner = turn.request, self._runner
-        empty = request.text is None and request.image_features is None
-        if empty and not (request.start or request.end):
-            raise invalid(
-                "the turn has neither text_input nor image; send a question, a picture or both"
-            )
-        new_images = 0
-        if request.image_features is not None:
-            new_images, per_image, width = request.image_features.shape
-            if (per_image, width) != (runner.tokens_per_image, runner.hidden_size):
-                raise invalid(
-                    f"image_features has the shape {tuple(request.image_features.shape)}; this "
-                    f"model takes [N, {runner.tokens_per_image}, {runner.hidden_size}]"
-                )
-        images = session.pending_images + new_images
-        prompt = self._renderer.prompt(session.history, session.last_answer, request.text, images)
-        wanted = request.sampling.max_tokens or self._settings.default_max_tokens
-        # One session may have all blocks, never more.
-        context = min(runner.context_length, runner.pages.blocks * BLOCK_TOKENS)
-        room = context - len(prompt)
-        if room < (0 if request.text is None else 1):
-            raise invalid(
-                f"the conversation would be {len(prompt)} tokens long and the model's context is "
-                f"{context}; shorten the text or open a new session"
-            )
-        remembered = session.reusable_prefix(prompt)
-        if request.text is not None:
-            remembered = min(remembered, len(prompt) - 1)  # the last one's logits begin the answer
-        return RunningTurn(
-            turn=turn,
-            session=session,
-            prompt=prompt,
-            remembered=remembered,
-            images_before=len(session.images),
-            images=images,
-            max_tokens=0 if request.text is None else min(wanted, room),
-            sampler=Sampler(request.sampling),
-            detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
-            cached_tokens=remembered,
-        )
-
     # ... advance ...
 
     def _launch(self) -> None:
@@ -292,10 +252,15 @@ class Engine:
             if self._is_running(suspect):
                 turns = [suspect]
                 break
-        works = self._scheduler.plan(turns)
-        if not works:
+        try:
+            works = self._scheduler.plan(turns)
+            if not works:
+                return
+            step = Step([self._part(work) for work in works], self._memory.take_transfers())
+        except Exception as error:  # a fault of ours: planned again, it would only come again
+            log.exception("a step could not be planned")
+            self._step_failed(turns, error)
             return
-        step = Step([self._part(work) for work in works], self._memory.take_transfers())
         self._in_flight = True
         future = self._device.submit(self._runner.compute, step)
         future.add_done_callback(lambda done: self._commands.put(lambda: self._land(works, done)))
@@ -316,7 +281,7 @@ class Engine:
         try:
             result = done.result()
         except Exception as error:
-            self._step_failed(works, error)
+            self._step_failed([work.running for work in works], error)
             return
         decoding = sum(work.decoding for work in works)
         prompt_tokens = sum(len(work.ids) for work in works if not work.decoding)
@@ -354,9 +319,9 @@ class Engine:
         if len(running.answer) == running.max_tokens:
             running.finish_reason = "length"
 
-    def _step_failed(self, works: list[Work], error: Exception) -> None:
+    def _step_failed(self, turns: list[RunningTurn], error: Exception) -> None:
         """Only the turn that made a step fail shall fail: several are tried again one by one."""
-        turns = [work.running for work in works if self._is_running(work.running)]
+        turns = [running for running in turns if self._is_running(running)]
         if len(turns) > 1 and not isinstance(error, TransferError):
             self._to_try_alone.extend(turns)
             return
@@ -388,6 +353,7 @@ class Engine:
         turn, session = running.turn, running.session
         text += running.detokenizer.flush()
         if running.max_tokens == 0:
+            session.history, session.last_answer = running.history, running.last_answer
             session.pending_images = running.images
         else:
             shown = running.detokenizer.text
@@ -398,7 +364,7 @@ class Engine:
             session.last_answer = shown
             session.pending_images = 0
         counters = self._statistics
-        counters.turns_completed += 1
+        counters.turns_completed += turn.asked_for
         if running.finish_reason != "closed":
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += len(running.prompt) - running.cached_tokens
@@ -429,7 +395,7 @@ class Engine:
         self._leave(turn)
 
     def _refuse(self, turn: Turn, error: SessionError) -> None:
-        self._statistics.turns_refused += 1
+        self._statistics.turns_refused += turn.asked_for
         self._tell(turn, error)
 
     def _leave(self, turn: Turn) -> None:
@@ -439,6 +405,13 @@ class Engine:
             # As a command, not a call: a long lane of bad turns must not nest this deep.
             self._commands.put(lambda: self._begin_next(turn.request.session_id))
 
+    def _end_over_time(self, running: RunningTurn) -> None:
+        if running.answer:
+            running.finish_reason = "time_limit"
+            self._complete(running)
+        else:
+            self._fail(running, _too_late(running.turn))
+
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")
         if turn_id in self._running:
@@ -446,14 +419,21 @@ class Engine:
             return
         for turn in self._lanes.all():
             if turn.id == turn_id:
-                self._statistics.turns_cancelled += 1
-                self._tell(turn, error)
-                if turn.request.end:
-                    # Triton has ended the sequence: the session ends in this turn's place, when the
-                    # turns before it are done.
-                    self._lanes.replace(turn, closing_turn(turn.request.session_id))
-                else:
-                    self._leave(turn)
+                self._withdraw(turn, error)
+
+    def _withdraw(self, turn: Turn, error: SessionError) -> None:
+        """End a turn that has not begun."""
+        if error.code is ErrorCode.CANCELLED:
+            self._statistics.turns_cancelled += turn.asked_for
+            self._tell(turn, error)
+        else:
+            self._refuse(turn, error)
+        if turn.request.end:
+            # Triton has ended the sequence: the session ends in this turn's place, when the turns
+            # before it are done.
+            self._lanes.replace(turn, closing_turn(turn.request.session_id))
+        else:
+            self._leave(turn)
 
     def _close_now(self, session_id: SessionId) -> None:
         for turn in reversed(self._lanes.of_session(session_id)):
@@ -482,3 +462,10 @@ class Engine:
         return self._statistics.with_state(
             self._memory, self._images, len(self._sessions), len(self._lanes), self._lanes.turns
         )
+
+
+def _too_late(turn: Turn) -> SessionError:
+    return unavailable(
+        f"the answer had not begun after the {turn.request.sampling.max_seconds:g} seconds that "
+        "max_seconds gives it; try again later"
+    )

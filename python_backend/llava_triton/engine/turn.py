@@ -14,6 +14,7 @@ from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.errors import SessionError
+from llava_triton.history import PastTurn
 from llava_triton.sampling import Sampler, SamplingParameters
 
 Listener = Callable[[Delta | SessionError], None]
@@ -31,10 +32,17 @@ class TurnRequest:
     """Close the session when the turn has been answered."""
     text: str | None = None
     image_features: Tensor | None = None
-    """[N, T, D], any float dtype and device."""
+    """[N, T, D], any float dtype and device: the pictures of `history`, then this turn's."""
+    history: tuple[PastTurn, ...] = ()
+    """What was said before; only where `start`."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     image_digests: tuple[Digest, ...] = field(init=False)
     """Of each picture's features; computed here, on the caller's thread."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.text is None and self.image_features is None and not self.history
 
     def __post_init__(self) -> None:
         features = self.image_features
@@ -52,11 +60,19 @@ class Turn:
     arrived_at: float = field(default_factory=time.monotonic)
     told_at: float = field(default_factory=time.monotonic)
     """When its listener last heard of it."""
+    asked_for: bool = True
+    """Whether a client waits for it, and so whether it counts."""
+
+    @property
+    def is_over_time(self) -> bool:
+        """Whether it has taken longer than its client gives it."""
+        limit = self.request.sampling.max_seconds
+        return limit is not None and time.monotonic() - self.arrived_at >= limit
 
 
 def closing_turn(session_id: SessionId) -> Turn:
     """A turn that ends a session and that nobody waits for."""
-    return Turn(TurnRequest(session_id, end=True), lambda _: None)
+    return Turn(TurnRequest(session_id, end=True), lambda _: None, asked_for=False)
 
 
 @dataclass(eq=False)
@@ -65,6 +81,10 @@ class RunningTurn:
 
     turn: Turn
     session: Session
+    history: list[int]
+    """Token IDs up to the end of the last answer before this turn."""
+    last_answer: str | None
+    """Text of that answer."""
     prompt: list[int]
     remembered: int
     """How many prompt tokens the session itself remembered when the turn began: what it goes back
