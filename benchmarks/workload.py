@@ -82,7 +82,7 @@ class Workload:
     answer_tokens: int = 32
     streams: int = 16
     """Long answers on their way when the long prompt comes (the fairness part)."""
-    stream_tokens: int = 256
+    stream_tokens: int = 600
     """Of each long answer."""
     prompt_tokens: int = 2000
     """Of the long prompt."""

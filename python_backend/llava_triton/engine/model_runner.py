@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.checkpoint import Checkpoint
+from llava_triton.engine.first_touch import FirstTouch
 from llava_triton.engine.memory_size import blocks_for, device_memory, host_memory
 from llava_triton.engine.pages import Pages, block_bytes
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
@@ -49,6 +50,8 @@ class ModelRunner:
         free = device_memory(self.device)
         blocks = blocks_for(settings, self.block_bytes, self.context_length, free)
         self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
+        tensors = (self.pages.keys, self.pages.values)
+        self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
         self.image_bytes_on_device = settings.image_features_bytes or free // 4
         self.host_bytes = settings.host_cache_bytes or host_memory() // 4
 
@@ -86,6 +89,8 @@ class ModelRunner:
         except Exception as error:
             raise TransferError(f"blocks could not be moved: {error}") from error
         parts = step.parts
+        if self._first_touch is not None:
+            self._first_touch.used(max(part.blocks[-1] for part in parts))
         embeddings = self._embeddings(parts)
         hidden = self._text_model.hidden_states(
             embeddings, self.pages.keys, self.pages.values, self._rows(parts)

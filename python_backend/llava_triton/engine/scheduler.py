@@ -9,15 +9,15 @@ from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.turn import RunningTurn
 
-STALL = 1.6
+STALL = 1.4
 """A step that also computes prompts may take this many times as long as one that only advances
 running answers: a stream's pause stays below twice its usual interval, also where the estimate of
 the time is somewhat wrong."""
-LEAST_CHUNK = 16
+LEAST_CHUNK = 8
 """Prompt tokens of a step at the least, so that every prompt goes on."""
 QUESTION_TOKENS = 48
-"""The first prompt of a step that has no more tokens left than this is computed to its end: a
-question's answer begins a step earlier, for one pause that may be a little longer."""
+"""A prompt of no more tokens than this is computed in one step, one of them a step: a question's
+answer begins a step earlier, for one pause that may be a little longer."""
 SMOOTHING = 0.3
 """Weight of the newest measurement of how long steps take."""
 
@@ -106,8 +106,8 @@ class Scheduler:
             if is_decoding:
                 count = 1
             else:
-                count = turn.uncomputed if turn.uncomputed <= whole else budget
-                count = min(count, turn.uncomputed)
+                is_question = not turn.begun and turn.uncomputed <= whole
+                count = turn.uncomputed if is_question else min(budget, turn.uncomputed)
                 budget, whole = max(0, budget - count), 0
             works.append(Work(turn, turn.next_ids(count), is_decoding))
         return works
