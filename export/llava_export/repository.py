@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +19,11 @@ from llava_triton.settings import Settings
 if TYPE_CHECKING:
     from llava_export.encoder import Checkpoint
 
-SOURCES = Path(__file__).resolve().parents[2] / "model_repository"
-"""Configurations and model.py files; the package is installed in place, beside them."""
+_CHECKOUT = Path(__file__).resolve().parents[2] / "model_repository"
+_INSTALLED = Path(sysconfig.get_path("data")) / "share" / "llava-triton" / "model_repository"
+SOURCES = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
+"""Configurations and model.py files: beside this package in a checkout, where the wheel puts them
+elsewhere."""
 
 
 @dataclass(frozen=True)

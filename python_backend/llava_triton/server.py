@@ -100,6 +100,11 @@ class TritonServer:
         """Whether the server process runs."""
         return self._guard is not None and self._guard.poll() is None
 
+    def stubs(self) -> set[int]:
+        """Process IDs of the Python models: one each while the server is well. Triton does not
+        start one again that has died."""
+        return set(server_guard.stubs(self._run_folder.name)) if self._run_folder else set()
+
     def start(self, timeout: float = START_SECONDS) -> None:
         """Start the server and return when every model is ready.
 

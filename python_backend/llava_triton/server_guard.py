@@ -46,7 +46,7 @@ def remove_traces(run_folder: Path) -> None:
     name = run_folder.name
     if not name.startswith(PREFIX) or name == PREFIX:
         raise ValueError(f"{run_folder} is not a run folder of a server")
-    for process in _stubs(name):
+    for process in stubs(name):
         _kill(process, signal.SIGKILL)
     for path in _SHARED_MEMORY.glob(f"{glob.escape(name)}*"):
         path.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def remove_stale(parent_folder: Path) -> None:
         remove_traces(lock_path.parent)
 
 
-def _stubs(name: str) -> list[int]:
+def stubs(name: str) -> list[int]:
     """Stub processes of the server called `name`: their second argument is a region of its."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

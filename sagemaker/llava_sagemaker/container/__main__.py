@@ -1,0 +1,50 @@
+"""`python -m llava_sagemaker.container`: what SageMaker runs as `docker run IMAGE serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from llava_sagemaker.container.encoder import repository_to_serve
+from llava_sagemaker.container.errors import ContainerError
+from llava_sagemaker.container.shared_memory import warning
+from llava_sagemaker.container.supervisor import Supervisor
+from llava_triton.server import ServerError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM (exit status 0), or until something dies that cannot be mended (1)."""
+    parser = argparse.ArgumentParser(prog="llava_sagemaker.container", description=__doc__)
+    parser.add_argument(
+        "--model-dir",
+        type=Path,
+        default=Path("/opt/ml/model"),
+        help="exported model repository (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=int(os.environ.get("SAGEMAKER_BIND_TO_PORT") or 8080),
+        help="where /ping and /invocations answer (default: SAGEMAKER_BIND_TO_PORT, else 8080)",
+    )
+    options = parser.parse_args(arguments)
+    supervisor = Supervisor(options.port)
+    try:
+        repository = repository_to_serve(options.model_dir)
+        told = warning(repository)
+        if told:
+            print(f"warning: {told}", flush=True)
+        supervisor.serve(repository)
+    except (ContainerError, ServerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        supervisor.stop()
+    print("stopped", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
