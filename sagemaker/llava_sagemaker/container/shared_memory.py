@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import math
 import shutil
 from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from llava_triton.settings import Settings
 
@@ -23,9 +26,12 @@ def needed_bytes(repository: Path) -> int:
     and enter another's. Where there is less, a picture may be refused with an error, no more.
     """
     models = len(list(repository.glob("*/1/model.py")))
-    encoder = (repository / "vision_encoder" / "config.pbtxt").read_text()
-    dims = [[int(number) for number in found] for found in _dims(encoder)]
-    numbers = sum(_product(shape) for shape in dims)
+    config = text_format.Parse(
+        (repository / "vision_encoder" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    tensors = [*config.input, *config.output]
+    # Of one picture: the number of pictures, the first dimension, is -1.
+    numbers = sum(math.prod(size for size in each.dims if size > 0) for each in tensors)
     file_bytes = min(Settings.of_repository(repository).max_image_bytes, 6 * MIB)
     return models * REGION_BYTES + PICTURES_AT_ONCE * (2 * 4 * numbers + file_bytes)
 
@@ -40,15 +46,3 @@ def warning(repository: Path, place: Path = SHARED_MEMORY) -> str | None:
         f"{-(-needed // MIB)}; more of them at the same time may be refused. Where you can, give "
         f"the container more: docker run --shm-size={-(-needed // MIB)}m"
     )
-
-
-def _dims(config: str) -> list[list[str]]:
-    """Of every tensor in a config.pbtxt, without its dynamic sizes."""
-    return [re.findall(r"\d+", found) for found in re.findall(r"dims:\s*\[([^\]]*)\]", config)]
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
