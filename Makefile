@@ -52,6 +52,9 @@ lint: .venv/development ## Style and types
 bench: .venv/runtime compiler ## Speed beside plain transformers, in one run (20 minutes)
 	$(python) -m benchmarks.bench
 
+accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 costs the demo checkpoint (2 minutes)
+	$(python) -m benchmarks.accuracy
+
 soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
 	$(python) -m benchmarks.soak
 
@@ -80,7 +83,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export test lint bench soak profile train evaluate clean distclean help
+.PHONY: demo serve export test lint bench accuracy soak profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----
