@@ -275,7 +275,9 @@ def docker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "bin/docker").chmod(0o755)
     checkout = folder / "checkout"
     (checkout / "sagemaker").mkdir(parents=True)
-    (checkout / "sagemaker/Dockerfile").write_text("FROM scratch\n")
+    (checkout / "sagemaker/Dockerfile").write_text(
+        "FROM 763104351884.dkr.ecr.us-west-2.amazonaws.com/triton:1\n"
+    )
     monkeypatch.setattr("llava_sagemaker.deploy.image.CHECKOUT", checkout)
     monkeypatch.setenv("PATH", str(folder / "bin"))
     return log
@@ -288,17 +290,19 @@ def test_docker_builds_and_pushes(
     good("up", "chat", "--repository", repository, "--yes")
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     uri = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/llava-triton/chat"
-    assert [call[0] for call in calls] == ["info", "info", "build", "login", "push"]
-    assert calls[2][1:3] == ["--platform", "linux/amd64"]
-    assert f"{uri}:latest" in calls[2]
-    assert calls[4] == ["push", f"{uri}:latest"]
+    assert [call[0] for call in calls] == [*("info", "info", "login", "build", "login", "push")]
+    assert calls[2][-1] == "763104351884.dkr.ecr.us-west-2.amazonaws.com"
+    assert calls[3][1:3] == ["--platform", "linux/amd64"]
+    assert f"{uri}:latest" in calls[3]
+    assert calls[4][-1] == uri.split("/")[0]
+    assert calls[5] == ["push", f"{uri}:latest"]
     (pushed,) = account.client("ecr").describe_images(repositoryName="llava-triton/chat")[
         "imageDetails"
     ]
     assert f"{uri}@{pushed['imageDigest']}" in good("status", "chat")
     # What runs stays unless asked otherwise; then the image before is deleted.
     good("up", "chat")
-    assert len(log.read_text().splitlines()) == 5
+    assert len(log.read_text().splitlines()) == 6
     good("update", "chat", "--build")
     (newer,) = account.client("ecr").describe_images(repositoryName="llava-triton/chat")[
         "imageDetails"

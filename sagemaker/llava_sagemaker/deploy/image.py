@@ -18,9 +18,11 @@ from llava_sagemaker.deploy.errors import DeployError, code_of, is_absent
 from llava_sagemaker.deploy.place import Place
 
 CHECKOUT = Path(__file__).parents[3]
-_ECR = re.compile(
+_REGISTRY = re.compile(
     r"(?P<registry>(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?)"
-    r"/(?P<repository>[a-z0-9][a-z0-9._/-]*)(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
+)
+_ECR = re.compile(
+    _REGISTRY.pattern + r"/(?P<repository>[a-z0-9][a-z0-9._/-]*)(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
 )
 
 
@@ -77,6 +79,7 @@ def _elsewhere(place: Place) -> str:
         f"{place.image_repository} --tags Key={place.tags[0]['Key']},Value={place.name}\n"
         f"    aws ecr get-login-password --region {place.region} | docker login --username AWS "
         f"--password-stdin {place.registry}\n"
+        "(and the same login for the registry of the base image: see sagemaker/Dockerfile)\n"
         f"    docker build --platform linux/amd64 -f sagemaker/Dockerfile -t {uri} .\n"
         f"    docker push {uri}\n"
         f"then here: llava-sagemaker up {place.name} --image {uri} ..."
@@ -100,10 +103,11 @@ def build_and_push(place: Place) -> str:
     _bring_repository(place, ecr)
     uri = f"{place.registry}/{place.image_repository}:latest"
     report.say(f"building {uri}")
+    # The base image is AWS's own, in an ECR registry of AWS's.
+    for base in _REGISTRY.finditer(dockerfile.read_text()):
+        _login(place, base["registry"], base["region"])
     _docker(["build", "--platform", "linux/amd64", "-f", str(dockerfile), "-t", uri, str(CHECKOUT)])
-    token = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
-    user, password = base64.b64decode(token).decode().split(":", 1)
-    _docker(["login", "--username", user, "--password-stdin", place.registry], password)
+    _login(place, place.registry, place.region)
     report.say(f"pushing {uri}")
     _docker(["push", uri])
     return by_digest(place, uri)
@@ -174,6 +178,13 @@ def _repository_tags(place: Place, ecr: Any) -> list[dict[str, str]] | None:
     arn = found["repositories"][0]["repositoryArn"]
     tags: list[dict[str, str]] = ecr.list_tags_for_resource(resourceArn=arn)["tags"]
     return tags
+
+
+def _login(place: Place, registry: str, region: str) -> None:
+    ecr = place.client("ecr", region)
+    token = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
+    user, password = base64.b64decode(token).decode().split(":", 1)
+    _docker(["login", "--username", user, "--password-stdin", registry], password)
 
 
 def _docker(arguments: list[str], stdin: str | None = None) -> None:

@@ -10,6 +10,9 @@ from llava_sagemaker.deploy.place import METRIC_NAMESPACE, TAG, Place
 
 Policy = dict[str, Any]
 
+_AWS_IMAGES = "763104351884"
+"""AWS's account with the image that ours is built on."""
+
 
 def trust_policy(place: Place) -> Policy:
     """Who may take the execution role: SageMaker, on behalf of this account only."""
@@ -142,6 +145,15 @@ def deployer_policy(place: Place) -> Policy:
                     "ecr:UploadLayerPart",
                 ],
                 [repository],
+            ),
+            _allow(
+                "BaseImage",
+                [
+                    "ecr:BatchCheckLayerAvailability",
+                    "ecr:BatchGetImage",
+                    "ecr:GetDownloadUrlForLayer",
+                ],
+                [f"arn:{place.partition}:ecr:*:{_AWS_IMAGES}:repository/*"],
             ),
             _allow(
                 "Role",
