@@ -9,6 +9,8 @@ REPOSITORY ?= build/repositories/$(NAME)
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+INSTANCES ?= 2
+SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
 
 SHELL := /bin/bash
@@ -37,6 +39,10 @@ serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY=
 
 export: .venv/runtime ## Fill build/repositories/NAME from MODEL= (a directory or a hub name)
 	$(call export_model,$(MODEL),build/repositories/$(NAME))
+
+sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint (INSTANCES=2, SAGEMAKER_PORT=8090)
+	exec $(python) -m llava_sagemaker.local --repository '$(REPOSITORY)' \
+	    --instances $(INSTANCES) --port $(SAGEMAKER_PORT)
 
 ##@ Checking and measuring
 
@@ -81,9 +87,9 @@ distclean: clean ## Remove the virtual environment too
 help: ## This list
 	awk 'BEGIN {FS = ":.*## "} \
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	    /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export test lint bench accuracy soak profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test lint bench accuracy soak profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----
@@ -105,7 +111,7 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
 .venv/runtime: .venv/checkout pyproject.toml constraints.txt
-	$(call pip_install,server$(comma)export)
+	$(call pip_install,server$(comma)export$(comma)sagemaker)
 	touch $@
 
 .venv/development: .venv/runtime

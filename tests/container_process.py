@@ -46,7 +46,64 @@ class Answer(NamedTuple):
         return self.headers[NEW_SESSION].partition(";")[0]
 
 
-class Container:
+class Instance:
+    """What answers /ping, /metrics and /invocations on a local port."""
+
+    port: int
+
+    def ping(self) -> int:
+        """Status of /ping; 0 where nobody answers."""
+        try:
+            return self.request("GET", "/ping").status
+        except (OSError, http.client.HTTPException):
+            return 0
+
+    def request(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> Answer:
+        """One request, its whole answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
+        try:
+            connection.request(method, path, body or None, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+    def invoke(
+        self,
+        body: bytes | dict[str, Any],
+        session: str | None = None,
+        content_type: str = "application/json",
+        accept: str | None = None,
+    ) -> Answer:
+        """POST /invocations."""
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        headers = {"Content-Type": content_type}
+        headers |= {SESSION: session} if session else {}
+        headers |= {"Accept": accept} if accept else {}
+        return self.request("POST", "/invocations", data, headers)
+
+    def events(self, body: dict[str, Any], session: str) -> Iterator[dict[str, Any]]:
+        """A streamed answer's events as they come; the connection's end ends them."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream",
+            SESSION: session,
+        }
+        try:
+            connection.request("POST", "/invocations", json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            while line := response.readline():
+                if line.startswith(b"data: "):
+                    yield json.loads(line[6:])
+        finally:
+            connection.close()
+
+
+class Container(Instance):
     """`python -m llava_sagemaker.container` on a free port.
 
     Args:
@@ -92,13 +149,6 @@ class Container:
         for victim in victims:
             victim.kill()
 
-    def ping(self) -> int:
-        """Status of /ping; 0 where nobody answers."""
-        try:
-            return self.request("GET", "/ping").status
-        except (OSError, http.client.HTTPException):
-            return 0
-
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
         """Return when something holds; fails when the container has ended or after a while."""
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -110,50 +160,6 @@ class Container:
     def wait_until_ready(self) -> None:
         """Return when /ping says 200."""
         self.wait_until(lambda: self.ping() == 200, "/ping 200")
-
-    def request(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> Answer:
-        """One request, its whole answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
-        try:
-            connection.request(method, path, body or None, headers or {})
-            response = connection.getresponse()
-            return Answer(response.status, dict(response.getheaders()), response.read())
-        finally:
-            connection.close()
-
-    def invoke(
-        self,
-        body: bytes | dict[str, Any],
-        session: str | None = None,
-        content_type: str = "application/json",
-        accept: str | None = None,
-    ) -> Answer:
-        """POST /invocations."""
-        data = json.dumps(body).encode() if isinstance(body, dict) else body
-        headers = {"Content-Type": content_type}
-        headers |= {SESSION: session} if session else {}
-        headers |= {"Accept": accept} if accept else {}
-        return self.request("POST", "/invocations", data, headers)
-
-    def events(self, body: dict[str, Any], session: str) -> Iterator[dict[str, Any]]:
-        """A streamed answer's events as they come; the connection's end ends them."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
-        headers = {
-            "Content-Type": "application/json",
-            "Accept": "text/event-stream",
-            SESSION: session,
-        }
-        try:
-            connection.request("POST", "/invocations", json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            assert response.status == 200, response.read()
-            while line := response.readline():
-                if line.startswith(b"data: "):
-                    yield json.loads(line[6:])
-        finally:
-            connection.close()
 
     def wait(self) -> int:
         """Its exit status."""

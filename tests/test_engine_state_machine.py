@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,201 +18,39 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from PIL import Image
 
 import tests.engine_harness
-from llava_triton.delta import Delta
 from llava_triton.engine.session import SessionId
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.errors import ErrorCode
 from tests.checkpoints import tiny_llava
-from tests.engine_harness import EngineHarness, FailingStep, Pending
+from tests.engine_harness import EngineHarness, FailingStep
 from tests.properties import settings
+from tests.session_rules import (
+    GRACE_SECONDS,
+    IDLE_SECONDS,
+    IDS,
+    LIFETIME_SECONDS,
+    MAX_SESSIONS,
+    NOTHING,
+    PICTURES,
+    PICTURES_ON_DEVICE,
+    PICTURES_ON_HOST,
+    POOL_BLOCKS,
+    ROOM_FOR_PICTURES,
+    Closing,
+    Flight,
+    Limits,
+    Open,
+    Oracle,
+    Reply,
+    Talk,
+    submit,
+    talks,
+)
 
 EXAMPLES = 35
 STEPS = 40
 HANG_SECONDS = 20.0
-
-MAX_SESSIONS = 3
-POOL_BLOCKS = 30
-PICTURES_ON_DEVICE, PICTURES_ON_HOST = 2, 3
-ROOM_FOR_PICTURES = PICTURES_ON_DEVICE + PICTURES_ON_HOST
-IDLE_SECONDS, LIFETIME_SECONDS = 100.0, 450.0
-GRACE_SECONDS = 5.0
-"""By which the engine outwaits Triton."""
-
-IDS: tuple[SessionId, ...] = ("a", 7, "7", "b")
-PICTURES = [Image.new("RGB", (60, 60), (40 * number, 250 - 30 * number, 99)) for number in range(8)]
-
-
-@dataclass(frozen=True)
-class Talk:
-    """What one turn says and asks for."""
-
-    text: str | None
-    pictures: tuple[int, ...] = ()
-    max_tokens: int = 5
-    stop: tuple[str, ...] = ()
-
-    @property
-    def says_nothing(self) -> bool:
-        """Neither text nor a picture."""
-        return self.text is None and not self.pictures
-
-
-NOTHING = Talk(None)
-Conversation = tuple[Talk, ...]
-"""The turns that were completed, in order."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a completed turn says, whatever else happens."""
-
-    text: str
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-
-
-class Oracle:
-    """Answers conversations one by one, in an engine that has nothing else to do.
-
-    Args:
-        harness: the engine.
-    """
-
-    def __init__(self, harness: EngineHarness) -> None:
-        self._harness = harness
-        self._known: dict[Conversation, Reply | ErrorCode] = {}
-
-    def reply(self, conversation: Conversation) -> Reply | ErrorCode:
-        """To a conversation's last turn; every other turn of it is possible."""
-        if conversation not in self._known:
-            self._known[conversation] = self._hold(conversation)
-        return self._known[conversation]
-
-    def _hold(self, conversation: Conversation) -> Reply | ErrorCode:
-        self._harness.restart()
-        reply: Reply | ErrorCode = ErrorCode.INTERNAL
-        for index, talk in enumerate(conversation):
-            pending = submit(self._harness, "s", talk, start=index == 0)
-            try:
-                reply = reply_of(*pending.wait())
-            except SessionError as error:
-                if index < len(conversation) - 1:
-                    raise
-                return error.code
-        return reply
-
-
-def submit(
-    harness: EngineHarness,
-    session_id: SessionId,
-    talk: Talk,
-    *,
-    start: bool = False,
-    end: bool = False,
-    listen: Callable[[object], None] | None = None,
-) -> Pending:
-    return harness.submit(
-        session_id,
-        talk.text,
-        [PICTURES[number] for number in talk.pictures],
-        start=start,
-        end=end,
-        listen=listen,
-        max_tokens=talk.max_tokens,
-        stop=talk.stop,
-    )
-
-
-def reply_of(text: str, final: Delta) -> Reply:
-    return Reply(text, final.finish_reason, final.num_input_tokens, final.num_output_tokens)
-
-
-@dataclass
-class Open:
-    """An open session, by the rules."""
-
-    opened_at: float
-    used_at: float = 0.0
-    conversation: Conversation = ()
-
-    @property
-    def pictures(self) -> set[int]:
-        """Every picture of the conversation."""
-        return {picture for talk in self.conversation for picture in talk.pictures}
-
-
-@dataclass
-class Flight:
-    """A turn that was submitted, not looked at since."""
-
-    session_id: SessionId
-    talk: Talk
-    start: bool
-    end: bool
-    pending: Pending
-    may_be_cancelled: bool = False
-    result: Reply | ErrorCode | None = None
-    sentence: str = ""
-    """Of the error."""
-
-    def wait(self) -> None:
-        """Take the result, once."""
-        if self.result is not None:
-            return
-        try:
-            self.result = reply_of(*self.pending.wait())
-        except SessionError as error:
-            self.result, self.sentence = error.code, error.sentence
-        except queue.Empty:
-            raise AssertionError(f"{self} is never answered") from None
-
-
-@dataclass(frozen=True)
-class Closing:
-    """A `close` among the flights."""
-
-    session_id: SessionId
-
-
-class Limits:
-    """What is open, and which pictures are held, while turns of several sessions are under way.
-
-    Args:
-        sessions: open before.
-        flights: the turns.
-    """
-
-    def __init__(
-        self, sessions: Mapping[SessionId, Open], flights: Sequence[Flight | Closing]
-    ) -> None:
-        turns = [flight for flight in flights if isinstance(flight, Flight)]
-        perhaps_closed = {
-            flight.session_id
-            for flight in flights
-            if isinstance(flight, Closing) or flight.start or flight.end
-        }
-        self.surely_open = set(sessions) - perhaps_closed
-        self.perhaps_open = set(sessions) | {turn.session_id for turn in turns if turn.start}
-        self.surely_held: set[int] = set()
-        for session_id in self.surely_open:
-            self.surely_held |= sessions[session_id].pictures
-        self.perhaps_held = {picture for turn in turns for picture in turn.talk.pictures}
-        for session in sessions.values():
-            self.perhaps_held |= session.pictures
-
-
-def talks(*pictures: tuple[int, ...]) -> st.SearchStrategy[Talk]:
-    """Turns with one of these sets of pictures."""
-    return st.builds(
-        Talk,
-        text=st.sampled_from(["What?", "And the circle on the left?", "Why so? " * 5, None]),
-        pictures=st.sampled_from(pictures),
-        max_tokens=st.sampled_from([1, 5, 14, 40]),
-        stop=st.sampled_from([(), ("e",), ("a", "o "), ()]),
-    )
 
 
 ids = st.sampled_from(IDS)
