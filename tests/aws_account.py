@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,6 +232,48 @@ def bad(*arguments: object) -> str:
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.stderr.startswith("error: ")
     return result.stderr
+
+
+DOCKER = """#!PYTHON
+import json, os, sys
+import boto3
+with open("LOG", "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "login":
+    assert sys.stdin.read(), "no password"
+if sys.argv[1] == "push" != os.environ.get("DOCKER_FAILS"):
+    name = sys.argv[2].split("/", 1)[1].rsplit(":", 1)[0]
+    manifest = {
+        "schemaVersion": 2,
+        "config": {"size": 1},
+        "layers": [{"digest": str(open("LOG").read().count("push")), "size": 1}],
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+    }
+    # Under a second tag too: moto drops an image that loses its last one, ECR keeps it.
+    for tag in ("build-" + manifest["layers"][0]["digest"], "latest"):
+        boto3.client("ecr").put_image(
+            repositoryName=name, imageTag=tag, imageManifest=json.dumps(manifest)
+        )
+sys.exit(int(os.environ.get("DOCKER_FAILS", "") == sys.argv[1]))
+"""
+
+
+def docker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A docker on the PATH that pushes an image made of nothing; returns the log of its calls."""
+    log = folder / "docker.log"
+    (folder / "bin").mkdir()
+    (folder / "bin/docker").write_text(
+        DOCKER.replace("PYTHON", sys.executable).replace("LOG", str(log))
+    )
+    (folder / "bin/docker").chmod(0o755)
+    checkout = folder / "checkout"
+    (checkout / "sagemaker").mkdir(parents=True)
+    (checkout / "sagemaker/Dockerfile").write_text(
+        "FROM 763104351884.dkr.ecr.us-west-2.amazonaws.com/triton:1\n"
+    )
+    monkeypatch.setattr("llava_sagemaker.deploy.image.CHECKOUT", checkout)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    return log
 
 
 def _record(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:

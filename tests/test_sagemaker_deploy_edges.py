@@ -1,10 +1,8 @@
-"""`llava-sagemaker`: costs before creation, policies, images, and mistakes told in plain words."""
+"""`llava-sagemaker`: costs before creation, images, and mistakes told in plain words."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from llava_sagemaker.deploy.cli import app
 
 from llava_triton.client import ErrorCode, Session, SessionError
 from tests import aws_account
-from tests.aws_account import REGION, Account, bad, good, run
+from tests.aws_account import REGION, Account, bad, docker, good, run
 
 moto, account = aws_account.moto, aws_account.account
 image, repository = aws_account.image, aws_account.repository
@@ -70,217 +68,7 @@ def test_a_price_that_is_not_listed_is_said_to_be_old(account: Account) -> None:
     assert account.writes() == []
 
 
-# ---- policies ----
-
-
-def policy(who: str) -> list[dict[str, Any]]:
-    statements: list[dict[str, Any]] = json.loads(good("policy", "chat", "--who", who))["Statement"]
-    assert all(statement["Effect"] == "Allow" for statement in statements)
-    return statements
-
-
-def test_instances_may_only_what_they_need(account: Account, repository: Path, image: str) -> None:
-    up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
-    good(*up, "--image-bucket", "pictures")
-    iam = account.client("iam")
-    role = iam.get_role(RoleName=ROLE)["Role"]
-    (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
-    assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
-    assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": ACCOUNT}}
-    assert iam.list_attached_role_policies(RoleName=ROLE)["AttachedPolicies"] == []
-    (name,) = iam.list_role_policies(RoleName=ROLE)["PolicyNames"]
-    document = iam.get_role_policy(RoleName=ROLE, PolicyName=name)["PolicyDocument"]
-    allowed = {
-        (action, resource)
-        for statement in document["Statement"]
-        for action in statement["Action"]
-        for resource in statement["Resource"]
-    }
-    bucket = f"arn:aws:s3:::llava-triton-chat-{ACCOUNT}-{REGION}"
-    pull = f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/team/llava"
-    logs = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/Endpoints/chat"
-    names = ("CreateLogGroup", "CreateLogStream", "DescribeLogStreams", "PutLogEvents")
-    assert allowed == {
-        ("s3:GetObject", bucket + "/*"),
-        ("s3:ListBucket", bucket),
-        ("s3:GetObject", "arn:aws:s3:::pictures/*"),
-        ("ecr:BatchCheckLayerAvailability", pull),
-        ("ecr:BatchGetImage", pull),
-        ("ecr:GetDownloadUrlForLayer", pull),
-        ("ecr:GetAuthorizationToken", "*"),
-        ("cloudwatch:PutMetricData", "*"),
-        *((f"logs:{name}", resource) for name in names for resource in (logs, logs + ":*")),
-    }
-    (metrics,) = [s for s in document["Statement"] if "cloudwatch:PutMetricData" in s["Action"]]
-    assert "LlavaTriton" in metrics["Condition"]["StringEquals"]["cloudwatch:namespace"]
-
-    # During an update both images may be pulled, afterwards only the new one.
-    account.client("ecr").create_repository(repositoryName="team/newer")
-    newer = account.push_image("team/newer", "second")
-    account.calls.clear()
-    good("update", "chat", "--image", newer)
-    granted = [
-        [s["Resource"] for s in json.loads(params["PolicyDocument"])["Statement"]]
-        for _, operation, params in account.calls
-        if operation == "PutRolePolicy"
-    ]
-    assert [[pull, pull.replace("llava", "newer")] in resources for resources in granted] == [
-        True,
-        False,
-    ]
-
-
-def test_who_chats_may_only_chat(account: Account) -> None:
-    (statement,) = policy("caller")
-    assert statement["Action"] == [
-        "sagemaker:InvokeEndpoint",
-        "sagemaker:InvokeEndpointWithResponseStream",
-    ]
-    assert statement["Resource"] == [f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/chat"]
-
-
-S3_ACTIONS = {
-    "HeadBucket": "ListBucket",
-    "ListObjectsV2": "ListBucket",
-    "HeadObject": "GetObject",
-    "DeleteObjects": "DeleteObject",
-    "CreateMultipartUpload": "PutObject",
-    "UploadPart": "PutObject",
-    "UploadPartCopy": "PutObject",
-    "CompleteMultipartUpload": "PutObject",
-    "CopyObject": "PutObject",
-}
-# What AWS checks besides the operation's own action, and what docker does behind our back.
-BESIDES = {
-    "ecr:TagResource",
-    "iam:TagRole",
-    "iam:PassRole",
-    "iam:CreateServiceLinkedRole",
-    "sagemaker:AddTags",
-    "sagemaker:InvokeEndpoint",
-    "sagemaker:InvokeEndpointWithResponseStream",
-    "application-autoscaling:TagResource",
-    "cloudwatch:TagResource",
-    "cloudwatch:DeleteAlarms",
-    "logs:TagResource",
-    "s3:AbortMultipartUpload",
-    "ecr:BatchCheckLayerAvailability",
-    "ecr:BatchGetImage",
-    "ecr:CompleteLayerUpload",
-    "ecr:GetDownloadUrlForLayer",
-    "ecr:InitiateLayerUpload",
-    "ecr:PutImage",
-    "ecr:UploadLayerPart",
-}
-
-
-def action_of(service: str, operation: str) -> str:
-    if service == "s3":
-        operation = S3_ACTIONS.get(operation, operation)
-    return f"{service.replace('monitoring', 'cloudwatch')}:{operation}"
-
-
-def resource_of(service: str, params: dict[str, Any]) -> str | None:
-    """The ARN that a call is about, where its parameters say it."""
-    here = f"{REGION}:{ACCOUNT}"
-    if arn := params.get("ResourceArn", params.get("resourceArn", params.get("ResourceARN"))):
-        return str(arn)
-    if service == "s3":
-        key = f"/{params['Key']}" if "Key" in params else "/x" if "Delete" in params else ""
-        return f"arn:aws:s3:::{params['Bucket']}{key}"
-    for key, arn in {
-        "RoleName": f"arn:aws:iam::{ACCOUNT}:role/",
-        "repositoryName": f"arn:aws:ecr:{here}:repository/",
-        "ModelName": f"arn:aws:sagemaker:{here}:model/",
-        "EndpointName": f"arn:aws:sagemaker:{here}:endpoint/",
-        "EndpointConfigName": f"arn:aws:sagemaker:{here}:endpoint-config/",
-        "logGroupName": f"arn:aws:logs:{here}:log-group:",
-        "AlarmName": f"arn:aws:cloudwatch:{here}:alarm:",
-    }.items():
-        if key in params:
-            return f"{arn}{params[key]}"
-    return None
-
-
-def test_who_deploys_may_what_the_commands_do_and_no_more(
-    account: Account, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    docker(tmp_path, monkeypatch)
-    up = ("up", "chat", "--repository", repository, "--max", 2, "--yes")
-    good(*up)
-    (repository / "llava/config.pbtxt").write_text("new")
-    good(*up, "--build", "--min", 2)
-    good(*up, "--min", 1, "--max", 1)
-    good("status", "chat")
-    good("down", "chat", "--yes")
-    statements = policy("deployer")
-    granted = {action for statement in statements for action in statement["Action"]}
-    used = {action_of(service, operation) for service, operation, _ in account.calls}
-    assert used <= granted
-    assert granted <= used | BESIDES
-    for service, operation, params in account.calls:
-        action, arn = action_of(service, operation), resource_of(service, params)
-        resources = [r for s in statements if action in s["Action"] for r in s["Resource"]]
-        if arn is not None:
-            assert any(fnmatch.fnmatch(arn, resource) for resource in resources), (action, arn)
-    # Nothing that writes is allowed on everything, except where AWS knows no resources.
-    for statement in statements:
-        if statement["Resource"] == ["*"]:
-            assert all(
-                action.split(":")[1].startswith(("Describe", "Get", "List"))
-                for action in statement["Action"]
-            )
-        assert not any("*" in action for action in statement["Action"])
-
-
-def test_a_policy_needs_no_credentials(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    output = good("policy", "chat", "--account", "210987654321")
-    assert ":210987654321:endpoint/chat" in output
-
-
 # ---- the image ----
-
-DOCKER = """#!PYTHON
-import json, os, sys
-import boto3
-with open("LOG", "a") as log:
-    log.write(json.dumps(sys.argv[1:]) + "\\n")
-if sys.argv[1] == "login":
-    assert sys.stdin.read(), "no password"
-if sys.argv[1] == "push" != os.environ.get("DOCKER_FAILS"):
-    name = sys.argv[2].split("/", 1)[1].rsplit(":", 1)[0]
-    manifest = {
-        "schemaVersion": 2,
-        "config": {"size": 1},
-        "layers": [{"digest": str(open("LOG").read().count("push")), "size": 1}],
-        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-    }
-    # Under a second tag too: moto drops an image that loses its last one, ECR keeps it.
-    for tag in ("build-" + manifest["layers"][0]["digest"], "latest"):
-        boto3.client("ecr").put_image(
-            repositoryName=name, imageTag=tag, imageManifest=json.dumps(manifest)
-        )
-sys.exit(int(os.environ.get("DOCKER_FAILS", "") == sys.argv[1]))
-"""
-
-
-def docker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A docker on the PATH that pushes an image made of nothing; returns the log of its calls."""
-    log = folder / "docker.log"
-    (folder / "bin").mkdir()
-    (folder / "bin/docker").write_text(
-        DOCKER.replace("PYTHON", sys.executable).replace("LOG", str(log))
-    )
-    (folder / "bin/docker").chmod(0o755)
-    checkout = folder / "checkout"
-    (checkout / "sagemaker").mkdir(parents=True)
-    (checkout / "sagemaker/Dockerfile").write_text(
-        "FROM 763104351884.dkr.ecr.us-west-2.amazonaws.com/triton:1\n"
-    )
-    monkeypatch.setattr("llava_sagemaker.deploy.image.CHECKOUT", checkout)
-    monkeypatch.setenv("PATH", str(folder / "bin"))
-    return log
 
 
 def test_docker_builds_and_pushes(
