@@ -109,8 +109,9 @@ class TritonServer:
         """Start the server and return when every model is ready.
 
         Raises:
-            ServerError: there is no Triton server on this machine, a port is taken, there is no
-                such repository, a model failed to load, or `timeout` seconds passed.
+            PortError: a port is taken.
+            ServerError: there is no Triton server on this machine or no such repository, a model
+                failed to load, or `timeout` seconds passed.
         """
         if self._guard is not None:
             raise ServerError("this server was started already")
@@ -179,6 +180,7 @@ class TritonServer:
         deadline = time.monotonic() + timeout
         while not self._is_ready():
             if not self.alive:
+                check_ports(self.host, self.ports)  # another program was faster
                 raise ServerError(f"the Triton server did not start:\n{self._failure()}")
             if time.monotonic() > deadline:
                 raise ServerError(

@@ -10,7 +10,8 @@ from pathlib import Path
 from llava_sagemaker.container.encoder import repository_to_serve
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import warning
-from llava_sagemaker.container.supervisor import Supervisor
+from llava_sagemaker.container.stop_signal import Stopped, StopSignal
+from llava_sagemaker.container.supervisor import Supervisor, check_port
 from llava_triton.server import ServerError
 
 
@@ -26,17 +27,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--port",
         type=int,
-        default=int(os.environ.get("SAGEMAKER_BIND_TO_PORT") or 8080),
+        default=os.environ.get("SAGEMAKER_BIND_TO_PORT") or "8080",
         help="where /ping and /invocations answer (default: SAGEMAKER_BIND_TO_PORT, else 8080)",
     )
     options = parser.parse_args(arguments)
-    supervisor = Supervisor(options.port)
+    stop = StopSignal()
+    supervisor = Supervisor(options.port, stop)
     try:
-        repository = repository_to_serve(options.model_dir)
-        told = warning(repository)
+        check_port(options.port)
+        with stop.at_once():
+            repository = repository_to_serve(options.model_dir)
+            told = warning(repository)
         if told:
             print(f"warning: {told}", flush=True)
         supervisor.serve(repository)
+    except Stopped:
+        pass
     except (ContainerError, ServerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -1,4 +1,4 @@
-"""What the container tells CloudWatch, for autoscaling: open sessions, memory of the GPUs."""
+"""What the container tells CloudWatch, for autoscaling: open sessions and the memory they use."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class MetricsToCloudWatch:
             return None
 
     def stop(self) -> None:
-        """Send no more."""
+        """Send no more. Hardly waits: a request that hangs must not delay the container's end."""
         self._stopped.set()
-        self._thread.join(timeout=2.0)
+        self._thread.join(timeout=0.5)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -76,21 +76,19 @@ class MetricsToCloudWatch:
 
 
 def numbers_of(metrics: str) -> dict[str, tuple[float, str]]:
-    """Prometheus text -> value and unit of every number for CloudWatch."""
-    states: dict[str, float] = {}
-    used = total = 0.0
-    for found in _VALUE.finditer(metrics):
-        name, labels, value = found["name"], found["labels"] or "", float(found["value"])
-        if name == "llava_sessions":
-            states[labels] = value
-        elif name == "nv_gpu_memory_used_bytes":
-            used += value
-        elif name == "nv_gpu_memory_total_bytes":
-            total += value
-    numbers = {
-        "OpenSessions": (sum(states.values()), "Count"),
-        "ActiveSessions": (states.get('state="active"', 0.0), "Count"),
+    """Prometheus text -> value and unit of every number for CloudWatch.
+
+    GpuMemoryUsed is the part of the engine's cache that sessions use. What the driver calls used
+    would tell nothing: the engine takes nearly all of it at its start.
+    """
+    found = {
+        (match["name"], match["labels"] or ""): float(match["value"])
+        for match in _VALUE.finditer(metrics)
     }
-    if total:
-        numbers["GpuMemoryUsed"] = (100.0 * used / total, "Percent")
+    active, idle = (found.get(("llava_sessions", f'state="{s}"'), 0.0) for s in ("active", "idle"))
+    numbers = {"OpenSessions": (active + idle, "Count"), "ActiveSessions": (active, "Count")}
+    used, free = (found.get(("llava_kv_blocks", f'state="{s}"'), 0.0) for s in ("used", "free"))
+    on_gpu = any(name == "nv_gpu_memory_total_bytes" for name, _ in found)
+    if on_gpu and used + free > 0:
+        numbers["GpuMemoryUsed"] = (100.0 * used / (used + free), "Percent")
     return numbers

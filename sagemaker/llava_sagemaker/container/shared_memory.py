@@ -31,8 +31,8 @@ def needed_bytes(repository: Path) -> int:
     )
     tensors = [*config.input, *config.output]
     # Of one picture: the number of pictures, the first dimension, is -1.
-    numbers = sum(math.prod(size for size in each.dims if size > 0) for each in tensors)
-    file_bytes = min(Settings.of_repository(repository).max_image_bytes, 6 * MIB)
+    numbers: int = sum(math.prod(size for size in each.dims if size > 0) for each in tensors)
+    file_bytes: int = min(Settings.of_repository(repository).max_image_bytes, 6 * MIB)
     return models * REGION_BYTES + PICTURES_AT_ONCE * (2 * 4 * numbers + file_bytes)
 
 

@@ -6,22 +6,24 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch
 from llava_sagemaker.container.errors import ContainerError
-from llava_triton.ports import free_ports
+from llava_sagemaker.container.stop_signal import StopSignal
+from llava_triton.ports import PortError, free_ports
 from llava_triton.server import TritonServer
 
 POLL_SECONDS = 0.2
-DRAIN_SECONDS = 25.0
-"""Running turns may take so long after SIGTERM; SageMaker kills the container 30 s after it."""
+START_SECONDS = 1800.0
+"""How long Triton may load: as long as SageMaker is told to wait for the first /ping."""
+DRAIN_SECONDS = 26.0
+"""After SIGTERM the adapter gives running turns 25 s and ends; SageMaker kills us after 30."""
 RESTARTS = 3
 """So often may a model's process die ..."""
 RESTARTS_SECONDS = 600.0
@@ -35,16 +37,19 @@ class Supervisor:
 
     Triton does not start a Python model's process again when it has died: every later request to
     that model fails while Triton calls itself ready. So the whole of Triton is started again then;
-    its sessions are lost, and the adapter, which stays, says so to those who ask for them.
+    its sessions are lost, and the adapter, which stays, says so to those who ask for them. (What
+    lives but does not answer is seen by /ping, and SageMaker replaces the container.)
 
     Args:
         port: where the adapter listens, on all addresses.
+        stop: the signals that end it.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, stop: StopSignal) -> None:
         self._port = port
-        self._told_to_stop = False
-        self._may_interrupt = False
+        self._signal = stop
+        self._triton_ports: list[int] = []
+        """HTTP, gRPC, metrics; the adapter knows them from its start."""
         self._stubs: set[int] = set()
         """Processes of Triton's models; they live as long as it does."""
         self._adapter: subprocess.Popen[bytes] | None = None
@@ -52,21 +57,18 @@ class Supervisor:
         self._log: subprocess.Popen[bytes] | None = None
         self._cloudwatch: MetricsToCloudWatch | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="llava-container-")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
 
     def serve(self, repository: Path) -> None:
         """Start everything and return when a signal came and running turns have ended.
 
         Raises:
+            Stopped: a signal came while nothing was served.
             ContainerError: Triton or the adapter died, or a model's process did too often.
             ServerError: Triton does not start.
         """
-        ports = free_ports(3)
-        self._start_adapter(repository, ports)
         restarts: list[float] = []
-        while not self._told_to_stop:
-            self._start_triton(repository, ports)
+        while True:
+            self._start(repository)
             if not self._watch():
                 break
             now = time.monotonic()
@@ -78,41 +80,56 @@ class Supervisor:
                 )
             _say("a process of Triton's models has died: starting Triton again; sessions are lost")
             self._stop_triton()
-        self._drain()
+        _say(f"draining: running turns have {DRAIN_SECONDS - 1:.0f} s")
+        self._stop_adapter(DRAIN_SECONDS)
 
     def stop(self) -> None:
         """End what is left. Twice does no harm."""
         if self._cloudwatch is not None:
             self._cloudwatch.stop()
-        if self._adapter is not None:
-            self._adapter.kill()
-            self._adapter.wait()
         self._stop_triton()
+        # Turns that were under way have failed by now; it has only to tell that.
+        self._stop_adapter(patience=2.0)
         self._folder.cleanup()
 
-    def _start_adapter(self, repository: Path, ports: list[int]) -> None:
-        _, grpc, metrics = ports
+    def _start(self, repository: Path) -> None:
+        """Triton, and before it the adapter unless it runs: it says 503 meanwhile.
+
+        Where another program takes one of Triton's ports before Triton does, both start again on
+        others.
+        """
+        while True:
+            if self._adapter is None:
+                self._triton_ports = free_ports(3)
+                self._start_adapter(repository)
+            try:
+                self._start_triton(repository)
+            except PortError as error:
+                _say(f"{error.args[0].partition(';')[0]}: starting again on other ports")
+                self._stop_triton()
+                self._stop_adapter(patience=2.0)
+            else:
+                return
+
+    def _start_adapter(self, repository: Path) -> None:
+        _, grpc, metrics = self._triton_ports
         command = [sys.executable, "-m", "llava_sagemaker.adapter"]
         command += ["--host", "0.0.0.0", "--port", str(self._port)]
         command += ["--triton", f"127.0.0.1:{grpc}", "--triton-metrics", f"127.0.0.1:{metrics}"]
         command += ["--repository", str(repository)]
         self._adapter = _child(command)
 
-    def _start_triton(self, repository: Path, ports: list[int]) -> None:
+    def _start_triton(self, repository: Path) -> None:
         log = Path(self._folder.name) / "triton.log"
         log.touch()
         self._log = _child(["tail", "--bytes=0", "--follow=name", str(log)])
-        self._triton = TritonServer(repository, *ports, log=log)
+        self._triton = TritonServer(repository, *self._triton_ports, log=log)
         _say(f"starting Triton on {repository}")
-        # A signal breaks the start off; a dead adapter is seen as soon as it is over.
-        with self._interruptible():
-            self._triton.start()
-        if self._told_to_stop:
-            return
+        with self._signal.at_once():
+            self._triton.start(START_SECONDS)
         self._stubs = self._triton.stubs()
-        metrics_url = self._triton.metrics_url
         if self._cloudwatch is None:
-            self._cloudwatch = MetricsToCloudWatch.from_environment(metrics_url)
+            self._cloudwatch = MetricsToCloudWatch.from_environment(self._triton.metrics_url)
         _say(f"ready: /ping and /invocations answer on port {self._port}")
 
     def _watch(self) -> bool:
@@ -123,7 +140,7 @@ class Supervisor:
         """
         assert self._triton is not None
         assert self._adapter is not None
-        while not self._told_to_stop:
+        while not self._signal.told:
             if self._adapter.poll() is not None:
                 raise ContainerError(
                     f"the session adapter has died (exit status {self._adapter.returncode}); its "
@@ -138,14 +155,17 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         return False
 
-    def _drain(self) -> None:
-        """Let the adapter end its running turns; it takes no new ones."""
-        if self._adapter is None or self._adapter.poll() is not None:
+    def _stop_adapter(self, patience: float) -> None:
+        """Let the adapter end its running turns, for at most so many seconds; it takes no new
+        ones."""
+        if self._adapter is None:
             return
-        _say(f"draining: running turns have {DRAIN_SECONDS:.0f} s")
         self._adapter.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._adapter.wait(DRAIN_SECONDS + 2.0)
+            self._adapter.wait(patience)
+        self._adapter.kill()
+        self._adapter.wait()
+        self._adapter = None
 
     def _stop_triton(self) -> None:
         if self._triton is not None:
@@ -156,22 +176,19 @@ class Supervisor:
             self._log.wait()
             self._log = None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._told_to_stop = True
-        if self._may_interrupt:
-            self._may_interrupt = False
-            raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """A signal breaks off what runs within, quietly."""
-        self._may_interrupt = not self._told_to_stop
+def check_port(port: int) -> None:
+    """Raises ContainerError unless the adapter may listen on `port`: before minutes of loading."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            yield
-        except KeyboardInterrupt:
-            pass
-        finally:
-            self._may_interrupt = False
+            probe.bind(("0.0.0.0", port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not between 1 and 65535"
+            raise ContainerError(
+                f"port {port} cannot be listened on ({reason}); end what listens there, or choose "
+                "another with --port or SAGEMAKER_BIND_TO_PORT"
+            ) from None
 
 
 def _child(command: list[str]) -> subprocess.Popen[bytes]:
