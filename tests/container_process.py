@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Answer(NamedTuple):
     """An HTTP response."""
 
     status: int
-    headers: dict[str, str]
+    headers: http.client.HTTPMessage
     body: bytes
 
     @property
@@ -66,7 +67,7 @@ class Instance:
         try:
             connection.request(method, path, body or None, headers or {})
             response = connection.getresponse()
-            return Answer(response.status, dict(response.getheaders()), response.read())
+            return Answer(response.status, response.headers, response.read())
         finally:
             connection.close()
 
@@ -142,12 +143,25 @@ class Container(Instance):
                 continue
         return found
 
+    def triton_ports(self) -> set[int]:
+        """Where the adapter looks for Triton."""
+        found = set()
+        for adapter in self.descendants("llava_sagemaker.adapter"):
+            arguments = adapter.cmdline()
+            found.add(int(arguments[arguments.index("--triton") + 1].rpartition(":")[2]))
+        return found
+
     def kill(self, name: str) -> None:
-        """kill -9 of the descendants with this name in their command line."""
-        victims = self.descendants(name)
-        assert victims, f"no {name} among {self.descendants()}"
-        for victim in victims:
-            victim.kill()
+        """kill -9 of the descendant with this name in its command line."""
+        guards = self.descendants("server_guard")  # theirs contains tritonserver's
+        (victim,) = (each for each in self.descendants(name) if each not in guards)
+        victim.kill()
+
+    def shared_memory(self) -> list[Path]:
+        """The regions of its Triton, which runs."""
+        (guard,) = self.descendants("server_guard")
+        run_folder = Path(guard.cmdline()[4])
+        return list(Path("/dev/shm").glob(f"{run_folder.name}*"))
 
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
         """Return when something holds; fails when the container has ended or after a while."""

@@ -1,0 +1,82 @@
+"""`python -m llava_sagemaker.adapter`: the session adapter, in front of a Triton that may come."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from llava_sagemaker.adapter.app import make_app
+from llava_sagemaker.adapter.http_protocol import GuardedProtocol
+from llava_triton.settings import Settings
+
+DRAIN_SECONDS = 25
+"""After SIGTERM running turns may take so long."""
+SPARE_CONNECTIONS = 64
+"""More than there may be turns: for /ping, /metrics and refusals."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM, then until running turns have ended."""
+    parser = argparse.ArgumentParser(prog="llava_sagemaker.adapter", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--triton", default="127.0.0.1:8001", help="host:port of Triton's gRPC")
+    parser.add_argument("--triton-metrics", default="127.0.0.1:8002", help="host:port")
+    parser.add_argument("--repository", type=Path, required=True, help="model repository")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    try:
+        settings = Settings.of_repository(options.repository)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"error: {options.repository} has no settings that fit: {error}", file=sys.stderr)
+        return 1
+    app = make_app(
+        options.triton,
+        options.triton_metrics,
+        settings,
+        _listed("LLAVA_IMAGE_HOSTS"),
+        _listed("LLAVA_IMAGE_BUCKETS"),
+    )
+    try:
+        listener = _listen(options.host, options.port)
+    except OSError as error:
+        print(f"error: port {options.port} cannot be used: {error.strerror}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=GuardedProtocol,
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        limit_concurrency=settings.max_queued_turns + SPARE_CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    # uvicorn raises the signal that ended it once more when it has ended.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run([listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), backlog=2048)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _listed(name: str) -> list[str]:
+    """The comma-separated words of an environment variable."""
+    return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""OpenAI chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_sagemaker.adapter.chat_messages import read_conversation
+from llava_sagemaker.adapter.chat_parameters import read_parameters
+from llava_sagemaker.adapter.invocation import (
+    AnswerFormat,
+    Body,
+    Invocation,
+    Request,
+    as_json,
+    event,
+)
+from llava_sagemaker.adapter.pictures import Pictures
+from llava_sagemaker.adapter.remembered import Remembered
+from llava_sagemaker.adapter.turns import turn
+from llava_triton.delta import Delta
+from llava_triton.history import history_to_json
+
+MODEL = "llava"
+"""What answers call the model, whatever the request called it."""
+
+
+async def chat_request(
+    request: Request, fields: dict[str, Any], pictures: Pictures, remembered: Remembered
+) -> Invocation:
+    """`{"messages": [...], ...}`.
+
+    Without a session: one answer to the whole conversation. In a session, a single user message is
+    its next turn; of a whole conversation only what the session does not have is sent, or, where
+    that cannot be told, the session is opened again with all of it.
+    """
+    parameters = read_parameters(fields)
+    conversation = read_conversation(fields["messages"])
+    session_id = request.open_session
+    flags: dict[str, Any] = {}
+    known = remembered.conversation(session_id) if session_id else None
+    if session_id is None:
+        flags = request.session_flags()
+        session_id = flags.pop("session_id")
+    elif conversation.past and known != conversation.past_digest():
+        flags = {"start": True}
+    if flags.get("start"):
+        images, history = conversation.all_images(), conversation.history()
+        told = conversation.past_digest()
+    else:
+        images, history = conversation.images, []
+        told = conversation.past_digest() if conversation.past else known
+    asked = turn(
+        session_id,
+        **flags,
+        text=conversation.text,
+        images=await pictures.load(images),
+        sampling=parameters.sampling,
+        history=history_to_json(history) if history else None,
+    )
+    answer = _ChatAnswer(parameters.include_usage)
+    if asked.end:  # no session: nothing to remember
+        return Invocation("chat", asked, answer, parameters.stream)
+    return Invocation(
+        "chat",
+        asked,
+        answer,
+        parameters.stream,
+        opened=session_id if request.opens else None,
+        completed=remembered.turn_begins(session_id, told, conversation),
+    )
+
+
+@dataclass
+class _ChatAnswer(AnswerFormat):
+    """A chat completion, or its chunks."""
+
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    _began: bool = False
+
+    def whole(self, answer: Delta) -> Body:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": answer.finish_reason,
+        }
+        usage = _usage(answer)
+        return as_json({**self._head("chat.completion"), "choices": [choice], "usage": usage})
+
+    def piece(self, piece: Delta) -> bytes:
+        delta: dict[str, str] = {"content": piece.text} if piece.text else {}
+        if not self._began:
+            self._began = True
+            delta = {"role": "assistant", "content": piece.text}
+        return self._chunk(delta, None) if delta else b""
+
+    def end(self, final: Delta) -> bytes:
+        last = self._chunk({}, final.finish_reason)
+        if self.include_usage:
+            last += event(
+                {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(final)}
+            )
+        return last + b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.include_usage else {}
+        return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": MODEL}
+
+
+def _usage(answer: Delta) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.num_input_tokens,
+        "completion_tokens": answer.num_output_tokens,
+        "total_tokens": answer.num_input_tokens + answer.num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": answer.num_cached_tokens},
+    }

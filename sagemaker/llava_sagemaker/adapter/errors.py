@@ -1,0 +1,95 @@
+"""What a client is told when its request fails: one place from any fault to an HTTP answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import grpc
+from starlette.responses import Response
+
+from llava_triton.errors import ErrorCode, SessionError
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+
+
+class AdapterError(Exception):
+    """A request that was refused or failed.
+
+    Args:
+        status: the HTTP status.
+        code: for programs: session_not_found, invalid_request, image_..., body_too_large,
+            unavailable, internal.
+        sentence: for people: what was given, what was expected, what to do.
+    """
+
+    def __init__(self, status: int, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.code = code
+        self.sentence = sentence
+
+    def body(self) -> bytes:
+        """The answer's JSON, in the manner of OpenAI."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"code": self.code, "message": self.sentence, "type": kind}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        """The whole HTTP answer."""
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        return Response(self.body(), self.status, headers, "application/json")
+
+
+def invalid_request(sentence: str) -> AdapterError:
+    """The request can never succeed as it is."""
+    return AdapterError(400, "invalid_request", sentence)
+
+
+def unavailable(sentence: str) -> AdapterError:
+    """The request may succeed later."""
+    return AdapterError(503, "unavailable", sentence)
+
+
+def as_adapter_error(error: Exception) -> AdapterError:
+    """What a client is told of a failure; what it cannot act on goes to the log."""
+    if isinstance(error, AdapterError):
+        return error
+    if isinstance(error, SessionError):
+        return _of_engine(error)
+    if isinstance(error, TimeoutError):
+        return unavailable("the model did not answer in time; try again later")
+    if isinstance(error, grpc.aio.AioRpcError):
+        log.warning("Triton: %s: %s", error.code(), error.details())
+        return unavailable("the model server cannot be reached; it is starting or has failed")
+    log.error("a request failed", exc_info=error)
+    return AdapterError(500, "internal", "the request failed in the server; it is in its log")
+
+
+def _of_engine(error: SessionError) -> AdapterError:
+    match error.code:
+        case ErrorCode.NOT_FOUND:
+            return AdapterError(
+                400,
+                "session_not_found",
+                "the session is unknown, has expired or was lost; open a new one by "
+                'SessionId="NEW_SESSION"',
+            )
+        case ErrorCode.INVALID_ARG if error.sentence.startswith("image "):
+            return AdapterError(400, "image_invalid", error.sentence)
+        case ErrorCode.INVALID_ARG:
+            return invalid_request(error.sentence)
+        case ErrorCode.UNAVAILABLE | ErrorCode.CANCELLED:
+            return unavailable(error.sentence)
+        case ErrorCode.INTERNAL if _model_is_down(error.sentence):
+            log.warning("Triton: %s", error.sentence)
+            return unavailable("the model is not ready; it is starting or has failed")
+        case ErrorCode.INTERNAL:
+            return AdapterError(500, "internal", error.sentence)
+
+
+def _model_is_down(text: str) -> bool:
+    """Whether Triton says that a model's process is gone, or the model not loaded."""
+    return "Stub process" in text or "not ready" in text or "no available versions" in text

@@ -1,0 +1,70 @@
+"""A streamed answer as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from llava_sagemaker.adapter.errors import as_adapter_error
+from llava_sagemaker.adapter.invocation import Invocation
+from llava_triton.delta import Delta
+
+SILENCE_SECONDS = 300.0
+"""An answer may pause so long: a turn of a session waits for the one before it."""
+
+
+class EventStream(StreamingResponse):
+    """The HTTP answer of a streamed invocation. Left early by its client, it cancels the turn.
+
+    Args:
+        invocation: how to write the answer.
+        first: its first piece.
+        pieces: the others.
+        headers: of the answer.
+        ended: is told `ok`, `disconnected` or an error's code, once, whatever happens.
+    """
+
+    def __init__(
+        self,
+        invocation: Invocation,
+        first: Delta,
+        pieces: AsyncGenerator[Delta, None],
+        headers: dict[str, str],
+        ended: Callable[[str], None],
+    ) -> None:
+        super().__init__(self._events(first), headers=headers, media_type="text/event-stream")
+        self._invocation = invocation
+        self._pieces = pieces
+        self._ended = ended
+        self._outcome = "disconnected"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._pieces.aclose()
+            self._ended(self._outcome)
+
+    async def _events(self, piece: Delta) -> AsyncIterator[bytes]:
+        written, text = self._invocation.format, [piece.text]
+        try:
+            while True:
+                if events := written.piece(piece):
+                    yield events
+                if piece.is_final:
+                    break
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    piece = await anext(self._pieces)
+                text.append(piece.text)
+            self._invocation.completed("".join(text))
+            self._outcome = "ok"
+            if events := written.end(piece):
+                yield events
+        except Exception as error:
+            failed = as_adapter_error(error)
+            self._outcome = failed.code
+            yield written.failure(failed)

@@ -1,0 +1,49 @@
+"""Whether the engine behind Triton answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
+from llava_sagemaker.adapter.session_ids import new_session_id
+from llava_sagemaker.adapter.turns import Triton, turn
+from llava_triton.errors import ErrorCode, SessionError
+
+SECONDS = 1.5
+"""SageMaker waits 2 s for /ping."""
+FRESH_SECONDS = 1.0
+"""An answer of the engine is good for so long."""
+
+
+class Health:
+    """Asks the engine for nothing: a session that opens and ends in one turn, without a text.
+
+    Triton calls a model ready although its process has died; only an answer tells.
+    """
+
+    def __init__(self, triton: Triton) -> None:
+        self._triton = triton
+        self._answered_at = -FRESH_SECONDS
+        self._asking = asyncio.Lock()
+
+    async def check(self) -> None:
+        """Raises AdapterError (503) where the engine does not answer."""
+        async with self._asking:
+            if time.monotonic() - self._answered_at < FRESH_SECONDS:
+                return
+            try:
+                async with asyncio.timeout(SECONDS):
+                    await self._triton.whole(turn(new_session_id(), start=True, end=True))
+            except TimeoutError:
+                raise unavailable(f"the model has not answered within {SECONDS} s") from None
+            except Exception as error:
+                if not _is_alive(error):
+                    told = as_adapter_error(error)
+                    raise AdapterError(503, told.code, told.sentence) from error
+            self._answered_at = time.monotonic()
+
+
+def _is_alive(error: Exception) -> bool:
+    """Whether the engine itself refused: it is full."""
+    return isinstance(error, SessionError) and error.code is ErrorCode.UNAVAILABLE

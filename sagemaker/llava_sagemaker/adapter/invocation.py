@@ -1,0 +1,153 @@
+"""A request on /invocations as the adapter understood it: a turn, and how to answer."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
+from llava_sagemaker.adapter.turns import Turn
+from llava_triton.delta import Delta
+
+
+@dataclass(frozen=True)
+class Request:
+    """A POST on /invocations, read as far as all its kinds have in common."""
+
+    session: str | None
+    """The session header: None, NEW_SESSION or an ID in the right form."""
+    content_type: str
+    """Without parameters, in small letters; empty where there is none."""
+    content_parameters: dict[str, str]
+    wants_events: bool
+    """`Accept: text/event-stream`."""
+    body: bytes
+
+    @property
+    def opens(self) -> bool:
+        """Whether the header asks for a new session."""
+        return self.session == NEW_SESSION
+
+    @property
+    def open_session(self) -> str | None:
+        """The ID of the open session that the header names."""
+        return None if self.opens else self.session
+
+    def session_flags(self, end: bool = False) -> dict[str, Any]:
+        """Session ID and flags of a turn by the header alone: in the session that it names, in a
+        new one, or, without a header, in one for this turn only.
+
+        Args:
+            end: the turn ends its session.
+        """
+        if self.session is None:
+            return {"session_id": new_session_id(), "start": True, "end": True}
+        if not self.opens:
+            return {"session_id": self.session, "start": False, "end": end}
+        if end:
+            raise invalid_request(
+                "the request opens a session and ends it; for an answer without a session, leave "
+                "the session header out"
+            )
+        return {"session_id": new_session_id(), "start": True, "end": False}
+
+
+class Body(NamedTuple):
+    """What an HTTP answer contains."""
+
+    content: bytes
+    content_type: str
+
+
+class AnswerFormat(ABC):
+    """How an answer is written; by default as events that carry the outputs of the models."""
+
+    @abstractmethod
+    def whole(self, answer: Delta) -> Body:
+        """A whole answer."""
+
+    def piece(self, piece: Delta) -> bytes:
+        """Events that tell a piece of a streamed answer."""
+        return event(outputs(piece))
+
+    def end(self, final: Delta) -> bytes:
+        """Events after the last piece."""
+        return b""
+
+    def failure(self, error: AdapterError) -> bytes:
+        """Events that end a stream which failed in the middle."""
+        return b"data: " + error.body() + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What to ask Triton, and how to tell the answer."""
+
+    kind: str
+    """For the metrics."""
+    turn: Turn
+    format: AnswerFormat
+    stream: bool = False
+    opened: str | None = None
+    """The ID of the session that this opens for the caller."""
+    closed: str | None = None
+    """The ID of the session that this closes for the caller."""
+    completed: Callable[[str], None] = field(default=lambda _: None)
+    """Is told the whole text of the answer, once it is complete."""
+
+
+def in_session(kind: str, turn: Turn, answer: AnswerFormat, stream: bool = False) -> Invocation:
+    """An invocation that opens or closes what the turn's flags say. (Both: no session at all.)"""
+    return Invocation(
+        kind,
+        turn,
+        answer,
+        stream,
+        opened=turn.session_id if turn.start and not turn.end else None,
+        closed=turn.session_id if turn.end and not turn.start else None,
+    )
+
+
+def outputs(piece: Delta) -> dict[str, Any]:
+    """The outputs of the models by their names, as plain values."""
+    return {
+        "text_output": piece.text,
+        "finish_reason": piece.finish_reason,
+        "num_input_tokens": piece.num_input_tokens,
+        "num_output_tokens": piece.num_output_tokens,
+        "num_cached_tokens": piece.num_cached_tokens,
+        "first_token_ms": piece.first_token_ms,
+    }
+
+
+def as_json(value: Any) -> Body:
+    """A JSON body."""
+    return Body(json.dumps(value).encode(), "application/json")
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A request's JSON object.
+
+    Raises:
+        AdapterError: invalid_request, the body is something else.
+    """
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid_request(f"the body is not valid JSON ({error}); send one object") from None
+    if not isinstance(value, dict):
+        raise invalid_request(f"the body is JSON, but no object ({type(value).__name__})")
+    return value
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")

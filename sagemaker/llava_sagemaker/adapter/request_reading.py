@@ -1,0 +1,84 @@
+"""An HTTP request on /invocations: its headers and its body, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+from email.message import Message
+
+from starlette.requests import Request as HttpRequest
+
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.invocation import Request
+from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
+
+BODY_SECONDS = 30.0
+"""For a whole body to come."""
+
+
+async def read_request(http: HttpRequest, limit_bytes: int) -> Request:
+    """Read it.
+
+    Raises:
+        AdapterError: body_too_large, or invalid_request.
+    """
+    session = http.headers.get(SESSION_ID)
+    if session is not None and session != NEW_SESSION:
+        session = checked_session_id(session)
+    header = Message()
+    header["Content-Type"] = http.headers.get("content-type", "")
+    parameters = {name.lower(): value for name, value in header.get_params([])[1:]}
+    return Request(
+        session=session,
+        content_type=http.headers.get("content-type", "").partition(";")[0].strip().lower(),
+        content_parameters=parameters,
+        wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
+        body=await _body(http, limit_bytes),
+    )
+
+
+async def _body(http: HttpRequest, limit: int) -> bytes:
+    length = http.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+        raise _too_large(limit)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in http.stream():
+                size += len(piece)
+                if size > limit:
+                    raise _too_large(limit)
+                pieces.append(piece)
+    except TimeoutError:
+        raise AdapterError(
+            408,
+            "invalid_request",
+            f"the body has not come within {BODY_SECONDS:.0f} s; send it again",
+        ) from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _too_large(limit: int) -> AdapterError:
+    return AdapterError(
+        413,
+        "body_too_large",
+        f"the body is larger than {limit} bytes; send a smaller picture, or fewer at once",
+    )
+
+
+def unknown_content_type(content_type: str) -> AdapterError:
+    """The body is of no kind that is understood."""
+    return AdapterError(
+        415,
+        "invalid_request",
+        f"the content type is {content_type[:80]!r}; send application/json, image/* or "
+        "application/vnd.sagemaker-triton.binary+json",
+    )
+
+
+def unknown_json() -> AdapterError:
+    """The JSON is of no kind that is understood."""
+    return invalid_request(
+        "the JSON is none of what is understood here: a session request (requestType), a chat "
+        "completion (messages), an inference request (inputs), or one of the LLaVA sample (type)"
+    )

@@ -1,0 +1,51 @@
+"""Session IDs in HTTP headers, exactly as AWS's own servers write them."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from llava_sagemaker.adapter.errors import invalid_request
+
+# Named as in model_hosting_container_standards.sagemaker.sessions. (Importing it costs
+# half a second, FastAPI, and a session store in files that nobody would use; the tests compare.)
+SESSION_ID = "X-Amzn-SageMaker-Session-Id"
+NEW_SESSION_ID = "X-Amzn-SageMaker-New-Session-Id"
+CLOSED_SESSION_ID = "X-Amzn-SageMaker-Closed-Session-Id"
+
+NEW_SESSION = "NEW_SESSION"
+"""What stands in for the ID of a session that is to be opened."""
+MAX_CHARACTERS = 128
+"""Triton takes no longer ones; SageMaker would take 256."""
+_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
+
+
+def new_session_id() -> str:
+    """A session ID that nobody can guess."""
+    return str(uuid.uuid4())
+
+
+def checked_session_id(given: str) -> str:
+    """An ID as a client gave it.
+
+    Raises:
+        AdapterError: invalid_request, no session can have this ID.
+    """
+    if len(given) > MAX_CHARACTERS or not _PATTERN.fullmatch(given):
+        raise invalid_request(
+            f"the session ID {given[:80]!r} is none; it has letters, digits and hyphens, at most "
+            f"{MAX_CHARACTERS}, and comes from the answer that opened the session"
+        )
+    return given
+
+
+def opened_header(session_id: str, lifetime_seconds: float) -> tuple[str, str]:
+    """The header of an answer that opens a session."""
+    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + lifetime_seconds))
+    return NEW_SESSION_ID, f"{session_id}; Expires={expires}"
+
+
+def closed_header(session_id: str) -> tuple[str, str]:
+    """The header of an answer that closes a session."""
+    return CLOSED_SESSION_ID, session_id

@@ -1,0 +1,205 @@
+"""Triton's own inference requests for `llava`: JSON, or JSON with binary tensors behind it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llava_sagemaker.adapter.errors import invalid_request
+from llava_sagemaker.adapter.invocation import (
+    AnswerFormat,
+    Body,
+    Invocation,
+    Request,
+    as_json,
+    in_session,
+    json_object,
+    outputs,
+)
+from llava_sagemaker.adapter.turns import Turn, pack, utf8
+from llava_triton import protocol
+from llava_triton.delta import Delta
+
+BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
+_HEADER_SIZE = "json-header-size"
+_INPUTS = (
+    protocol.TEXT_INPUT,
+    protocol.IMAGE,
+    protocol.SAMPLING_PARAMETERS,
+    protocol.HISTORY,
+)
+_DATATYPES = {
+    protocol.TEXT_OUTPUT: "BYTES",
+    protocol.FINISH_REASON: "BYTES",
+    protocol.NUM_INPUT_TOKENS: "INT32",
+    protocol.NUM_OUTPUT_TOKENS: "INT32",
+    protocol.NUM_CACHED_TOKENS: "INT32",
+    protocol.FIRST_TOKEN_MS: "FP32",
+}
+
+
+def binary_request(request: Request) -> Invocation:
+    """A body that begins with JSON of `json-header-size` bytes, binary tensors behind it."""
+    given = request.content_parameters.get(_HEADER_SIZE, "")
+    if not given.isascii() or not given.isdigit() or int(given[:20]) > len(request.body):
+        raise invalid_request(
+            f"the content type's {_HEADER_SIZE} is {given[:80]!r}; it must be the length of the "
+            f"JSON that the body begins with, at most {len(request.body)}"
+        )
+    size = int(given)
+    return triton_request(request, json_object(request.body[:size]), request.body[size:])
+
+
+def triton_request(request: Request, fields: dict[str, Any], binary: bytes = b"") -> Invocation:
+    """An inference request.
+
+    Args:
+        request: its session header becomes the sequence ID, NEW_SESSION the start flag. The
+            client's own `sequence_id` and `sequence_start` have no meaning here.
+        fields: its JSON; the parameter `sequence_end` closes the session.
+        binary: the tensors behind the JSON.
+    """
+    parameters = _object(fields.get("parameters", {}), "parameters")
+    end = parameters.get("sequence_end", False)
+    if not isinstance(end, bool):
+        raise invalid_request("the parameter sequence_end must be true or false")
+    flags = request.session_flags(end)
+    turn = Turn(**flags, tensors=dict(_tensors(fields["inputs"], binary)))
+    answer = _InferenceResponse(
+        _id(fields.get("id")),
+        tuple(_requested(fields.get("outputs"), parameters.get("binary_data_output") is True)),
+    )
+    return in_session("triton", turn, answer, request.wants_events)
+
+
+@dataclass(frozen=True)
+class _InferenceResponse(AnswerFormat):
+    """Triton's inference response."""
+
+    request_id: str
+    requested: tuple[tuple[str, bool], ...]
+    """Names of the outputs, and whether they are to be binary."""
+
+    def whole(self, answer: Delta) -> Body:
+        values = outputs(answer)
+        tensors: list[dict[str, Any]] = []
+        binary: list[bytes] = []
+        for name, as_binary in self.requested:
+            tensor = {"name": name, "datatype": _DATATYPES[name], "shape": [1]}
+            if as_binary:
+                binary.append(_element(_DATATYPES[name], values[name]))
+                tensor["parameters"] = {"binary_data_size": len(binary[-1])}
+            else:
+                tensor["data"] = [values[name]]
+            tensors.append(tensor)
+        request_id = {"id": self.request_id} if self.request_id else {}
+        body = as_json(
+            {**request_id, "model_name": "llava", "model_version": "1", "outputs": tensors}
+        )
+        if not binary:
+            return body
+        return Body(
+            b"".join([body.content, *binary]),
+            f"{BINARY_CONTENT_TYPE};{_HEADER_SIZE}={len(body.content)}",
+        )
+
+
+def _tensors(inputs: Any, binary: bytes) -> Iterator[tuple[str, tuple[int, bytes]]]:
+    if not isinstance(inputs, list):
+        raise invalid_request("inputs must be a list of tensors")
+    seen = set()
+    offset = 0
+    for tensor in inputs:
+        fields = _object(tensor, "each of inputs")
+        name = fields.get("name")
+        if name not in _INPUTS or name in seen:
+            raise invalid_request(
+                f"inputs has {str(name)[:80]!r}, unknown or twice; known are {', '.join(_INPUTS)}"
+            )
+        seen.add(name)
+        if fields.get("datatype") != "BYTES":
+            raise invalid_request(f"the input {name} must have the datatype BYTES")
+        size = _object(fields.get("parameters", {}), "parameters").get("binary_data_size")
+        if size is None:
+            elements = list(_strings(name, fields.get("data")))
+            data = pack(elements)
+            count = len(elements)
+        else:
+            if not isinstance(size, int) or not 0 <= size <= len(binary) - offset:
+                raise invalid_request(
+                    f"the input {name} has the binary_data_size {str(size)[:80]}; "
+                    f"{len(binary) - offset} bytes are left"
+                )
+            data = binary[offset : offset + size]
+            offset += size
+            count = _packed_elements(name, data)
+        if fields.get("shape") != [count]:
+            raise invalid_request(
+                f"the input {name} has {count} elements and the shape "
+                f"{str(fields.get('shape'))[:80]}; the shape must be [{count}]"
+            )
+        yield name, (count, data)
+    if offset != len(binary):
+        raise invalid_request(f"the body goes on for {len(binary) - offset} bytes after its inputs")
+
+
+def _strings(name: str, data: Any) -> Iterator[bytes]:
+    if not isinstance(data, list) or not all(isinstance(value, str) for value in data):
+        raise invalid_request(f"the input {name} must have data, a flat list of strings")
+    yield from map(utf8, data)
+
+
+def _packed_elements(name: str, data: bytes) -> int:
+    """How many elements there are, each behind its length."""
+    count = position = 0
+    while position < len(data):
+        end = position + 4
+        if end <= len(data):
+            end += struct.unpack_from("<I", data, position)[0]
+        if end > len(data):
+            raise invalid_request(
+                f"the input {name} is cut off: its element {count + 1} ends {end - len(data)} "
+                "bytes behind the tensor; each element is preceded by its length in 4 bytes"
+            )
+        position = end
+        count += 1
+    return count
+
+
+def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[str, bool]]:
+    if given is None:
+        yield from ((name, binary_by_default) for name in _DATATYPES)
+        return
+    if not isinstance(given, list):
+        raise invalid_request("outputs must be a list")
+    for tensor in given:
+        fields = _object(tensor, "each of outputs")
+        name = fields.get("name")
+        if not isinstance(name, str) or name not in _DATATYPES:
+            raise invalid_request(
+                f"outputs has the unknown {str(name)[:80]!r}; known are {', '.join(_DATATYPES)}"
+            )
+        parameters = _object(fields.get("parameters", {}), "parameters")
+        yield name, parameters.get("binary_data", binary_by_default) is True
+
+
+def _element(datatype: str, value: Any) -> bytes:
+    if datatype == "BYTES":
+        return pack([utf8(value)])
+    return struct.pack("<i" if datatype == "INT32" else "<f", value)
+
+
+def _id(given: Any) -> str:
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise invalid_request("id must be a string")
+    return given
+
+
+def _object(given: Any, name: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise invalid_request(f"{name} must be an object")
+    return given

@@ -1,0 +1,184 @@
+"""One turn to Triton over gRPC, and the pieces of its answer.
+
+The raw messages of Triton's protocol, without numpy: a piece of an answer passes through here for
+every few tokens of every session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from llava_triton import protocol
+from llava_triton.delta import Delta
+from llava_triton.errors import error_from_text
+
+_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+_MODEL = "llava_stream"
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # After Triton has died: its successor is found within a second, not within two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_INT32 = struct.Struct("<i")
+_FP32 = struct.Struct("<f")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one session, as the models take it."""
+
+    session_id: str
+    start: bool = False
+    end: bool = False
+    tensors: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Input tensors by name, all BYTES [n]: n, and the elements as `pack` writes them."""
+
+    def message(self) -> Any:
+        """The protocol's message."""
+        request = service_pb2.ModelInferRequest(model_name=_MODEL)
+        request.parameters["sequence_id"].string_param = self.session_id
+        request.parameters["sequence_start"].bool_param = self.start
+        request.parameters["sequence_end"].bool_param = self.end
+        for name, (elements, data) in self.tensors.items():
+            tensor = request.inputs.add()
+            tensor.name = name
+            tensor.datatype = "BYTES"
+            tensor.shape.append(elements)
+            request.raw_input_contents.append(data)
+        return request
+
+
+def turn(
+    session_id: str,
+    *,
+    start: bool = False,
+    end: bool = False,
+    text: str | None = None,
+    images: Sequence[bytes] = (),
+    sampling: dict[str, Any] | None = None,
+    history: str | None = None,
+) -> Turn:
+    """A turn from plain values; those that are empty are left out.
+
+    Args:
+        session_id: Triton's sequence ID.
+        start, end: the sequence flags.
+        text: the question.
+        images: encoded files, as they are, in base64 or as data URIs.
+        sampling: the input `sampling_parameters`.
+        history: the input `history`, JSON.
+    """
+    strings: dict[str, Sequence[bytes]] = {
+        protocol.TEXT_INPUT: [utf8(text)] if text else [],
+        protocol.IMAGE: images,
+        protocol.SAMPLING_PARAMETERS: [json.dumps(sampling).encode()] if sampling else [],
+        protocol.HISTORY: [utf8(history)] if history else [],
+    }
+    tensors = {name: (len(values), pack(values)) for name, values in strings.items() if values}
+    return Turn(session_id, start, end, tensors)
+
+
+def utf8(text: str) -> bytes:
+    """Text for Triton. JSON can name halves of surrogate pairs, which UTF-8 cannot hold."""
+    return text.encode(errors="replace")
+
+
+def pack(values: Sequence[bytes]) -> bytes:
+    """The elements of a BYTES tensor as Triton wants them: each behind its length."""
+    return b"".join(part for value in values for part in (struct.pack("<I", len(value)), value))
+
+
+class Triton:
+    """The connection to Triton; make it inside the event loop that uses it.
+
+    Args:
+        address: `host:port` of Triton's gRPC endpoint.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
+        self._infer = self._channel.stream_stream(
+            _METHOD,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
+        """Send a turn; the pieces of its answer as they come, the last one final.
+
+        Closing the generator early cancels the turn. (A call of its own for each turn: Triton
+        cancels calls, not turns.)
+
+        Raises:
+            SessionError: the engine or Triton refused the turn, or it failed.
+            grpc.aio.AioRpcError: Triton cannot be reached.
+        """
+        call = self._infer()
+        try:
+            try:
+                await call.write(turn.message())
+                await call.done_writing()
+            except asyncio.InvalidStateError:
+                pass  # the call has failed already: reading says why
+            while (response := await call.read()) is not grpc.aio.EOF:
+                if response.error_message:
+                    raise error_from_text(response.error_message)
+                yield _delta(response.infer_response)
+        finally:
+            call.cancel()
+
+    async def whole(self, turn: Turn) -> Delta:
+        """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
+        texts = []
+        final = None
+        async for piece in self.pieces(turn):
+            texts.append(piece.text)
+            final = piece
+        if final is None or not final.is_final:
+            raise error_from_text("the answer broke off")
+        return replace(final, text="".join(texts))
+
+    async def close(self) -> None:
+        """Let the connection go."""
+        await self._channel.close()
+
+
+def _delta(response: Any) -> Delta:
+    raw = dict(
+        zip((tensor.name for tensor in response.outputs), response.raw_output_contents, strict=True)
+    )
+    (first_token_ms,) = _FP32.unpack(raw[protocol.FIRST_TOKEN_MS])
+    return Delta(
+        # One element, behind its length.
+        text=raw[protocol.TEXT_OUTPUT][4:].decode(),
+        finish_reason=raw[protocol.FINISH_REASON][4:].decode(),
+        num_input_tokens=_INT32.unpack(raw[protocol.NUM_INPUT_TOKENS])[0],
+        num_output_tokens=_INT32.unpack(raw[protocol.NUM_OUTPUT_TOKENS])[0],
+        num_cached_tokens=_INT32.unpack(raw[protocol.NUM_CACHED_TOKENS])[0],
+        first_token_ms=first_token_ms,
+    )
+
+
+def limited(turn: Turn, seconds: float) -> Turn:
+    """The same turn, its answer cut when so many seconds have passed; a shorter limit of its own
+    stands. Sampling parameters that cannot be read are left for the engine to refuse."""
+    _, packed = turn.tensors.get(protocol.SAMPLING_PARAMETERS, (0, b""))
+    try:
+        sampling = json.loads(packed[4:] or b"{}")
+        own = sampling.get("max_seconds")
+        sampling["max_seconds"] = seconds if own is None else min(own, seconds)
+        data = pack([json.dumps(sampling).encode()])
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return turn
+    return replace(turn, tensors={**turn.tensors, protocol.SAMPLING_PARAMETERS: (1, data)})

@@ -1,0 +1,65 @@
+"""What steps are made of: long prompts in small pieces beside running answers, questions whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_triton.engine import scheduler
+from llava_triton.engine.step import Step, StepResult
+from tests.engine_harness import EngineHarness
+from tests.small_engine import Ask, Start, long_ask
+
+STREAM = Ask("Go on", max_tokens=300, ignore_eos=True)
+
+
+class Recorder:
+    """Keeps every step's numbers of tokens, part by part."""
+
+    def __init__(self, harness: EngineHarness) -> None:
+        self._compute = harness.runner.compute
+        self.steps: list[list[int]] = []
+        harness.runner.compute = self.compute  # type: ignore[method-assign]
+
+    def compute(self, step: Step) -> StepResult:
+        self.steps.append([len(part.ids) for part in step.parts])
+        return self._compute(step)
+
+    @property
+    def beside_answers(self) -> list[int]:
+        """Prompt tokens of those steps that advanced at least three answers too."""
+        return [sum(step) - step.count(1) for step in self.steps if step.count(1) >= 3]
+
+
+@pytest.mark.parametrize("text", ["Why so?", "Why so, and what of the circle on the left of it?"])
+def test_a_question_is_computed_in_one_step_beside_running_answers(start: Start, text: str) -> None:
+    harness = start()
+    long_ask("red").wait(harness, "asked", start=True)
+    streams = [STREAM.submit(harness, name, start=True) for name in ("a", "b", "c", "d")]
+    for stream in streams:
+        next(stream.deltas())
+    recorder = Recorder(harness)
+    _, final = Ask(text, max_tokens=4).wait(harness, "asked")
+    computed = final.num_input_tokens - final.num_cached_tokens
+    assert scheduler.LEAST_CHUNK < computed <= scheduler.QUESTION_TOKENS
+    assert [count for count in recorder.beside_answers if count] == [computed]
+    for stream in streams:
+        stream.wait()
+
+
+def test_a_long_prompt_comes_in_small_pieces_to_its_end(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The machine's own speed must not choose the pieces.
+    monkeypatch.setattr(scheduler.StepClock, "prompt_tokens_beside", lambda *_: 16)
+    harness = start()
+    streams = [STREAM.submit(harness, name, start=True) for name in ("a", "b", "c", "d")]
+    for stream in streams:
+        next(stream.deltas())
+    recorder = Recorder(harness)
+    _, final = Ask("many words " * 60, max_tokens=4).wait(harness, "long", start=True)
+    pieces = [count for count in recorder.beside_answers if count]
+    assert sum(pieces) == final.num_input_tokens
+    assert len(pieces) > 5
+    assert max(pieces) == 16  # also the last ones, which are short enough for a question
+    for stream in streams:
+        stream.wait()
