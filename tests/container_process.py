@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from llava_sagemaker.container import encoder as encoder_module
 from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch, numbers_of
 from llava_sagemaker.container.encoder import repository_to_serve
 from llava_sagemaker.container.errors import ContainerError
@@ -20,67 +19,138 @@ from moto import mock_aws
 MIB = 1024 * 1024
 
 
+VERSION = "10.9.0.34"
+"""Of the TensorRT that these tests have; no GPU and none of it is here."""
+
+
 @pytest.fixture
-def for_gpu(demo_repository: Path, tmp_path: Path) -> Path:
-    """A repository as an export for a GPU leaves it, without its plan."""
-    repository = tmp_path / "for a gpu"
+def model(demo_repository: Path, tmp_path: Path) -> Path:
+    """A repository of the test's own, in a folder of its own."""
+    repository = tmp_path / "ml" / "model"
     shutil.copytree(demo_repository, repository, symlinks=True)
-    (repository / "vision_encoder" / "config.pbtxt").write_text(
-        'name: "vision_encoder"\nplatform: "tensorrt_plan"\n'
-    )
     return repository
 
 
-class Export:
-    """Stands for the export command: keeps what it was called with."""
+@pytest.fixture
+def for_gpu(model: Path) -> Path:
+    """A repository as an export for a GPU leaves it, without its plan."""
+    (model / "vision_encoder" / "config.pbtxt").write_text(
+        'name: "vision_encoder"\nplatform: "tensorrt_plan"\n'
+    )
+    return model
 
-    def __init__(self, status: int) -> None:
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def put_plan(repository: Path, builder: str = "tensorrt", **built_for: str) -> None:
+    """A plan with its metadata, as an export seals them."""
+    folder = repository / "vision_encoder" / "1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.plan").write_bytes(b"plan")
+    built_for = {
+        "builder": builder,
+        "builder_version": VERSION,
+        "compute_capability": "8.6",
+        **built_for,
+    }
+    (folder / "metadata.json").write_text(json.dumps({"built_for": built_for, "files": {}}))
+
+
+class Export:
+    """Stands for the export command: keeps what it was called with, leaves a plan."""
+
+    def __init__(self, status: int = 0, builder: str = "tensorrt") -> None:
         self.status = status
-        self.calls: list[list[str]] = []
+        self.builder = builder
+        self.calls: list[dict[str, str]] = []
 
     def __call__(self, command: Sequence[str]) -> int:
-        self.calls.append(list(command))
+        assert command[1:3] == ["-m", "llava_export"]
+        options = dict(zip(command[3::2], command[4::2], strict=True))
+        self.calls.append(options)
+        if self.status == 0:
+            put_plan(Path(options["--output"]), self.builder)
         return self.status
 
 
+def served(model: Path, export: Export, gpu: str | None = "8.6") -> Path:
+    return repository_to_serve(model, lambda: gpu, lambda: VERSION, export)
+
+
 def test_without_a_gpu_the_model_is_served_as_it_is(demo_repository: Path) -> None:
-    export = Export(0)
-    assert repository_to_serve(demo_repository, lambda: None, export) == demo_repository
+    export = Export()
+    assert served(demo_repository, export, gpu=None) == demo_repository
     assert export.calls == []
 
 
-def test_with_a_gpu_the_engine_is_built_and_kept(
-    demo_repository: Path, for_gpu: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_that_fits_is_served_as_it_is(for_gpu: Path, home: Path) -> None:
+    put_plan(for_gpu)
+    export = Export()
+    assert served(for_gpu, export) == for_gpu
+    assert export.calls == []
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        {"compute_capability": "8.9"},
+        {"builder_version": "10.8.0.43"},
+        {"builder": "tensorrt_rtx_bindings"},
+    ],
+    ids=["another GPU", "another TensorRT", "its sister for RTX"],
+)
+def test_a_plan_that_does_not_fit_is_built_anew(
+    for_gpu: Path, home: Path, stale: dict[str, str]
 ) -> None:
-    for model in (demo_repository, for_gpu):
-        export = Export(0)
-        assert repository_to_serve(model, lambda: "9.0", export) == model / "tensorrt"
-        (command,) = export.calls
-        options = dict(zip(command[3::2], command[4::2], strict=True))
-        assert options["--target"] == "gpu"
-        assert (Path(options["--model"]) / "config.json").is_file()
-        assert json.loads(Path(options["--settings"]).read_text())["max_sessions"] > 0
-        assert options["--output"] == str(model / "tensorrt")
-    # SageMaker may give the model read-only.
-    monkeypatch.setattr(encoder_module.os, "access", lambda *_: False)
-    kept = repository_to_serve(for_gpu, lambda: "9.0", Export(0))
-    assert not kept.is_relative_to(for_gpu)
+    put_plan(for_gpu, **stale)
+    export = Export()
+    kept = served(for_gpu, export)
+    assert kept.is_relative_to(home)
+    (options,) = export.calls
+    assert options["--target"] == "gpu"
+    assert options["--output"] == str(kept)
+    assert (Path(options["--model"]) / "config.json").is_file()
+    assert json.loads(Path(options["--settings"]).read_text())["max_sessions"] > 0
+
+
+def test_what_was_built_is_kept_while_it_fits(model: Path, home: Path) -> None:
+    kept = served(model, Export())
+    seen_by_the_export = kept / "vision_encoder" / "1" / "model.plan"
+
+    class Looking(Export):
+        def __call__(self, command: Sequence[str]) -> int:
+            self.found = seen_by_the_export.exists()
+            return super().__call__(command)
+
+    again = Looking()
+    assert served(model, again) == kept
+    assert again.found  # the export then looks whether it is of this model
+    put_plan(kept, compute_capability="9.0")
+    moved = Looking()
+    assert served(model, moved) == kept
+    assert not moved.found
 
 
 def test_an_engine_that_cannot_be_built(
-    demo_repository: Path, for_gpu: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert repository_to_serve(demo_repository, lambda: "9.0", Export(2)) == demo_repository
-    assert "without TensorRT" in capsys.readouterr().out
+    for export in (Export(status=2), Export(builder="tensorrt_rtx_bindings")):
+        assert served(model, export) == model
+        assert "without TensorRT" in capsys.readouterr().out
+
+
+def test_a_model_for_a_gpu_needs_one(for_gpu: Path, home: Path, tmp_path: Path) -> None:
     with pytest.raises(ContainerError, match="could not be built"):
-        repository_to_serve(for_gpu, lambda: "9.0", Export(2))
-
-
-def test_a_model_for_a_gpu_needs_one(for_gpu: Path, tmp_path: Path) -> None:
+        served(for_gpu, Export(status=2))
     with pytest.raises(ContainerError, match="exported for a GPU and this machine has none"):
-        repository_to_serve(for_gpu, lambda: None, Export(0))
+        served(for_gpu, Export(), gpu=None)
     with pytest.raises(ContainerError, match="no model repository"):
-        repository_to_serve(tmp_path / "nothing", lambda: None, Export(0))
+        served(tmp_path / "nothing", Export())
 
 
 def test_shared_memory(demo_repository: Path, tmp_path: Path) -> None:
@@ -102,6 +172,8 @@ METRICS = """\
 # TYPE llava_sessions gauge
 llava_sessions{state="active"} 3
 llava_sessions{state="idle"} 4
+llava_kv_blocks{state="free"} 300
+llava_kv_blocks{state="used"} 100
 nv_gpu_memory_total_bytes{gpu_uuid="GPU-1"} 85520809984.000000
 nv_gpu_memory_used_bytes{gpu_uuid="GPU-1"} 21380202496.000000
 """
@@ -113,37 +185,43 @@ def test_numbers_for_cloudwatch() -> None:
         "ActiveSessions": (3.0, "Count"),
         "GpuMemoryUsed": (25.0, "Percent"),
     }
-    assert "GpuMemoryUsed" not in numbers_of("llava_turns 3\n")
+    without_gpu = "".join(line for line in METRICS.splitlines(True) if "gpu" not in line)
+    assert "GpuMemoryUsed" not in numbers_of(without_gpu)
+    assert numbers_of("")["OpenSessions"] == (0.0, "Count")
 
 
-@mock_aws
-def test_numbers_reach_cloudwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An account of AWS's, and the environment of a container."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv("LLAVA_ENDPOINT_NAME", "pictures")
+    with mock_aws():
+        yield
+
+
+@pytest.mark.usefixtures("aws")
+def test_numbers_reach_cloudwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "metrics"
     page.write_text(METRICS)
-    assert MetricsToCloudWatch.from_environment(page.as_uri()) is None
-    monkeypatch.setenv("LLAVA_ENDPOINT_NAME", "pictures")
     sender = MetricsToCloudWatch.from_environment(page.as_uri())
     assert sender is not None
     sender.stop()
     sender.send()
-    found: list[dict[str, Any]] = boto3.client("cloudwatch").list_metrics(Namespace="LlavaTriton")[
-        "Metrics"
-    ]
-    assert {metric["MetricName"] for metric in found} == {
-        *("OpenSessions", "ActiveSessions", "GpuMemoryUsed")
-    }
-    assert all(
-        metric["Dimensions"] == [{"Name": "EndpointName", "Value": "pictures"}] for metric in found
-    )
+    cloudwatch = boto3.client("cloudwatch")
+    found: list[dict[str, Any]] = cloudwatch.list_metrics(Namespace="LlavaTriton")["Metrics"]
+    names = {metric["MetricName"] for metric in found}
+    assert names == {"OpenSessions", "ActiveSessions", "GpuMemoryUsed"}
+    dimensions = [{"Name": "EndpointName", "Value": "pictures"}]
+    assert all(metric["Dimensions"] == dimensions for metric in found)
+    # Outside SageMaker nobody is told.
+    monkeypatch.delenv("LLAVA_ENDPOINT_NAME")
+    assert MetricsToCloudWatch.from_environment(page.as_uri()) is None
 
 
-@mock_aws
+@pytest.mark.usefixtures("aws")
 def test_serving_goes_on_without_cloudwatch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    monkeypatch.setenv("LLAVA_ENDPOINT_NAME", "pictures")
     sender = MetricsToCloudWatch.from_environment((tmp_path / "nothing").as_uri())
     assert sender is not None
     sender.stop()

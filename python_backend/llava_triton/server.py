@@ -98,7 +98,9 @@ class TritonServer:
     @property
     def alive(self) -> bool:
         """Whether the server process runs."""
-        return self._guard is not None and self._guard.poll() is None
+        # The guard outlives it for as long as it cleans up.
+        running = self._guard is not None and self._guard.poll() is None
+        return running and not _is_dead(self.pid)
 
     def stubs(self) -> set[int]:
         """Process IDs of the Python models: one each while the server is well. Triton does not
@@ -226,10 +228,14 @@ class TritonServer:
         Raises:
             ServerError: the server died by itself.
         """
+        cause = self.cause_of_death()
+        raise ServerError(f"the Triton server died ({cause}); its last words:\n{self.log_tail()}")
+
+    def cause_of_death(self) -> str:
+        """How the server ended, such as "signal 9"; waits until it has."""
         assert self._guard is not None, "not started"
         status = self._guard.wait()
-        cause = f"signal {status - 128}" if status > 128 else f"exit status {status}"
-        raise ServerError(f"the Triton server died ({cause}); its last words:\n{self.log_tail()}")
+        return f"signal {status - 128}" if status > 128 else f"exit status {status}"
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the server's log, without its tables."""
@@ -279,6 +285,15 @@ def _load_failures(log: str) -> list[str]:
         reason = match["reason"].replace("\\n", "\n    ").rstrip()
         failures.append(f"  {match['model'] or match['directory']}: {reason}")
     return failures
+
+
+def _is_dead(process: int) -> bool:
+    """Whether a process has ended, if need be without its parent's knowing yet."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def _unquoted_temporary_folder() -> Path:

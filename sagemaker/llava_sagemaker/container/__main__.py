@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stop = StopSignal()
     supervisor = Supervisor(options.port, stop)
+    failure: Exception | None = None
     try:
         check_port(options.port)
         with stop.at_once():
@@ -44,10 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped:
         pass
     except (ContainerError, ServerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        failure = error
     finally:
         supervisor.stop()
+    if failure is not None:  # told last: what died has had its last words
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        return 1
     print("stopped", flush=True)
     return 0
 

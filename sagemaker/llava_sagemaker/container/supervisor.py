@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch
 from llava_sagemaker.container.errors import ContainerError
@@ -56,7 +57,6 @@ class Supervisor:
         self._triton: TritonServer | None = None
         self._log: subprocess.Popen[bytes] | None = None
         self._cloudwatch: MetricsToCloudWatch | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="llava-container-")
 
     def serve(self, repository: Path) -> None:
         """Start everything and return when a signal came and running turns have ended.
@@ -90,7 +90,6 @@ class Supervisor:
         self._stop_triton()
         # Turns that were under way have failed by now; it has only to tell that.
         self._stop_adapter(patience=2.0)
-        self._folder.cleanup()
 
     def _start(self, repository: Path) -> None:
         """Triton, and before it the adapter unless it runs: it says 503 meanwhile.
@@ -120,13 +119,16 @@ class Supervisor:
         self._adapter = _child(command)
 
     def _start_triton(self, repository: Path) -> None:
-        log = Path(self._folder.name) / "triton.log"
-        log.touch()
-        self._log = _child(["tail", "--bytes=0", "--follow=name", str(log)])
-        self._triton = TritonServer(repository, *self._triton_ports, log=log)
-        _say(f"starting Triton on {repository}")
-        with self._signal.at_once():
-            self._triton.start(START_SECONDS)
+        # Of the log, nameless so that nothing of it can stay behind, `tail` makes ours.
+        with tempfile.TemporaryFile() as log:
+            self._log = _child(
+                ["tail", "--bytes=+1", "--follow", "--sleep-interval=0.2"], stdin=log
+            )
+            path = Path(f"/proc/self/fd/{log.fileno()}")
+            self._triton = TritonServer(repository, *self._triton_ports, log=path)
+            _say(f"starting Triton on {repository}")
+            with self._signal.at_once():
+                self._triton.start(START_SECONDS)
         self._stubs = self._triton.stubs()
         if self._cloudwatch is None:
             self._cloudwatch = MetricsToCloudWatch.from_environment(self._triton.metrics_url)
@@ -146,11 +148,14 @@ class Supervisor:
                     f"the session adapter has died (exit status {self._adapter.returncode}); its "
                     "last words are above"
                 )
-            if not self._triton.alive:
+            lost = not self._stubs <= self._triton.stubs()
+            if not self._triton.alive:  # looked at last: its models die with it
+                _say(self._triton.log_tail())
                 raise ContainerError(
-                    f"the Triton server has died; its last words:\n{self._triton.log_tail()}"
+                    f"the Triton server has died ({self._triton.cause_of_death()}); its last words "
+                    "are above"
                 )
-            if not self._stubs <= self._triton.stubs():
+            if lost:
                 return True
             time.sleep(POLL_SECONDS)
         return False
@@ -191,7 +196,9 @@ def check_port(port: int) -> None:
             ) from None
 
 
-def _child(command: list[str]) -> subprocess.Popen[bytes]:
+def _child(
+    command: list[str], stdin: int | IO[bytes] = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """A process that does not outlive this one, and that signals to our group do not reach."""
     parent = os.getpid()
 
@@ -201,7 +208,7 @@ def _child(command: list[str]) -> subprocess.Popen[bytes]:
             os._exit(1)
 
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+        command, stdin=stdin, start_new_session=True, preexec_fn=die_with_parent
     )
 
 
