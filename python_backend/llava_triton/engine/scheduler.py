@@ -98,7 +98,7 @@ class Scheduler:
         whole = min(QUESTION_TOKENS, self._chunk_tokens)
         works: list[Work] = []
         for index, turn in enumerate(going):
-            is_decoding, is_new = turn.decoding, not turn.begun
+            is_decoding = turn.decoding
             if not is_decoding and budget == 0:
                 continue
             if not self._make_room(turn, going[index + 1 :]):
@@ -106,7 +106,8 @@ class Scheduler:
             if is_decoding:
                 count = 1
             else:
-                is_question = is_new and turn.uncomputed <= whole
+                prompt_tokens = len(turn.prompt) - turn.cached_tokens
+                is_question = max(turn.uncomputed, prompt_tokens) <= whole
                 count = turn.uncomputed if is_question else min(budget, turn.uncomputed)
                 budget, whole = max(0, budget - count), 0
             works.append(Work(turn, turn.next_ids(count), is_decoding))
