@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_triton.engine import engine as engine_module
+from llava_triton.engine import step as step_module
 from llava_triton.engine.session import Session
 from llava_triton.engine.step import StepPart
 from llava_triton.errors import ErrorCode
@@ -102,7 +103,7 @@ def test_a_step_that_cannot_be_planned_fails_its_turn(
     harness = start()
     for name in ("bad", "good"):
         long_ask(name).wait(harness, name, start=True)
-    plan = engine_module.step_part
+    plan = step_module.step_part
 
     def planned(ids: Sequence[int], session: Session, *rest: Any) -> StepPart:
         if session.id == "bad":

@@ -259,7 +259,7 @@ def test_a_server_nobody_trusts(web: Any, certificate: Path) -> None:
     assert asyncio.run(net.fetch("https://b.test/picture")) == PICTURE
 
 
-@mock_aws
+@mock_aws  # type: ignore[untyped-decorator]
 def test_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     s3 = boto3.client("s3")

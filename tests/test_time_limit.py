@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -40,10 +41,8 @@ def test_an_answer_is_cut_and_the_conversation_goes_on(
         return compute(step)
 
     monkeypatch.setattr(harness.runner, "compute", slow)
-    text, final = harness.ask(
-        *("s", QUESTIONS[1], [picture("red")]),
-        **{"start": True, "max_tokens": 10_000, "ignore_eos": True, "max_seconds": 0.5},
-    )
+    limits: dict[str, Any] = {"max_tokens": 10_000, "ignore_eos": True, "max_seconds": 0.5}
+    text, final = harness.ask("s", QUESTIONS[1], [picture("red")], start=True, **limits)
     assert final.finish_reason == "time_limit"
     assert 0 < final.num_output_tokens < 100
     _, after = harness.ask("s", QUESTIONS[2])

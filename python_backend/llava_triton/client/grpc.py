@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from llava_triton.client.transport import Transport, TurnMessage, delta_of, session_error
+from llava_triton.client.transport import (
+    LostConnectionError,
+    Transport,
+    TurnMessage,
+    delta_of,
+    session_error,
+)
 from llava_triton.delta import Delta
+from llava_triton.errors import SessionError
+
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Connections of its own: gRPC makes those that are shared wait after a failure, up to two
+    # minutes, before it looks for their server again.
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 class GrpcTransport(Transport):
@@ -18,7 +33,7 @@ class GrpcTransport(Transport):
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._client = triton.InferenceServerClient(address)
+        self._client = _connect(address)
         self._arrived: queue.SimpleQueue[tuple[Any, Exception | None]] | None = None
 
     def ask(self, turn: TurnMessage) -> Delta:
@@ -32,10 +47,10 @@ class GrpcTransport(Transport):
                 sequence_end=turn.end,
             )
         except InferenceServerException as error:
-            raise session_error(error, self._address) from error
+            raise self._told(error) from error
         return delta_of(result)
 
-    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
         ended = False
         try:
@@ -55,7 +70,7 @@ class GrpcTransport(Transport):
                 ended = delta.is_final
                 yield delta
         except InferenceServerException as error:
-            raise session_error(error, self._address) from error
+            raise self._told(error) from error
         finally:
             # After an error too: it may have been the stream's own, which is of no use then.
             if not ended:
@@ -67,6 +82,14 @@ class GrpcTransport(Transport):
             self._client.stop_stream()
         self._client.close()
 
+    def _told(self, error: InferenceServerException) -> SessionError:
+        told = session_error(error, self._address)
+        if isinstance(told, LostConnectionError):
+            self._client.close()
+            self._client = _connect(self._address)
+            self._arrived = None
+        return told
+
     def _open_stream(self) -> queue.SimpleQueue[tuple[Any, Exception | None]]:
         if self._arrived is None:
             arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
@@ -77,3 +100,7 @@ class GrpcTransport(Transport):
     def _break_stream(self) -> None:
         self._client.stop_stream(cancel_requests=True)
         self._arrived = None
+
+
+def _connect(address: str) -> triton.InferenceServerClient:
+    return triton.InferenceServerClient(address, channel_args=_CHANNEL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from http.client import HTTPException
 
 import tritonclient.http as triton
@@ -37,7 +37,7 @@ class HttpTransport(Transport):
             raise session_error(error, self._address) from error
         return delta_of(result)
 
-    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Not possible: Triton's HTTP streaming endpoint takes no sequence ID."""
         raise invalid(
             "Triton cannot stream a session's answers over HTTP; open the session by a "

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
+from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.delta import Delta
 from llava_triton.errors import SessionError, invalid
@@ -37,6 +38,7 @@ class Session:
 
     def __init__(self, transport: Transport, session_id: int | str) -> None:
         self.id = session_id
+        """As it was opened; on SageMaker a replay opens it again under another one."""
         self._transport = transport
         self._open = False
         self._stream: AnswerStream | None = None
@@ -47,24 +49,41 @@ class Session:
         url: str,
         image: Picture | Iterable[Picture] | None = None,
         session_id: int | str | None = None,
+        replay: bool = False,
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
         Args:
-            url: `grpc://host:port` or `http://host:port`.
+            url: `grpc://host:port`, `http://host:port` or `sagemaker://endpoint-name`, with
+                `?region=` where AWS's own settings name none, and `&endpoint_url=` for another
+                SageMaker runtime than AWS's, such as a local one.
             image: a picture or several, to begin with.
-            session_id: the correlation ID; by default a random one, which nobody can guess.
+            session_id: the correlation ID; by default a random one, which nobody can guess. On
+                SageMaker the server chooses it.
+            replay: when the server has lost the session (it expired, or the server died), open a
+                new one, tell it all that was said and shown, and ask again. For that the client
+                keeps the texts and the encoded pictures in memory. They go out in one request,
+                which must fit: at most as many pictures as a turn may have, on SageMaker 6 MiB.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
         """
         transport = _transport(url)
-        session = cls(transport, uuid.uuid4().hex if session_id is None else session_id)
+        if replay:
+            transport = ReplayTransport(transport)
         try:
-            session._ask(None, _pictures(image), {}, start=True)
+            if session_id is not None and url.startswith("sagemaker:"):
+                raise invalid("SageMaker's server chooses session IDs; leave session_id out")
+            turn = TurnMessage(
+                uuid.uuid4().hex if session_id is None else session_id,
+                start=True,
+                images=_pictures(image),
+            )
+            opened, _ = transport.open(turn)
         except BaseException:
             transport.close()
             raise
+        session = cls(transport, opened)
         session._open = True
         return session
 
@@ -108,14 +127,13 @@ class Session:
             self._open = False
             # It may have expired, or the server may be gone: then it is closed already.
             with contextlib.suppress(SessionError):
-                self._ask(None, [], {}, end=True)
+                self._leave_stream()
+                self._transport.ask(TurnMessage(self.id, end=True))
         self._transport.close()
 
-    def _ask(
-        self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any], **flags: bool
-    ) -> Answer:
+    def _ask(self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]) -> Answer:
         self._leave_stream()
-        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling, **flags)
+        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling)
         began = time.perf_counter()
         final: Delta = self._transport.ask(turn)
         return whole_answer(final, final.first_token_ms / 1000.0, time.perf_counter() - began)
@@ -143,7 +161,25 @@ def _transport(url: str) -> Transport:
         from llava_triton.client.http import HttpTransport
 
         return HttpTransport(parts.netloc)
-    raise invalid(f"the URL is {url!r}; give grpc://host:port or http://host:port")
+    if parts.scheme == "sagemaker" and parts.netloc:
+        from llava_triton.client.sagemaker import SageMakerTransport
+
+        return SageMakerTransport(parts.netloc, **_options(url, parts.query))
+    raise invalid(
+        f"the URL is {url!r}; give grpc://host:port or http://host:port or "
+        "sagemaker://endpoint-name"
+    )
+
+
+def _options(url: str, query: str) -> dict[str, str]:
+    """What follows the question mark of a sagemaker:// URL."""
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(options.keys() - {"region", "endpoint_url"})
+    if unknown:
+        raise invalid(
+            f"the URL {url!r} says {', '.join(unknown)}; it may say region and endpoint_url"
+        )
+    return options
 
 
 def _pictures(image: Picture | Iterable[Picture] | None) -> list[bytes]:

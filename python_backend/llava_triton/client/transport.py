@@ -1,10 +1,11 @@
-"""What a transport is: one turn out, its answer back. One file each: grpc.py, http.py."""
+"""What a transport is: one turn out, its answer back. One file each: grpc.py, http.py,
+sagemaker.py; replay.py wraps any of them."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from types import ModuleType
@@ -15,6 +16,7 @@ import numpy as np
 from llava_triton import protocol
 from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError, error_from_text, invalid
+from llava_triton.history import PastTurn, history_to_json
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class TurnMessage:
     """Encoded picture files."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """See `llava_triton.sampling.SamplingParameters`."""
+    history: Sequence[PastTurn] = ()
+    """What was said before, where the turn opens a session; `images` begins with its pictures."""
 
     def inputs(self, triton: ModuleType) -> list[Any]:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
@@ -39,21 +43,40 @@ class TurnMessage:
             strings[protocol.IMAGE] = self.images
         if self.sampling:
             strings[protocol.SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
+        if self.history:
+            strings[protocol.HISTORY] = [history_to_json(list(self.history)).encode()]
         return [_bytes_input(triton, name, values) for name, values in strings.items()]
+
+
+class LostConnectionError(SessionError):
+    """The server, or the way to it, is gone: UNAVAILABLE, and nobody knows what became of the turn.
+
+    Other UNAVAILABLE errors are a server's own answers.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(ErrorCode.UNAVAILABLE, sentence)
 
 
 class Transport(ABC):
     """A way to a server. Its methods raise SessionError, whatever goes wrong."""
+
+    def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
+        """Send a turn that opens a session; the session's ID and the whole answer.
+
+        The ID is the turn's, unless the server chooses it.
+        """
+        return turn.session_id, self.ask(turn)
 
     @abstractmethod
     def ask(self, turn: TurnMessage) -> Delta:
         """Send a turn; its whole answer as one final piece."""
 
     @abstractmethod
-    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Send a turn at the first `next`; the pieces of its answer, the last one final.
 
-        Closing the iterator early cancels the turn.
+        Closing the generator early cancels the turn.
         """
 
     @abstractmethod
@@ -85,9 +108,7 @@ def session_error(error: Exception, address: str) -> SessionError:
         told.code is ErrorCode.INTERNAL and "StatusCode.UNAVAILABLE]" in text
     )
     if no_connection:
-        return SessionError(
-            ErrorCode.UNAVAILABLE, f"no server answers at {address}; is it running? ({text})"
-        )
+        return LostConnectionError(f"no server answers at {address}; is it running? ({text})")
     return told
 
 

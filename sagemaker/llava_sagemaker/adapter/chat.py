@@ -46,12 +46,10 @@ async def chat_request(
         session_id = flags.pop("session_id")
     elif conversation.past and known != conversation.past_digest():
         flags = {"start": True}
-    if flags.get("start"):
-        images, history = conversation.all_images(), conversation.history()
-        told = conversation.past_digest()
-    else:
-        images, history = conversation.images, []
-        told = conversation.past_digest() if conversation.past else known
+    starts = "start" in flags
+    images = conversation.all_images() if starts else conversation.images
+    history = conversation.history() if starts else []
+    before = conversation.past_digest() if starts or conversation.past else known
     asked = turn(
         session_id,
         **flags,
@@ -69,7 +67,7 @@ async def chat_request(
         answer,
         parameters.stream,
         opened=session_id if request.opens else None,
-        completed=remembered.turn_begins(session_id, told, conversation),
+        completed=remembered.turn_begins(session_id, before, conversation),
     )
 
 

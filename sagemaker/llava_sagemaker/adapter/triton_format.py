@@ -87,7 +87,7 @@ class _InferenceResponse(AnswerFormat):
         tensors: list[dict[str, Any]] = []
         binary: list[bytes] = []
         for name, as_binary in self.requested:
-            tensor = {"name": name, "datatype": _DATATYPES[name], "shape": [1]}
+            tensor: dict[str, Any] = {"name": name, "datatype": _DATATYPES[name], "shape": [1]}
             if as_binary:
                 binary.append(_element(_DATATYPES[name], values[name]))
                 tensor["parameters"] = {"binary_data_size": len(binary[-1])}

@@ -1,0 +1,126 @@
+"""A session that its server has lost is opened again, with all that was said in it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
+from llava_triton.delta import Delta
+from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.history import PastTurn
+
+
+class ReplayTransport(Transport):
+    """One session over another transport: it remembers the session's pictures and turns.
+
+    A turn that finds its session unknown or expired, or whose server is lost, is asked once more,
+    in a session opened anew with the same history; so the answer is the same.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._session_id: int | str = 0
+        self._turns: list[PastTurn] = []
+        self._pictures: list[bytes] = []
+        """Those of all turns, then those that no question has come with yet."""
+
+    def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
+        """Open the session and begin to remember."""
+        self._session_id, final = self._transport.open(turn)
+        self._remember(turn, final.text)
+        return self._session_id, final
+
+    def ask(self, turn: TurnMessage) -> Delta:
+        """One turn; where the session is lost, in a new one.
+
+        A turn that ends the session is not worth a new one.
+        """
+        try:
+            final = self._transport.ask(self._here(turn))
+        except SessionError as error:
+            if turn.end or not _is_lost(error):
+                raise
+            self._open_again(error)
+            final = self._transport.ask(self._here(turn))
+        self._remember(turn, final.text)
+        return final
+
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
+        """Pieces of the answer; after a loss in mid-answer, only what the caller lacks.
+
+        That takes an answer that can be had twice: a greedy one, or one with a seed.
+        """
+        given = ""
+        try:
+            with closing(self._transport.stream(self._here(turn))) as deltas:
+                for delta in deltas:
+                    given += delta.text
+                    yield self._noted(turn, delta, given)
+            return
+        except SessionError as error:
+            if not _is_lost(error) or (given and not _is_repeatable(turn.sampling)):
+                raise
+            self._open_again(error)
+        yield from self._rest(turn, given)
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._transport.close()
+
+    def _rest(self, turn: TurnMessage, given: str) -> Generator[Delta, None, None]:
+        """The answer once more, without the text that the caller has."""
+        text = ""
+        with closing(self._transport.stream(self._here(turn))) as deltas:
+            for delta in deltas:
+                had = max(len(text), len(given))
+                text += delta.text
+                same = text.startswith(given) or (given.startswith(text) and not delta.is_final)
+                if not same:
+                    raise SessionError(
+                        ErrorCode.INTERNAL,
+                        "the session was lost in mid-answer and opened again, but there the "
+                        "answer differs from what had come; ask again",
+                    )
+                yield self._noted(turn, delta.with_text(text[had:]), text)
+
+    def _noted(self, turn: TurnMessage, delta: Delta, text: str) -> Delta:
+        if delta.is_final:
+            self._remember(turn, text)
+        return delta
+
+    def _here(self, turn: TurnMessage) -> TurnMessage:
+        return replace(turn, session_id=self._session_id)
+
+    def _remember(self, turn: TurnMessage, answer: str) -> None:
+        self._pictures += turn.images
+        if turn.text:
+            asked_before = sum(past.images for past in self._turns)
+            self._turns.append(PastTurn(turn.text, answer, len(self._pictures) - asked_before))
+
+    def _open_again(self, lost: SessionError) -> None:
+        opening = TurnMessage(
+            self._session_id,
+            start=True,
+            images=tuple(self._pictures),
+            history=tuple(self._turns),
+        )
+        try:
+            self._session_id, _ = self._transport.open(opening)
+        except SessionError as error:
+            raise SessionError(
+                error.code,
+                f"the session was lost ({lost.sentence}) and cannot be opened again with its "
+                f"{len(self._turns)} turns and {len(self._pictures)} pictures: {error.sentence}",
+            ) from error
+
+
+def _is_lost(error: SessionError) -> bool:
+    return error.code is ErrorCode.NOT_FOUND or isinstance(error, LostConnectionError)
+
+
+def _is_repeatable(sampling: Mapping[str, Any]) -> bool:
+    """Whether the answer is the same when asked for again: greedy or seeded."""
+    return not sampling.get("temperature") or sampling.get("seed") is not None

@@ -1,0 +1,76 @@
+"""Which instance a request goes to: sessions stick to theirs."""
+
+from __future__ import annotations
+
+import time
+from calendar import timegm
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava_sagemaker.local.aws_wire import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llava_sagemaker.local.instances import LocalInstance
+
+
+@dataclass(frozen=True)
+class _Stuck:
+    instance: LocalInstance
+    generation: int
+    """Of the instance: one that was started again has forgotten its sessions."""
+    expires: float
+    """Seconds since the epoch."""
+
+
+class StickyRouting:
+    """Learns from the containers' answers which session is where.
+
+    Args:
+        instances: all of them.
+    """
+
+    def __init__(self, instances: Sequence[LocalInstance]) -> None:
+        self._instances = instances
+        self._sessions: dict[str, _Stuck] = {}
+        self._outstanding = dict.fromkeys(instances, 0)
+
+    @contextmanager
+    def instance_for(self, session_id: str | None) -> Iterator[LocalInstance]:
+        """The instance of a session; for an unknown one, a new one or none, the healthy instance
+        with the fewest outstanding requests.
+
+        Raises:
+            ServiceError: no instance is in service.
+        """
+        instance = self._find(session_id)
+        self._outstanding[instance] += 1
+        try:
+            yield instance
+        finally:
+            self._outstanding[instance] -= 1
+
+    def opened(self, header: str, instance: LocalInstance) -> None:
+        """A container's header tells of a new session: `<id>; Expires=<time>`."""
+        session_id, _, expires = header.partition("; Expires=")
+        until = timegm(time.strptime(expires, "%Y-%m-%dT%H:%M:%SZ"))
+        self._sessions[session_id] = _Stuck(instance, instance.generation, until)
+
+    def closed(self, session_id: str) -> None:
+        """A container's header tells that a session is over."""
+        self._sessions.pop(session_id, None)
+
+    def _find(self, session_id: str | None) -> LocalInstance:
+        stuck = self._sessions.get(session_id) if session_id else None
+        if stuck is not None and session_id:
+            alive = stuck.instance.in_service and stuck.instance.generation == stuck.generation
+            if alive and time.time() < stuck.expires:
+                return stuck.instance
+            del self._sessions[session_id]
+        healthy = [instance for instance in self._instances if instance.in_service]
+        if not healthy:
+            raise ServiceError(503, "ServiceUnavailable", "no instance of the endpoint is ready")
+        return min(healthy, key=lambda instance: self._outstanding[instance])

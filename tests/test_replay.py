@@ -1,0 +1,208 @@
+"""Sessions that the server has lost, opened again by the client with all that was said."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_triton.client import ErrorCode, Session, SessionError
+from llava_triton.client.replay import ReplayTransport
+from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
+from llava_triton.delta import Delta
+from llava_triton.errors import not_found
+from llava_triton.server import TritonServer, free_ports
+from tests.conftest import ROOT
+
+PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*"))
+QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Which colors are there?")
+LIMIT: dict[str, Any] = {"max_tokens": 40}
+
+
+@pytest.fixture(params=["grpc", "http", "grpc stream"])
+def talk(request: pytest.FixtureRequest, server: TritonServer) -> Callable[[bool], list[str]]:
+    """Holds a conversation; each time asked to, the session is gone before a question."""
+    url = server.http_url if request.param == "http" else server.grpc_url
+
+    def hold(lose: bool) -> list[str]:
+        answers = []
+        with Session.open(url, image=PICTURES[0], replay=True) as session:
+            for index, question in enumerate(QUESTIONS):
+                if index == 2:
+                    session.add_image(PICTURES[1])
+                if lose:
+                    with Session.open(url, session_id=session.id):
+                        pass  # its end ends also ours
+                image = PICTURES[2] if index == 1 else None
+                if request.param == "grpc stream":
+                    answers.append("".join(session.stream(question, image, **LIMIT)))
+                else:
+                    answers.append(session.ask(question, image, **LIMIT).text)
+        return answers
+
+    return hold
+
+
+def test_the_answers_are_those_of_a_session_that_was_not_lost(
+    talk: Callable[[bool], list[str]],
+) -> None:
+    undisturbed = talk(False)
+    assert talk(True) == undisturbed
+    assert len(set(undisturbed)) == len(QUESTIONS)
+
+
+def test_nothing_is_replayed_unless_asked_for(server: TritonServer) -> None:
+    with Session.open(server.grpc_url, image=PICTURES[0]) as session:
+        with Session.open(server.grpc_url, session_id=session.id):
+            pass
+        with pytest.raises(SessionError) as caught:
+            session.ask(QUESTIONS[0])
+        assert caught.value.code is ErrorCode.NOT_FOUND
+
+
+def test_a_turn_that_was_refused_is_not_remembered(server: TritonServer) -> None:
+    with Session.open(server.grpc_url, image=PICTURES[0]) as undisturbed:
+        expected = [undisturbed.ask(question, **LIMIT) for question in QUESTIONS]
+    with Session.open(server.grpc_url, image=PICTURES[0], replay=True) as session:
+        assert session.ask(QUESTIONS[0], **LIMIT).text == expected[0].text
+        with pytest.raises(SessionError, match="temperature is 9"):
+            session.ask("And now?", temperature=9)
+        with session.stream("Go on.", max_tokens=600, ignore_eos=True) as left:
+            next(iter(left))
+        with Session.open(server.grpc_url, session_id=session.id):
+            pass
+        for index in (1, 2):
+            again = session.ask(QUESTIONS[index], **LIMIT)
+            assert again.text == expected[index].text
+            assert again.num_input_tokens == expected[index].num_input_tokens
+
+
+def test_a_conversation_that_fits_no_request_says_so(server: TritonServer) -> None:
+    with Session.open(server.grpc_url, image=PICTURES[0], replay=True) as session:
+        for _ in range(8):
+            session.ask("And?", image=PICTURES[0], max_tokens=1)
+        with Session.open(server.grpc_url, session_id=session.id):
+            pass
+        with pytest.raises(SessionError, match=r"9 pictures: .* a turn takes at most 8") as caught:
+            session.ask(QUESTIONS[0])
+        assert caught.value.code is ErrorCode.INVALID_ARG
+
+
+def test_a_server_that_dies_and_comes_back(demo_repository: Path, tmp_path: Path) -> None:
+    ports = free_ports(3)
+    with TritonServer(demo_repository, *ports, log=tmp_path / "first.log") as server:
+        with Session.open(server.grpc_url, image=PICTURES[0]) as session:
+            expected = [session.ask(question, **LIMIT).text for question in QUESTIONS]
+        session = Session.open(server.grpc_url, image=PICTURES[0], replay=True)
+        assert session.ask(QUESTIONS[0], **LIMIT).text == expected[0]
+        endless = iter(session.stream("Go on.", max_tokens=900, ignore_eos=True))
+        next(endless)
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(SessionError, match="cannot be opened again") as caught:
+            list(endless)
+        assert caught.value.code is ErrorCode.UNAVAILABLE
+    with TritonServer(demo_repository, *ports, log=tmp_path / "second.log"), session:
+        assert session.ask(QUESTIONS[1], **LIMIT).text == expected[1]
+        assert "".join(session.stream(QUESTIONS[2], **LIMIT)) == expected[2]
+
+
+# What no real server does on demand.
+
+
+class Scripted(Transport):
+    """Streams given pieces; an exception among them is raised."""
+
+    def __init__(self, *scripts: list[str | SessionError]) -> None:
+        self.scripts = list(scripts)
+        self.opened: list[TurnMessage] = []
+        self.left = 0
+
+    def open(self, turn: TurnMessage) -> tuple[str, Delta]:
+        self.opened.append(turn)
+        return f"session {len(self.opened)}", Delta("", "prefilled", 1, 0, 0, 0.0)
+
+    def ask(self, turn: TurnMessage) -> Delta:
+        return [*self.stream(turn)][-1]
+
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
+        assert turn.session_id == f"session {len(self.opened)}"
+        script = self.scripts.pop(0)
+        try:
+            for index, piece in enumerate(script):
+                if isinstance(piece, SessionError):
+                    raise piece
+                reason = "stop" if index == len(script) - 1 else ""
+                yield Delta(piece, reason, 1, index, 0, 0.0)  # type: ignore[arg-type]
+        except GeneratorExit:
+            self.left += 1
+            raise
+
+    def close(self) -> None:
+        pass
+
+
+LOST = LostConnectionError("the server is gone")
+
+
+def session_on(transport: Transport) -> ReplayTransport:
+    replaying = ReplayTransport(transport)
+    replaying.open(TurnMessage("any", start=True))
+    return replaying
+
+
+def pieces(transport: Transport, **sampling: Any) -> list[str]:
+    question = TurnMessage("any", text="What?", sampling=sampling)
+    return [delta.text for delta in transport.stream(question) if delta.text]
+
+
+@pytest.mark.parametrize(
+    ("again", "rest"),
+    [
+        (["a red", " square", ""], [" square"]),
+        (["a", " r", "ed square"], [" square"]),
+        (["a red"], []),
+    ],
+)
+def test_only_what_is_missing_comes_after_a_loss(again: list[Any], rest: list[str]) -> None:
+    transport = session_on(Scripted(["a ", "red", LOST], again, [not_found("gone")], ["yes"]))
+    assert pieces(transport) == ["a ", "red", *rest]
+    assert pieces(transport) == ["yes"]
+    inner = transport._transport
+    assert isinstance(inner, Scripted)
+    # The whole answer is remembered, once.
+    [told] = inner.opened[-1].history
+    assert told.answer == "".join(again)
+
+
+@pytest.mark.parametrize("again", [["a blue", " square"], ["a r"]])
+def test_another_answer_is_an_error(again: list[Any]) -> None:
+    scripted = Scripted(["a ", "red", LOST], again)
+    with pytest.raises(SessionError, match="differs from what had come"):
+        pieces(session_on(scripted))
+    # No turn goes on that nobody reads.
+    assert scripted.left == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "repeatable"),
+    [({}, True), ({"temperature": 1, "seed": 7}, True), ({"temperature": 1}, False)],
+)
+def test_an_answer_drawn_at_random_cannot_go_on(sampling: dict[str, Any], repeatable: bool) -> None:
+    transport = session_on(Scripted(["a ", LOST], ["a ", "cat"]))
+    if repeatable:
+        assert pieces(transport, **sampling) == ["a ", "cat"]
+    else:
+        with pytest.raises(LostConnectionError):
+            pieces(transport, **sampling)
+    # Before its first piece any answer can.
+    assert pieces(session_on(Scripted([LOST], ["a cat"])), **sampling) == ["a cat"]
+
+
+def test_a_full_server_has_not_lost_the_session() -> None:
+    full = SessionError(ErrorCode.UNAVAILABLE, "try later")
+    with pytest.raises(SessionError, match="try later"):
+        pieces(session_on(Scripted([full])))
