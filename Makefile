@@ -61,6 +61,9 @@ bench: .venv/runtime compiler ## Speed beside plain transformers, in one run (20
 accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 costs the demo checkpoint (2 minutes)
 	$(python) -m benchmarks.accuracy
 
+bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)
+	$(python) -m benchmarks.adapter_cost
+
 soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
 	$(python) -m benchmarks.soak
 
@@ -89,7 +92,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test lint bench accuracy soak profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy soak profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----

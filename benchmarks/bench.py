@@ -156,7 +156,7 @@ class Bench:
         ] or [1]
         self._say(f"round {number + 1}, {name} ({way.title}): {sessions} sessions at once")
         workload = self._folder / f"workload-{way.dtype}.json"
-        self._workload(way.dtype).write(workload)
+        self.workload(way.dtype).write(workload)
         output = self._folder / f"loads-{name}-{number}.json"
         command = ["-m", f"benchmarks.{way.module}", *way.options, "--workload", str(workload)]
         command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
@@ -171,7 +171,8 @@ class Bench:
             self.fairness[name] = json.loads(fairness.read_text())
         return read_loads(output)
 
-    def _workload(self, dtype: str) -> Workload:
+    def workload(self, dtype: str) -> Workload:
+        """What every process of a run reads; after `prepare`."""
         repository = self._repositories.get(dtype, Path("none"))
         workload = Workload(str(self._checkpoint), str(repository))
         if not self._quick:

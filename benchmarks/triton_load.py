@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measurement import (
@@ -18,32 +19,45 @@ from benchmarks.measurement import (
 from benchmarks.processes import with_descendants
 from benchmarks.workload import Workload
 from llava_triton.client.grpc import GrpcTransport
-from llava_triton.client.transport import TurnMessage
+from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.delta import Delta
 from llava_triton.server import TritonServer, free_ports
 
 
 class TritonLoad:
-    """A running server, and sessions that ask it, a connection and a thread each."""
+    """A running server, and sessions that ask it, a connection and a thread each.
 
-    def __init__(self, workload: Workload, server: TritonServer) -> None:
+    Args:
+        workload: what they ask.
+        server: the server.
+        connect: makes a connection; by default straight to the server.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        server: TritonServer,
+        connect: Callable[[], Transport] | None = None,
+    ) -> None:
         self._workload = workload
         self._server = server
-        self._hold(0, 1, 2)
+        self._connect = connect or (lambda: GrpcTransport(server.grpc_address))
+        self.hold_number(0, 1, 2)
 
     def hold(self, workload: Workload, sessions: int) -> Load:
         """All at once; each asks again when its last answer is complete."""
-        seconds, turns = self._hold(sessions, sessions, workload.turns)
+        seconds, turns = self.hold_number(sessions, sessions, workload.turns)
         peak = sum(process.peak_mib for process in with_descendants(self._server.pid))
         return Load(sessions, seconds, peak, turns)
 
-    def _hold(self, load: int, sessions: int, turns: int) -> tuple[float, list[TurnTimes]]:
+    def hold_number(self, load: int, sessions: int, turns: int) -> tuple[float, list[TurnTimes]]:
+        """Sessions of a load, which has pictures and questions of its own; seconds and turns."""
         done: list[TurnTimes] = []
         failures: list[Exception] = []
         ready = threading.Barrier(sessions + 1)
 
         def hold_one(session: int) -> None:
-            transport = GrpcTransport(self._server.grpc_address)
+            transport = self._connect()
             try:
                 picture = self._workload.picture(load, session)
                 ready.wait()
@@ -67,7 +81,7 @@ class TritonLoad:
 
     def _ask(
         self,
-        transport: GrpcTransport,
+        transport: Transport,
         load: int,
         session: int,
         turn: int,

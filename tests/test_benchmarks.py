@@ -54,6 +54,17 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
         assert target["text"] in told
 
 
+def test_the_adapters_cost_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "adapter.json"
+    told = run("benchmarks.adapter_cost", "--quick", "--rounds", "1", "--output", str(output))
+    values = json.loads(output.read_text())
+    for way in ("T", "A"):
+        assert len(values["found"][way]["first_token_ms"]) == 3
+        assert all(value > 0 for value in values["found"][way]["tokens_per_second"])
+    assert f"{values['cost_ms']:.2f}" in told
+    assert output.with_suffix(".txt").read_text() in told
+
+
 def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
     output = tmp_path / "soak of a test.json"
     repository = tmp_path / "repository"

@@ -170,6 +170,17 @@ def test_boto3_alone(runtime: Any, server: TritonServer) -> None:
     assert closed["ClosedSessionId"] == session
 
 
+def test_the_example(endpoint: LocalEndpoint) -> None:
+    command = [sys.executable, ROOT / "examples" / "sagemaker_boto3.py", "local", endpoint.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, usage, second, closed = done.stdout.splitlines()
+    assert "five" in first
+    assert "cached_tokens" in usage
+    assert len(second) > 20
+    assert closed.startswith("closed: ")
+
+
 def test_forty_sessions_stay_on_their_instances(
     endpoint: LocalEndpoint, server: TritonServer
 ) -> None:

@@ -83,6 +83,9 @@ def _of_engine(error: SessionError) -> AdapterError:
             return invalid_request(error.sentence)
         case ErrorCode.UNAVAILABLE | ErrorCode.CANCELLED:
             return unavailable(error.sentence)
+        case ErrorCode.INTERNAL if "shared memory" in error.sentence:
+            log.warning("Triton: %s", error.sentence)
+            return unavailable("too many pictures are under way at this moment; try again later")
         case ErrorCode.INTERNAL if _model_is_down(error.sentence):
             log.warning("Triton: %s", error.sentence)
             return unavailable("the model is not ready; it is starting or has failed")

@@ -85,6 +85,9 @@ class LocalInstance:
         """Ping it, and start it again where it has ended. Takes up to PING_SECONDS."""
         assert self._process is not None
         if self._process.poll() is not None:
+            print(
+                f"instance {self.number} has ended and starts again (log: {self.log})", flush=True
+            )
             self.start()
         try:
             with urllib.request.urlopen(f"{self.url}/ping", timeout=PING_SECONDS) as response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from calendar import timegm
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ class _Stuck:
     expires: float
     """Seconds since the epoch."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the instance may still know the session, be its pings answered or not."""
+        lives = self.instance.generation == self.generation and not self.instance.has_ended()
+        return lives and time.time() < self.expires
+
 
 class StickyRouting:
     """Learns from the containers' answers which session is where.
@@ -41,7 +48,7 @@ class StickyRouting:
     @contextmanager
     def instance_for(self, session_id: str | None) -> Iterator[LocalInstance]:
         """The instance of a session; for an unknown one, a new one or none, the healthy instance
-        with the fewest outstanding requests.
+        with the fewest outstanding requests, of several the one with the fewest sessions.
 
         Raises:
             ServiceError: no instance is in service.
@@ -57,6 +64,7 @@ class StickyRouting:
         """A container's header tells of a new session: `<id>; Expires=<time>`."""
         session_id, _, expires = header.partition("; Expires=")
         until = timegm(time.strptime(expires, "%Y-%m-%dT%H:%M:%SZ"))
+        self._sessions = {each: at for each, at in self._sessions.items() if at.is_there}
         self._sessions[session_id] = _Stuck(instance, instance.generation, until)
 
     def closed(self, session_id: str) -> None:
@@ -65,12 +73,10 @@ class StickyRouting:
 
     def _find(self, session_id: str | None) -> LocalInstance:
         stuck = self._sessions.get(session_id) if session_id else None
-        if stuck is not None and session_id:
-            alive = stuck.instance.in_service and stuck.instance.generation == stuck.generation
-            if alive and time.time() < stuck.expires:
-                return stuck.instance
-            del self._sessions[session_id]
+        if stuck is not None and stuck.is_there:
+            return stuck.instance
         healthy = [instance for instance in self._instances if instance.in_service]
         if not healthy:
             raise ServiceError(503, "ServiceUnavailable", "no instance of the endpoint is ready")
-        return min(healthy, key=lambda instance: self._outstanding[instance])
+        held = Counter(stuck.instance for stuck in self._sessions.values())
+        return min(healthy, key=lambda each: (self._outstanding[each], held[each]))

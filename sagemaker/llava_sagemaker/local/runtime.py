@@ -54,7 +54,11 @@ class Runtime:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """While it serves, the instances are looked after."""
         connections = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connections, auto_decompress=False) as client:
+        async with aiohttp.ClientSession(
+            connector=connections,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(),  # ours alone; aiohttp's would cut long streams
+        ) as client:
             self._client = client
             watching = asyncio.create_task(watch(self._instances))
             yield
@@ -186,6 +190,8 @@ class _PassedOn(StreamingResponse):
             "X-Amzn-SageMaker-Content-Type": told.headers.get("Content-Type", ""),
             "x-Amzn-Invoked-Production-Variant": VARIANT,
         }
+        if _ATTRIBUTES in told.headers:
+            headers[_ATTRIBUTES] = told.headers[_ATTRIBUTES]
         kind = "application/vnd.amazon.eventstream"
         super().__init__(self._events(), headers=headers, media_type=kind)
         self._told = told

@@ -1,0 +1,194 @@
+"""`make bench-adapter`: what the session adapter costs beside gRPC straight to Triton.
+
+One server on the geometry of `make bench`; sessions stream their answers from it by gRPC (T) and
+through the adapter, as server-sent events over HTTP (A), in turns: T A A T T A ... The client
+times everything, the first token too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tritonclient.http as triton
+
+from benchmarks.bench import ROOT, Bench
+from benchmarks.measurement import TurnTimes
+from benchmarks.triton_load import TritonLoad
+from benchmarks.workload import Workload
+from llava_triton.client.transport import Transport, TurnMessage
+from llava_triton.delta import Delta
+from llava_triton.server import TritonServer, free_ports
+
+OUTPUT = ROOT / "benchmarks" / "results" / "cpu-adapter.json"
+HOLDS = (1, 1, 1, 16)
+"""Numbers of sessions at once, each held in every round."""
+MOST_MS = 2.0
+MOST_SHARE = 0.10
+START_SECONDS = 60.0
+
+
+class AdapterTransport(Transport):
+    """One session through the adapter, over a connection that stays."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300.0)
+        self._session = "NEW_SESSION"
+
+    def open(self, turn: TurnMessage) -> tuple[str, Delta]:
+        """Not needed: a session opens with its first question here."""
+        raise NotImplementedError
+
+    def ask(self, turn: TurnMessage) -> Delta:
+        """Not measured."""
+        raise NotImplementedError
+
+    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+        """Pieces as they come."""
+        body, size = triton.InferenceServerClient.generate_request_body(turn.inputs(triton))
+        kind = "application/vnd.sagemaker-triton.binary+json"
+        headers = {
+            "Content-Type": f"{kind};json-header-size={size}",
+            "Accept": "text/event-stream",
+            "X-Amzn-SageMaker-Session-Id": self._session,
+        }
+        self._connection.request("POST", "/invocations", body, headers)
+        answer = self._connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(answer.read().decode())
+        opened = answer.headers.get("X-Amzn-SageMaker-New-Session-Id")
+        if opened:
+            self._session = opened.partition(";")[0]
+        while line := answer.readline():
+            if line.startswith(b"data: "):
+                yield _delta(json.loads(line[6:]))
+
+    def close(self) -> None:
+        """Close the session; let the connection go."""
+        headers = {"Content-Type": "application/json", "X-Amzn-SageMaker-Session-Id": self._session}
+        self._connection.request("POST", "/invocations", b'{"requestType": "CLOSE"}', headers)
+        self._connection.getresponse().read()
+        self._connection.close()
+
+
+def _delta(outputs: dict[str, Any]) -> Delta:
+    names = ("finish_reason", "num_input_tokens", "num_output_tokens", "num_cached_tokens")
+    values = {name: outputs[name] for name in (*names, "first_token_ms")}
+    return Delta(text=outputs["text_output"], **values)
+
+
+@contextmanager
+def adapter(server: TritonServer, repository: Path) -> Iterator[int]:
+    """The adapter in front of a server; its port."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
+    command += ["--triton", server.grpc_address, "--repository", str(repository)]
+    process = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the adapter does not answer")
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2.0):
+            return True
+    except OSError:
+        return False
+
+
+def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, list[float]]]:
+    """For each way its later first tokens at 1 session (ms) and tokens per second at 16."""
+    repository = Path(workload.repository)
+    with (
+        TritonServer(repository, *free_ports(3), log=log) as server,
+        adapter(server, repository) as port,
+    ):
+        loads = {
+            "T": TritonLoad(workload, server),
+            "A": TritonLoad(workload, server, lambda: AdapterTransport(port)),
+        }
+        found: dict[str, dict[str, list[float]]] = {
+            way: {"first_token_ms": [], "tokens_per_second": []} for way in loads
+        }
+        number = 0
+        for index in range(rounds):
+            for way in ("TA", "AT")[index % 2]:
+                for sessions in HOLDS:
+                    number += 1  # pictures and questions that nobody has asked yet
+                    seconds, turns = loads[way].hold_number(number, sessions, workload.turns)
+                    if sessions == 1:
+                        later = [each.first_token_ms for each in turns if each.turn > 0]
+                        found[way]["first_token_ms"].append(statistics.median(later))
+                    else:
+                        rate = _tokens(turns) / seconds
+                        found[way]["tokens_per_second"].append(rate)
+                print(f"  round {index + 1}, {way}: done", flush=True)
+    return found
+
+
+def _tokens(turns: list[TurnTimes]) -> int:
+    return sum(turn.output_tokens for turn in turns)
+
+
+def report(found: dict[str, dict[str, list[float]]]) -> tuple[str, dict[str, Any]]:
+    """A table, and what it says."""
+    first = {way: statistics.median(values["first_token_ms"]) for way, values in found.items()}
+    rate = {way: statistics.median(values["tokens_per_second"]) for way, values in found.items()}
+    pairs = zip(found["A"]["first_token_ms"], found["T"]["first_token_ms"], strict=True)
+    cost_ms = statistics.median(a - t for a, t in pairs)
+    pairs = zip(found["A"]["tokens_per_second"], found["T"]["tokens_per_second"], strict=True)
+    cost_share = 1.0 - statistics.median(a / t for a, t in pairs)
+    lines = [f"{'':22} {'later first token, ms':>22} {'tokens/s, 16 sessions':>22}"]
+    for way, title in (("T", "gRPC"), ("A", "the session adapter")):
+        lines.append(f"{title:22} {first[way]:22.1f} {rate[way]:22.1f}")
+    lines.append(f"{'cost, pair by pair':22} {cost_ms:22.2f} {100 * cost_share:20.1f} %")
+    lines.append(
+        f"{'target':22} {f'<= {MOST_MS:g}':>22} {f'<= {100 * MOST_SHARE:g} %':>22}   "
+        + ("met" if cost_ms <= MOST_MS and cost_share <= MOST_SHARE else "NOT MET")
+    )
+    values = {"found": found, "cost_ms": cost_ms, "cost_share": cost_share}
+    return "\n".join(lines), values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="tiny; figures mean nothing")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON (%(default)s)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="llava-bench-") as name:
+        folder = Path(name)
+        bench = Bench(folder, HOLDS, quick=options.quick)
+        bench.prepare(["T"])
+        found = measure(bench.workload("float32"), options.rounds, folder / "triton.log")
+    table, values = report(found)
+    print(table)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(values, indent=2) + "\n")
+    options.output.with_suffix(".txt").write_text(table + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
