@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class AdapterTransport(Transport):
         """Not measured."""
         raise NotImplementedError
 
-    def stream(self, turn: TurnMessage) -> Iterator[Delta]:
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Pieces as they come."""
         body, size = triton.InferenceServerClient.generate_request_body(turn.inputs(triton))
         kind = "application/vnd.sagemaker-triton.binary+json"

@@ -44,12 +44,12 @@ def main(endpoint: str, endpoint_url: str | None = None) -> None:
     print(completion["choices"][0]["message"]["content"])
     print("prompt tokens:", completion["usage"])
 
-    question = {"messages": [{"role": "user", "content": "Describe the picture."}], "stream": True}
+    streaming = {"messages": [{"role": "user", "content": "Describe the picture."}], "stream": True}
     streamed = runtime.invoke_endpoint_with_response_stream(
         EndpointName=endpoint,
         SessionId=session,
         ContentType="application/json",
-        Body=json.dumps(question),
+        Body=json.dumps(streaming),
     )
     waiting = b""  # a part of the stream may end in the middle of a line
     for event in streamed["Body"]:

@@ -21,14 +21,14 @@ import uvicorn
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError, EventStreamError
+from llava_sagemaker.local import runtime as local_runtime
+from llava_sagemaker.local.instances import LocalInstance
+from llava_sagemaker.local.runtime import make_app
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from llava_sagemaker.local import runtime as local_runtime
-from llava_sagemaker.local.instances import LocalInstance
-from llava_sagemaker.local.runtime import make_app
 from llava_triton import protocol
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.sagemaker import messages

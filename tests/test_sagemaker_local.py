@@ -171,7 +171,8 @@ def test_boto3_alone(runtime: Any, server: TritonServer) -> None:
 
 
 def test_the_example(endpoint: LocalEndpoint) -> None:
-    command = [sys.executable, ROOT / "examples" / "sagemaker_boto3.py", "local", endpoint.url]
+    example = str(ROOT / "examples" / "sagemaker_boto3.py")
+    command = [sys.executable, example, "local", endpoint.url]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     first, usage, second, closed = done.stdout.splitlines()
