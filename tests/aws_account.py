@@ -234,7 +234,9 @@ def bad(*arguments: object) -> str:
     return result.stderr
 
 
-DOCKER = """#!PYTHON
+# A shell starts it: a "#!" line cannot name a Python whose path has spaces.
+DOCKER = """#!/bin/sh
+'exec' 'PYTHON' "$0" "$@"
 import json, os, sys
 import boto3
 with open("LOG", "a") as log:

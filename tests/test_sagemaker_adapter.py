@@ -9,12 +9,9 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,12 @@ import tritonclient.http
 from starlette.requests import Request
 
 from llava_triton.server import TritonServer, free_ports
+from tests.adapter_process import Adapter
 from tests.conftest import ROOT
 from tests.container_process import (
     CLOSED_SESSION,
     NEW_SESSION,
     SESSION,
-    Instance,
     question,
     text_of,
 )
@@ -39,37 +36,6 @@ OTHER = (ROOT / "examples" / "pictures" / "dark.png").read_bytes()
 QUESTIONS = ("How many shapes are there?", "What colour is the circle?", "Is there a square?")
 HEADER = re.compile(r"(?P<id>[a-zA-Z0-9](-*[a-zA-Z0-9])*); Expires=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 PATIENCE_SECONDS = 60.0
-
-
-class Adapter(Instance):
-    """`python -m llava_sagemaker.adapter` as a child process."""
-
-    def __init__(self, server: TritonServer, repository: Path) -> None:
-        (self.port,) = free_ports(1)
-        command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(self.port)]
-        command += ["--triton", server.grpc_address, "--repository", str(repository)]
-        command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
-        self.process = subprocess.Popen(command)
-
-    def wait_until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds():
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30.0)
-        finally:
-            self.process.kill()
-            self.process.wait()
-
-    def metric(self, name: str) -> float:
-        """A number of /metrics, by its name and labels as they are written there."""
-        text = self.request("GET", "/metrics").body.decode()
-        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,5 +225,8 @@ def test_serving_goes_on_without_cloudwatch(
 ) -> None:
     sender = MetricsToCloudWatch.from_environment((tmp_path / "nothing").as_uri())
     assert sender is not None
+    deadline = time.monotonic() + 30.0
+    while "CloudWatch has not got the metrics" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     sender.stop()
-    assert "CloudWatch has not got the metrics" in caplog.text

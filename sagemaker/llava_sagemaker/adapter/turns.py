@@ -7,6 +7,7 @@ every few tokens of every session.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import struct
 from collections.abc import AsyncGenerator, Sequence
@@ -113,30 +114,42 @@ class Triton:
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
+        self._idle: list[Any] = []
+        """Calls whose last turn has ended."""
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer as they come, the last one final.
 
-        Closing the generator early cancels the turn. (A call of its own for each turn: Triton
-        cancels calls, not turns.)
+        Closing the generator early cancels the turn. (Turns side by side have calls of their own:
+        Triton cancels calls, not turns. One whose turn has ended serves the next turn.)
 
         Raises:
             SessionError: the engine or Triton refused the turn, or it failed.
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
-        call = self._infer()
+        call = self._call()
+        ended = False
         try:
-            try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
                 await call.write(turn.message())
-                await call.done_writing()
-            except asyncio.InvalidStateError:
-                pass  # the call has failed already: reading says why
-            while (response := await call.read()) is not grpc.aio.EOF:
+            while not ended and (response := await call.read()) is not grpc.aio.EOF:
                 if response.error_message:
                     raise error_from_text(response.error_message)
-                yield _delta(response.infer_response)
+                piece = _delta(response.infer_response)
+                ended = piece.is_final
+                yield piece
         finally:
-            call.cancel()
+            if ended:
+                self._idle.append(call)
+            else:
+                call.cancel()
+
+    def _call(self) -> Any:
+        while self._idle:
+            call = self._idle.pop()
+            if not call.done():  # else Triton has ended it
+                return call
+        return self._infer()
 
     async def whole(self, turn: Turn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
@@ -150,7 +163,7 @@ class Triton:
         return replace(final, text="".join(texts))
 
     async def close(self) -> None:
-        """Let the connection go."""
+        """Let the connection go, and all calls with it."""
         await self._channel.close()
 
 
