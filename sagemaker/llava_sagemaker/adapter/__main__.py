@@ -18,8 +18,6 @@ from llava_triton.settings import Settings
 
 DRAIN_SECONDS = 25
 """After SIGTERM running turns may take so long."""
-SPARE_CONNECTIONS = 64
-"""More than there may be turns: for /ping, /metrics and refusals."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=settings.max_queued_turns + SPARE_CONNECTIONS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     # uvicorn raises the signal that ended it once more when it has ended.

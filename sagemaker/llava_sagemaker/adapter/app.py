@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -17,8 +18,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from llava_sagemaker.adapter.chat import chat_request
-from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error
-from llava_sagemaker.adapter.event_stream import EventStream
+from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
+from llava_sagemaker.adapter.event_stream import SILENCE_SECONDS, EventStream
 from llava_sagemaker.adapter.health import Health
 from llava_sagemaker.adapter.image_fetch import ImageFetcher
 from llava_sagemaker.adapter.invocation import Invocation, Request, json_object
@@ -38,7 +39,8 @@ from llava_sagemaker.adapter.triton_format import (
     binary_request,
     triton_request,
 )
-from llava_sagemaker.adapter.turns import Triton, limited
+from llava_sagemaker.adapter.turns import Triton, Turn, limited
+from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.settings import Settings
 
 WHOLE_SECONDS = 55.0
@@ -48,6 +50,9 @@ GRACE_SECONDS = 3.0
 JSON_TYPES = ("", "application/json", "application/octet-stream", "binary/octet-stream")
 """Clients that name no content type send JSON."""
 METRICS_SECONDS = 5.0
+SPARE_REQUESTS = 64
+"""More than there may be turns, for the engine to refuse. Above that the adapter does, before it
+reads a body; and only here, so that /ping is answered however many requests there are."""
 
 Result = TypeVar("Result")
 
@@ -99,15 +104,22 @@ class Adapter:
         self._metrics.in_flight += 1
         streams = False
         try:
+            if self._metrics.in_flight > self._settings.max_queued_turns + SPARE_REQUESTS:
+                raise unavailable("too many requests are under way; try again later")
             invocation = await self._understand(await read_request(http, self._body_limit))
             kind = invocation.kind
             if kind != "chat":
-                self._remembered.forget(invocation.turn.session_id)
+                other = self._remembered.other_turn_begins(invocation.turn)
+                invocation = replace(invocation, completed=lambda _: other())
+            if invocation.reopens:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    await _while_connected(http, self._check_open(invocation.turn.session_id))
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
             pieces = self._triton.pieces(invocation.turn)
             # The status is the first piece's to tell.
-            first = await _while_connected(http, anext(pieces))
+            async with asyncio.timeout(SILENCE_SECONDS):
+                first = await _while_connected(http, anext(pieces))
             streams = True
             return EventStream(
                 invocation, first, pieces, self._headers(invocation), partial(self._ended, kind)
@@ -126,6 +138,14 @@ class Adapter:
     async def close(self) -> None:
         """Let the connection to Triton go."""
         await self._triton.close()
+
+    async def _check_open(self, session_id: str) -> None:
+        """Raises SessionError, NOT_FOUND, where there is no such session."""
+        try:
+            await self._triton.whole(Turn(session_id))
+        except SessionError as error:
+            if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
+                raise
 
     async def _understand(self, request: Request) -> Invocation:
         if request.content_type.startswith("image/"):

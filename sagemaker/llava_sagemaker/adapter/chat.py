@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_sagemaker.adapter.chat_messages import read_conversation
 from llava_sagemaker.adapter.chat_parameters import read_parameters
+from llava_sagemaker.adapter.errors import invalid_request
 from llava_sagemaker.adapter.invocation import (
     AnswerFormat,
     Body,
@@ -40,12 +41,18 @@ async def chat_request(
     conversation = read_conversation(fields["messages"])
     session_id = request.open_session
     flags: dict[str, Any] = {}
+    reopens = False
     known = remembered.conversation(session_id) if session_id else None
     if session_id is None:
         flags = request.session_flags()
         session_id = flags.pop("session_id")
     elif conversation.past and known != conversation.past_digest():
-        flags = {"start": True}
+        if remembered.shown_elsewhere(session_id):
+            raise invalid_request(
+                "the messages are not what was said in the session, and it has a picture that they "
+                "do not show; send only the new user message"
+            )
+        flags, reopens = {"start": True}, True
     starts = "start" in flags
     images = conversation.all_images() if starts else conversation.images
     history = conversation.history() if starts else []
@@ -67,6 +74,7 @@ async def chat_request(
         answer,
         parameters.stream,
         opened=session_id if request.opens else None,
+        reopens=reopens,
         completed=remembered.turn_begins(session_id, before, conversation),
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+MAX_HEADER_BYTES = 64 * 1024
+"""Of a request; httptools itself knows no limit."""
 HEADER_SECONDS = 10.0
 """For a connection's first bytes, and for all headers of a request from their first byte on."""
 
@@ -15,11 +17,20 @@ class GuardedProtocol(HttpToolsProtocol):
     """Closes connections that dawdle: each would hold memory and a file descriptor."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected."""
         super().connection_made(transport)
         self._give_time()
+
+    def data_received(self, data: bytes) -> None:
+        """Something has come."""
+        super().data_received(data)
+        if self._deadline is not None:  # headers, so far
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self.transport.close()
 
     def on_message_begin(self) -> None:
         """A request's first line has come."""
@@ -44,3 +55,4 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+        self._header_bytes = 0

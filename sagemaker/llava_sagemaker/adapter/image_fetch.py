@@ -25,6 +25,9 @@ MAX_REDIRECTS = 3
 MAX_HEADER_BYTES = 16 * 1024
 _PORT = 443
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""All that is given out of IPv6. `is_global` means more: site-local and IPv4-compatible addresses,
+NAT64 of a site's own (64:ff9b:1::/48)."""
 
 Address = tuple[str, int]
 """IP address and port."""
@@ -199,7 +202,7 @@ def is_public_address(text: str) -> bool:
             return is_public_address(str(address.sixtofour))
         if address in _NAT64:
             return is_public_address(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
-        if address.teredo is not None:
+        if address.teredo is not None or address not in _GLOBAL_UNICAST:
             return False
     return address.is_global and not address.is_multicast
 

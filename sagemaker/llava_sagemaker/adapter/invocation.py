@@ -96,6 +96,8 @@ class Invocation:
     """The ID of the session that this opens for the caller."""
     closed: str | None = None
     """The ID of the session that this closes for the caller."""
+    reopens: bool = False
+    """The turn opens a session anew that must be open: nobody but we makes IDs."""
     completed: Callable[[str], None] = field(default=lambda _: None)
     """Is told the whole text of the answer, once it is complete."""
 

@@ -7,8 +7,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from llava_sagemaker.adapter.chat_messages import Conversation, extended
+from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, extended
+from llava_sagemaker.adapter.turns import Turn
+from llava_triton import protocol
+
+
+@dataclass(eq=False)
+class _Known:
+    """Of one session; a new object with every turn, so that an overtaken turn changes nothing."""
+
+    digest: bytes | None = None
+    """Of what was said; None while a turn runs, or where it is not known."""
+    shown_elsewhere: bool = False
+    """It has pictures that no chat completion showed."""
 
 
 class Remembered:
@@ -20,17 +33,38 @@ class Remembered:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._known: OrderedDict[str, bytes | object] = OrderedDict()
-        """A digest; while a turn runs, a mark of that turn."""
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def conversation(self, session_id: str) -> bytes | None:
         """The digest of what was said in a session; None where that is not known."""
         known = self._known.get(session_id)
-        return known if isinstance(known, bytes) else None
+        return known.digest if known else None
 
-    def forget(self, session_id: str) -> None:
-        """A session changes in a way that is not followed here."""
-        self._known.pop(session_id, None)
+    def shown_elsewhere(self, session_id: str) -> bool:
+        """Whether a session has pictures that no chat completion showed."""
+        known = self._known.get(session_id)
+        return known is not None and known.shown_elsewhere
+
+    def other_turn_begins(self, turn: Turn) -> Callable[[], None]:
+        """A session gets a turn that is no chat completion.
+
+        Returns:
+            What to call when it is complete.
+        """
+        if turn.end:
+            self._known.pop(turn.session_id, None)
+            return lambda: None
+        shown = protocol.IMAGE in turn.tensors
+        if not turn.start:
+            shown = shown or self.shown_elsewhere(turn.session_id)
+        known = self._put(turn.session_id, _Known(shown_elsewhere=shown))
+
+        def completed() -> None:
+            silent = turn.tensors.keys() <= {protocol.IMAGE, protocol.SAMPLING_PARAMETERS}
+            if turn.start and silent:
+                known.digest = NOTHING_SAID
+
+        return completed
 
     def turn_begins(
         self, session_id: str, before: bytes | None, asked: Conversation
@@ -46,14 +80,18 @@ class Remembered:
             What to call with the whole answer. Until then, and for ever if the turn fails or
             another one comes meanwhile, the session's conversation is not known.
         """
-        mark = object()
-        self._known[session_id] = mark
+        known = self._put(session_id, _Known(shown_elsewhere=self.shown_elsewhere(session_id)))
+
+        def completed(answer: str) -> None:
+            # After another turn has begun this object is nobody's: it does no harm.
+            if before is not None:
+                known.digest = extended(before, asked.text, asked.images, answer)
+
+        return completed
+
+    def _put(self, session_id: str, known: _Known) -> _Known:
+        self._known[session_id] = known
         self._known.move_to_end(session_id)
         while len(self._known) > self._limit:
             self._known.popitem(last=False)
-
-        def completed(answer: str) -> None:
-            if before is not None and self._known.get(session_id) is mark:
-                self._known[session_id] = extended(before, asked.text, asked.images, answer)
-
-        return completed
+        return known

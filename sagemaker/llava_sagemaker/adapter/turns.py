@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import struct
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -128,11 +129,15 @@ class Triton:
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
         call = self._call()
+        message = turn.message()
+        message.id = uuid.uuid4().hex
         ended = False
         try:
             with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
-                await call.write(turn.message())
+                await call.write(message)
             while not ended and (response := await call.read()) is not grpc.aio.EOF:
+                if response.infer_response.id not in (message.id, ""):
+                    continue  # an earlier turn's of this call: nobody else may see it
                 if response.error_message:
                     raise error_from_text(response.error_message)
                 piece = _delta(response.infer_response)
