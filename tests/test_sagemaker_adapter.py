@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.client
 import json
+import logging
 import re
 import signal
 import socket
@@ -132,8 +133,14 @@ def test_opening_with_a_picture_and_a_question(adapter: Adapter, expected: list[
 
 
 def test_the_wire_is_that_of_awss_own_servers(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Adapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # Their package sets the root logger's level when it is imported, for every later test.
+    # What caplog sets is set back at the end.
+    caplog.set_level(logging.getLogger().level)
     monkeypatch.setenv("SAGEMAKER_ENABLE_STATEFUL_SESSIONS", "true")
     monkeypatch.setenv("SAGEMAKER_SESSIONS_PATH", str(tmp_path))
     from model_hosting_container_standards.sagemaker.sessions import handlers, manager

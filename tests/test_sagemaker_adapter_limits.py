@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,3 +61,27 @@ def test_sessions_expire_and_a_full_server_says_so(adapter: Adapter) -> None:
     again = adapter.invoke({"requestType": "NEW_SESSION"})
     assert again.status == 200
     adapter.invoke({"requestType": "CLOSE"}, again.new_session)
+
+
+def test_idle_connections_shut_nobody_out(adapter: Adapter) -> None:
+    with contextlib.ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(min(1100, hard - 500)):
+            stack.enter_context(socket.create_connection(("127.0.0.1", adapter.port)))
+        assert adapter.ping() == 200
+    assert adapter.ping() == 200
+
+
+def test_headers_have_a_size_limit(adapter: Adapter) -> None:
+    with socket.create_connection(("127.0.0.1", adapter.port), timeout=60.0) as connection:
+        connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                connection.sendall(b"a" * 65_536)
+                sent += 65_536
+    # What the sockets' own buffers take is not seen.
+    assert sent < 64 << 20, "headers of 64 MiB were taken"
+    assert adapter.ping() == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -223,6 +224,7 @@ def test_numbers_reach_cloudwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_serving_goes_on_without_cloudwatch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     sender = MetricsToCloudWatch.from_environment((tmp_path / "nothing").as_uri())
     assert sender is not None
     deadline = time.monotonic() + 30.0

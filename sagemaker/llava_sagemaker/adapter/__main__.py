@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -42,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         _listed("LLAVA_IMAGE_HOSTS"),
         _listed("LLAVA_IMAGE_BUCKETS"),
     )
+    # A connection takes a file descriptor, and 1,024 is a common limit that may be raised.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         listener = _listen(options.host, options.port)
     except OSError as error:
