@@ -26,6 +26,9 @@ class TurnTimes:
     """Prompt tokens that were not computed again."""
     text: str
     """The answer: greedy, so all ways should say the same."""
+    around_engine_ms: float = 0.0
+    """Of the time to the first token, what passed before the engine had the turn and after it had
+    the token: the way through Triton, where there is one."""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class TritonLoad:
             output_tokens=final.num_output_tokens,
             cached_tokens=final.num_cached_tokens,
             text="".join(delta.text for _, delta in events),
+            around_engine_ms=(first - asked) * 1000.0 - final.first_token_ms,
         )
 
 

@@ -48,7 +48,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     assert values["fairness"]["E"]["prompt_tokens"] >= 500
     texts = [target["text"] for target in values["targets"]]
     assert "later first token, E / K" in texts
-    assert "later first token, T - E, ms" in texts
+    assert "later first token of T, around engine, ms" in texts
     for target in values["targets"]:
         assert target["least"] <= target["value"] <= target["most"]
         assert target["text"] in told
@@ -86,9 +86,11 @@ def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
     assert "memory is flat" not in values["verdict"]
 
 
-def load(sessions: int, first: float, later: float, between: float, seconds: float) -> Load:
+def load(
+    sessions: int, first: float, later: float, between: float, seconds: float, around: float = 0.0
+) -> Load:
     turns = [
-        TurnTimes(session, turn, later if turn else first, between, 32, 0, "red")
+        TurnTimes(session, turn, later if turn else first, between, 32, 0, "red", around)
         for session in range(sessions)
         for turn in range(3)
     ]
@@ -114,6 +116,13 @@ def test_ratios_are_taken_within_a_round() -> None:
     table = {(row.way, row.sessions): row for row in rows(rounds, {"K": "", "E": ""})}
     assert table["K", 1].first_token_later_turns_ms == 20
     assert (table["E", 1].rounds, table["E", 16].rounds) == (3, 1)
+
+
+def test_the_way_through_triton_is_judged_by_itself() -> None:
+    rounds = [{"T": [load(1, 100, 20, 10, 1, around=each)]} for each in (2.0, 5.0, 4.0)]
+    judged = {verdict.text: verdict for verdict in verdicts(rounds, {})}
+    around = judged["later first token of T, around engine, ms"]
+    assert (around.value, around.least, around.most, around.met) == (4.0, 2.0, 5.0, False)
 
 
 def test_a_machine_that_was_not_quiet_is_told() -> None:

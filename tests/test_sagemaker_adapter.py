@@ -471,7 +471,11 @@ def test_nothing_is_left(adapter: Adapter) -> None:
     adapter.wait_until(lambda: adapter.metric("llava_adapter_requests_in_flight") == 0)
 
 
-def test_without_triton(server: TritonServer, demo_repository: Path) -> None:
+def test_without_triton(
+    server: TritonServer,
+    demo_repository: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     class Nowhere:
         grpc_address = f"127.0.0.1:{free_ports(1)[0]}"
         ports = {"metrics": free_ports(1)[0]}  # noqa: RUF012
@@ -479,6 +483,8 @@ def test_without_triton(server: TritonServer, demo_repository: Path) -> None:
     adapter = Adapter(Nowhere, demo_repository)  # type: ignore[arg-type]
     try:
         adapter.wait_until(lambda: adapter.ping() == 503)
+        assert [adapter.ping() for _ in range(3)] == [503] * 3
+        assert capfd.readouterr().err.count("Triton: ") == 1  # SageMaker asks for ever
         refused = adapter.invoke(question("?"), "NEW_SESSION")
         assert (refused.status, refused.code) == (503, "unavailable")
         assert int(refused.headers["retry-after"]) > 0

@@ -30,7 +30,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapter]:
     export += ["--output", str(repository), "--settings", str(settings)]
     subprocess.run([sys.executable, *export], check=True, capture_output=True)
     with TritonServer(repository, *free_ports(3)) as server:
-        adapter = Adapter(server, repository)
+        with pytest.MonkeyPatch.context() as environment:
+            # A proxy is of no use on the way to Triton.
+            environment.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+            adapter = Adapter(server, repository)
         try:
             adapter.wait_until(lambda: adapter.ping() == 200)
             yield adapter

@@ -53,22 +53,27 @@ def unavailable(sentence: str) -> AdapterError:
     return AdapterError(503, "unavailable", sentence)
 
 
-def as_adapter_error(error: Exception) -> AdapterError:
-    """What a client is told of a failure; what it cannot act on goes to the log."""
+def as_adapter_error(error: Exception, level: int = logging.WARNING) -> AdapterError:
+    """What a client is told of a failure; what it cannot act on goes to the log.
+
+    Args:
+        error: the failure.
+        level: in the log, of what Triton said.
+    """
     if isinstance(error, AdapterError):
         return error
     if isinstance(error, SessionError):
-        return _of_engine(error)
+        return _of_engine(error, level)
     if isinstance(error, TimeoutError):
         return unavailable("the model did not answer in time; try again later")
     if isinstance(error, grpc.aio.AioRpcError):
-        log.warning("Triton: %s: %s", error.code(), error.details())
+        log.log(level, "Triton: %s: %s", error.code(), error.details())
         return unavailable("the model server cannot be reached; it is starting or has failed")
     log.error("a request failed", exc_info=error)
     return AdapterError(500, "internal", "the request failed in the server; it is in its log")
 
 
-def _of_engine(error: SessionError) -> AdapterError:
+def _of_engine(error: SessionError, level: int) -> AdapterError:
     match error.code:
         case ErrorCode.NOT_FOUND:
             return AdapterError(
@@ -84,10 +89,10 @@ def _of_engine(error: SessionError) -> AdapterError:
         case ErrorCode.UNAVAILABLE | ErrorCode.CANCELLED:
             return unavailable(error.sentence)
         case ErrorCode.INTERNAL if "shared memory" in error.sentence:
-            log.warning("Triton: %s", error.sentence)
+            log.log(level, "Triton: %s", error.sentence)
             return unavailable("too many pictures are under way at this moment; try again later")
         case ErrorCode.INTERNAL if _model_is_down(error.sentence):
-            log.warning("Triton: %s", error.sentence)
+            log.log(level, "Triton: %s", error.sentence)
             return unavailable("the model is not ready; it is starting or has failed")
         case ErrorCode.INTERNAL:
             return AdapterError(500, "internal", error.sentence)

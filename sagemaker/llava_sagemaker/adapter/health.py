@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
@@ -26,6 +27,7 @@ class Health:
         self._triton = triton
         self._answered_at = -FRESH_SECONDS
         self._asking = asyncio.Lock()
+        self._failing = False
 
     async def check(self) -> None:
         """Raises AdapterError (503) where the engine does not answer."""
@@ -39,8 +41,13 @@ class Health:
                 raise unavailable(f"the model has not answered within {SECONDS} s") from None
             except Exception as error:
                 if not _is_alive(error):
-                    told = as_adapter_error(error)
+                    # Told once: SageMaker asks every few seconds while a model loads.
+                    told = as_adapter_error(
+                        error, logging.DEBUG if self._failing else logging.WARNING
+                    )
+                    self._failing = True
                     raise AdapterError(503, told.code, told.sentence) from error
+            self._failing = False
             self._answered_at = time.monotonic()
 
 
