@@ -158,8 +158,8 @@ class Container(Instance):
 
     def shared_memory(self) -> list[Path]:
         """The regions of its Triton, which runs."""
-        (guard,) = self.descendants("server_guard")
-        run_folder = Path(guard.cmdline()[4])
+        # One guard, and for a moment what it has forked to become Triton, under the same name.
+        (run_folder,) = {Path(each.cmdline()[4]) for each in self.descendants("server_guard")}
         return list(Path("/dev/shm").glob(f"{run_folder.name}*"))
 
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
