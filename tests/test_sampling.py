@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.sampling import Sampler, SamplingParameters, kept_tokens
+from llava_triton.sampling import Draw, Draws, SamplingParameters, kept_tokens, next_tokens
 from tests.properties import given, settings
 
 
@@ -160,10 +160,12 @@ def test_kept_tokens_are_those_of_the_slow_reference(
 ) -> None:
     parameters = SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k)
     expected = slow_probabilities(np.array(logits), parameters)
-    kept, ids = kept_tokens(torch.tensor(logits), parameters)
+    # Beside another row that has nothing to do with it.
+    draws = [Draw(temperature, top_k, top_p, 0.0), Draw(1.0, 1, 1.0, 0.0)]
+    kept, ids = kept_tokens(torch.tensor([logits, logits[::-1]]), draws)
     assert kept.dtype == torch.float64
     actual = np.zeros(len(logits))
-    actual[ids.numpy()] = (kept / kept.sum()).numpy()
+    actual[ids[0].numpy()] = (kept[0] / kept[0].sum()).numpy()
     # A sum that equals top_p up to rounding may fall on either side of it.
     if (actual > 0).sum() == (expected > 0).sum():
         np.testing.assert_allclose(actual, expected, atol=1e-6)
@@ -184,8 +186,8 @@ def test_kept_tokens_are_those_of_the_slow_reference(
 )
 def test_draws_follow_the_probabilities(parameters: SamplingParameters) -> None:
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -float("inf"), 1.4])
-    sampler, draws = Sampler(parameters), 20_000
-    counts = Counter(sampler.sample(logits) for _ in range(draws))
+    turn, draws = Draws(parameters), 20_000
+    counts = Counter(next_tokens(logits.expand(draws, -1), [turn.at(n) for n in range(draws)]))
     expected = slow_probabilities(logits.double().numpy(), parameters) * draws
     observed = np.array([counts[token] for token in range(len(logits))])
     assert (observed[expected == 0] == 0).all()
@@ -199,7 +201,7 @@ def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
     dtype: torch.dtype,
 ) -> None:
     logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(1)).to(dtype)
-    greedy = [Sampler(SamplingParameters()).sample(row) for row in logits]
+    greedy = next_tokens(logits, [None] * 20)
     for parameters in (
         SamplingParameters(temperature=2.0, top_k=1),
         SamplingParameters(temperature=2.0, top_p=1e-9),
@@ -207,35 +209,40 @@ def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
         SamplingParameters(temperature=5e-324),
     ):
         # Of several likeliest tokens, any may be drawn.
-        drawn = [Sampler(parameters).sample(row) for row in logits]
+        drawn = next_tokens(logits, [Draws(parameters).at(0)] * 20)
         assert [float(row[token]) for row, token in zip(logits, drawn, strict=True)] == [
             float(row[token]) for row, token in zip(logits, greedy, strict=True)
         ]
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert Sampler(SamplingParameters()).sample(logits) == int(logits.argmax())
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    assert Draws(SamplingParameters()).at(5) is None
+    drawn = Draws(SamplingParameters(temperature=2.0, seed=0)).at(0)
+    first, _, third = next_tokens(logits, [None, drawn, None])
+    assert [first, third] == [int(logits[0].argmax()), int(logits[2].argmax())]
 
 
 def test_a_seed_gives_the_same_answer_whatever_else_is_drawn() -> None:
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     parameters = SamplingParameters(temperature=1.0, seed=2**63 - 1)
-    alone = [Sampler(parameters)]
-    first = [alone[0].sample(row) for row in logits]
-    again, other = Sampler(parameters), Sampler(SamplingParameters(temperature=2.0))
+    alone = Draws(parameters)
+    first = next_tokens(logits, [alone.at(number) for number in range(50)])
+    again, other = Draws(parameters), Draws(SamplingParameters(temperature=2.0))
     second = []
-    for row in logits:
-        other.sample(row)
+    for number, row in enumerate(logits):
         torch.rand(3)
-        second.append(again.sample(row))
+        # Computed twice, as after a step that failed.
+        for _ in range(2):
+            _, token = next_tokens(torch.stack([-row, row]), [other.at(number), again.at(number)])
+        second.append(token)
     assert first == second
 
 
 def test_without_a_seed_answers_differ() -> None:
     logits = torch.zeros(1000)
-    samplers = [Sampler(SamplingParameters(temperature=1.0)) for _ in range(2)]
-    answers = [[sampler.sample(logits) for _ in range(8)] for sampler in samplers]
+    turns = [Draws(SamplingParameters(temperature=1.0)) for _ in range(2)]
+    answers = [next_tokens(logits.expand(8, -1), [turn.at(n) for n in range(8)]) for turn in turns]
     assert answers[0] != answers[1]
 
 
@@ -245,5 +252,5 @@ def test_extreme_temperatures_and_logits_give_a_possible_token(
     temperature: float, seed: int
 ) -> None:
     parameters = SamplingParameters(temperature=temperature, seed=seed)
-    logits = torch.tensor([-float("inf"), 3e38, -3e38, 0.0])
-    assert Sampler(parameters).sample(logits) == 1
+    logits = torch.tensor([[-float("inf"), 3e38, -3e38, 0.0]])
+    assert next_tokens(logits, [Draws(parameters).at(0)]) == [1]

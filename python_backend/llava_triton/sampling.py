@@ -1,20 +1,37 @@
-"""Choosing the next token from the model's logits."""
+"""Choosing the next tokens from the model's logits, where the logits are."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llava_triton.sampling_parameters import SamplingParameters
 
-__all__ = ["Sampler", "SamplingParameters"]
+__all__ = ["Draw", "Draws", "SamplingParameters", "next_tokens"]
 
 
-class Sampler:
-    """Draws one turn's tokens.
+@dataclass(frozen=True)
+class Draw:
+    """How one token is to be drawn."""
 
-    Each turn has a random generator of its own, and draws one number per token on the CPU: the
-    same seed and logits give the same tokens on any device, whatever other turns do meanwhile.
+    temperature: float
+    """Above 0."""
+    top_k: int
+    """0: no limit."""
+    top_p: float
+    number: float
+    """From 0 to 1, 1 excluded: which token it will be."""
+
+
+class Draws:
+    """What decides one turn's tokens, beside their logits.
+
+    Each turn has a random generator of its own, on the CPU, and one number a token: the same seed
+    and logits give the same tokens on any device, whatever other turns do meanwhile, also where a
+    step has to be computed once more.
 
     Args:
         parameters: the turn's.
@@ -22,48 +39,80 @@ class Sampler:
 
     def __init__(self, parameters: SamplingParameters) -> None:
         self._parameters = parameters
+        self._numbers: list[float] = []
         self._generator = torch.Generator()
         if parameters.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(parameters.seed)
 
-    def sample(self, logits: Tensor) -> int:
-        """The next token's ID.
-
-        Args:
-            logits: [V], any float dtype; -inf rules a token out.
-        """
-        if self._parameters.temperature == 0.0:
-            return int(logits.argmax())
-        probabilities, ids = kept_tokens(logits, self._parameters)
-        cumulative = probabilities.cumsum(0)
-        draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        position = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
-        # A draw a rounding error below 1 can land behind the last token.
-        return int(ids[min(position, len(ids) - 1)])
+    def at(self, position: int) -> Draw | None:
+        """Of the answer's token with this index; None where it is the likeliest one."""
+        parameters = self._parameters
+        if parameters.temperature == 0.0:
+            return None
+        while len(self._numbers) <= position:
+            number = torch.rand((), generator=self._generator, dtype=torch.float64)
+            self._numbers.append(float(number))
+        return Draw(
+            parameters.temperature, parameters.top_k, parameters.top_p, self._numbers[position]
+        )
 
 
-def kept_tokens(logits: Tensor, parameters: SamplingParameters) -> tuple[Tensor, Tensor]:
+def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[int]:
+    """One token ID a row; waits for the device once.
+
+    Args:
+        logits: [N, V], any float dtype; -inf rules a token out.
+        draws: N; None takes the likeliest token.
+    """
+    tokens = logits.argmax(-1)
+    drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
+    if drawn:
+        rows = torch.tensor([row for row, _ in drawn], device=logits.device)
+        tokens[rows] = _drawn(logits[rows], [draw for _, draw in drawn])
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
+def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[N, V] -> int64 [N]."""
+    probabilities, ids = kept_tokens(logits, draws)
+    cumulative = probabilities.cumsum(-1)
+    places = _column(logits, [draw.number for draw in draws]) * cumulative[:, -1:]
+    positions = torch.searchsorted(cumulative, places, right=True)
+    # A draw a rounding error below 1 can land behind the last token.
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(-1, positions.minimum(last)).squeeze(-1)
+
+
+def kept_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     """The tokens that temperature, top-k and then top-p leave to be sampled from.
 
     Top-p looks at the probabilities after top-k, as vLLM and transformers do.
 
     Args:
-        logits: [V].
-        parameters: with a temperature above 0.
+        logits: [N, V].
+        draws: N; their numbers do not matter here.
 
     Returns:
-        Probabilities [K] float64, likeliest first, not normalized again; token IDs [K].
+        Probabilities [N, V] float64, likeliest first, 0 for the tokens ruled out (at least one is
+        not), not normalized again; token IDs [N, V].
     """
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
     # float64: the smallest temperatures would be 0 in float32. The maximum is subtracted first so
     # that they overflow downwards only.
-    values, ids = logits.double().sort(descending=True, stable=True)
-    if parameters.top_k:
-        values, ids = values[: parameters.top_k], ids[: parameters.top_k]
-    probabilities = ((values - values[0]) / parameters.temperature).softmax(0)
-    before = probabilities.cumsum(0) - probabilities
-    keep = max(1, int((before < parameters.top_p).sum()))
-    # Tokens of probability 0 must never be drawn.
-    keep = min(keep, max(1, int((probabilities > 0).sum())))
-    return probabilities[:keep], ids[:keep]
+    values = values.double()
+    scaled = (values - values[:, :1]) / _column(logits, [draw.temperature for draw in draws])
+    most = _column(logits, [draw.top_k or torch.inf for draw in draws])
+    probabilities = scaled.masked_fill(ranks >= most, -torch.inf).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    enough = before < _column(logits, [draw.top_p for draw in draws])
+    keep = enough.sum(-1, keepdim=True).clamp(min=1)
+    return probabilities.masked_fill(ranks >= keep, 0.0), ids
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    """float64 [N, 1] on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

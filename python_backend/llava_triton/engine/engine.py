@@ -270,7 +270,7 @@ class Engine:
         return step_part(
             work.ids,
             running.session,
-            running.turn.request.sampling.temperature > 0.0,
+            running.draws.at(len(running.answer)),
             runner.image_token_id,
             runner.tokens_per_image,
         )
@@ -297,11 +297,7 @@ class Engine:
             if running.max_tokens == 0:
                 running.finish_reason = "closed" if running.turn.request.end else "prefilled"
                 continue
-            logits = result.logits[index]
-            self._take_token(
-                running,
-                result.best[index] if logits is None else running.sampler.sample(logits),
-            )
+            self._take_token(running, result.tokens[index])
 
     def _take_token(self, running: RunningTurn, token: int) -> None:
         now = time.monotonic()

@@ -16,6 +16,7 @@ from llava_triton.engine.pages import Pages, block_bytes
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
 from llava_triton.engine.text_model import TextModel
 from llava_triton.paged_attention.interface import Rows
+from llava_triton.sampling import next_tokens
 from llava_triton.settings import Settings
 
 SMALL_MODEL_PARAMETERS = 30_000_000
@@ -97,13 +98,10 @@ class ModelRunner:
         )
         ends = np.cumsum([len(part.ids) for part in parts]) - 1
         logits = self._text_model.logits(hidden[torch.from_numpy(ends).to(self.device)])
+        # Spoken by the model it would stand for a picture that does not exist.
         logits[:, self.image_token_id] = -torch.inf
-        best = logits.argmax(-1).tolist()
-        wanted = [
-            row.cpu() if part.wants_logits else None
-            for part, row in zip(parts, logits, strict=True)
-        ]
-        return StepResult(best, wanted, time.perf_counter() - began)
+        tokens = next_tokens(logits, [part.draw for part in parts])
+        return StepResult(tokens, time.perf_counter() - began)
 
     def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
         ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])

@@ -9,7 +9,7 @@ from llava_triton.engine.session import Session
 from llava_triton.engine.turn import RunningTurn, Turn
 from llava_triton.errors import invalid
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.sampling import Sampler
+from llava_triton.sampling import Draws
 from llava_triton.settings import Settings
 
 
@@ -92,7 +92,7 @@ class TurnPreparation:
             images_before=len(session.images),
             images=images,
             max_tokens=0 if request.text is None else min(wanted, room),
-            sampler=Sampler(request.sampling),
+            draws=Draws(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
             cached_tokens=remembered,
         )

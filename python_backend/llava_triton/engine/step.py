@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from llava_triton.engine.image_store import Image
 from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import Transfer
+from llava_triton.sampling import Draw
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class StepPart:
     """Its block table, long enough for `ids`."""
     image_rows: Sequence[ImageRows] = ()
     """As many features as `ids` has placeholders, in order."""
-    wants_logits: bool = False
-    """Whether the likeliest token after the last one is not enough."""
+    draw: Draw | None = None
+    """How the token after the last one is drawn; None: the likeliest."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,8 @@ class Step:
 class StepResult:
     """What follows each part's last token."""
 
-    best: list[int]
-    """The likeliest token ID, one for each part."""
-    logits: list[Tensor | None]
-    """float32 [V] in host memory, for the parts that want them. The image placeholder's is -inf:
-    spoken by the model it would stand for a picture that does not exist."""
+    tokens: list[int]
+    """Their IDs, one for each part; of no meaning where a part's prompt goes on."""
     seconds: float
     """The device's time."""
 
@@ -63,7 +59,11 @@ class TransferError(RuntimeError):
 
 
 def step_part(
-    ids: Sequence[int], session: Session, samples: bool, image_token_id: int, tokens_per_image: int
+    ids: Sequence[int],
+    session: Session,
+    draw: Draw | None,
+    image_token_id: int,
+    tokens_per_image: int,
 ) -> StepPart:
     """The tokens `ids` of a session behind those it remembers, with the pictures among them."""
     kv = session.key_values
@@ -77,4 +77,4 @@ def step_part(
             end = min(tokens_per_image, offset + last - first)
             rows.append(ImageRows(session.images[number], offset, end))
             first += end - offset
-    return StepPart(ids, len(kv), list(kv.blocks), rows, samples)
+    return StepPart(ids, len(kv), list(kv.blocks), rows, draw)

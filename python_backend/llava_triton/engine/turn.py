@@ -15,7 +15,7 @@ from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
-from llava_triton.sampling import Sampler, SamplingParameters
+from llava_triton.sampling import Draws, SamplingParameters
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""
@@ -95,7 +95,7 @@ class RunningTurn:
     """Images in the message this turn completes, pending ones included."""
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
-    sampler: Sampler
+    draws: Draws
     detokenizer: Detokenizer
     admitted: bool = False
     """Whether the session has the blocks it needs to go on."""
