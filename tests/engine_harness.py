@@ -79,14 +79,16 @@ class Pending:
 class EngineHarness:
     """An engine on a checkpoint, with transformers' own vision tower in front."""
 
-    def __init__(self, checkpoint: Path, **limits: Any) -> None:
+    def __init__(
+        self, checkpoint: Path, *, record: bool | None = None, device: str = "cpu", **limits: Any
+    ) -> None:
         self.clock = Clock()
         self._checkpoint = checkpoint
         self.settings = Settings(**{**SMALL_MEMORIES, **limits})
-        dtype = compute_dtype(self.settings.dtype, torch.device("cpu"))
-        loaded = load_checkpoint(checkpoint, dtype=dtype)
+        dtype = compute_dtype(self.settings.dtype, torch.device(device))
+        loaded = load_checkpoint(checkpoint, dtype=dtype, device=device)
         self._tokenizer = loaded.tokenizer
-        self.runner = ModelRunner(loaded, self.settings)
+        self.runner = ModelRunner(loaded, self.settings, record)
         self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
 
     def features(self, images: Sequence[Image]) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -13,11 +14,14 @@ from llava_triton.checkpoint import Checkpoint
 from llava_triton.engine.first_touch import FirstTouch
 from llava_triton.engine.memory_size import blocks_for, device_memory, host_memory
 from llava_triton.engine.pages import Pages, block_bytes
+from llava_triton.engine.recorded_decode import RecordedDecode
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
 from llava_triton.engine.text_model import TextModel
 from llava_triton.paged_attention.interface import Rows
 from llava_triton.sampling import next_tokens
 from llava_triton.settings import Settings
+
+log = logging.getLogger(__name__)
 
 SMALL_MODEL_PARAMETERS = 30_000_000
 
@@ -29,12 +33,15 @@ class ModelRunner:
         checkpoint: loaded on the device and in the dtype it is to run in; its weights are moved out
             of it.
         settings: sizes of the memories.
+        record: compute steps of one token a sequence in recorded shapes; None: on a GPU.
 
     Raises:
         ValueError: a text model that is not served.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, record: bool | None = None
+    ) -> None:
         model = checkpoint.model
         config = model.config
         self._threads = cpu_threads(model)
@@ -55,6 +62,22 @@ class ModelRunner:
         self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
         self.image_bytes_on_device = settings.image_features_bytes or free // 4
         self.host_bytes = settings.host_cache_bytes or host_memory() // 4
+        self._recorded: RecordedDecode | None = None
+        if record if record is not None else self.device.type == "cuda":
+            try:
+                self._recorded = self._record(settings.max_sessions)
+            except RuntimeError as error:  # slower is better than not at all
+                log.warning("decode steps are computed unrecorded: %s", error)
+
+    @torch.inference_mode()
+    def _record(self, sequences: int) -> RecordedDecode:
+        return RecordedDecode(
+            lambda ids, rows: self._logits(self._text_model.embedding[ids], rows),
+            self.device,
+            self.pages.spare,
+            sequences,
+            self.context_length,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -92,16 +115,23 @@ class ModelRunner:
         parts = step.parts
         if self._first_touch is not None:
             self._first_touch.used(max(part.blocks[-1] for part in parts))
-        embeddings = self._embeddings(parts)
-        hidden = self._text_model.hidden_states(
-            embeddings, self.pages.keys, self.pages.values, self._rows(parts)
-        )
-        ends = np.cumsum([len(part.ids) for part in parts]) - 1
-        logits = self._text_model.logits(hidden[torch.from_numpy(ends).to(self.device)])
-        # Spoken by the model it would stand for a picture that does not exist.
-        logits[:, self.image_token_id] = -torch.inf
+        if self._recorded is not None and self._recorded.takes(parts):
+            logits = self._recorded.logits(parts)
+        else:
+            ends = np.cumsum([len(part.ids) for part in parts]) - 1
+            last = torch.from_numpy(ends).to(self.device)
+            logits = self._logits(self._embeddings(parts), self._rows(parts), last)
         tokens = next_tokens(logits, [part.draw for part in parts])
         return StepResult(tokens, time.perf_counter() - began)
+
+    def _logits(self, embeddings: Tensor, rows: Rows, last: Tensor | None = None) -> Tensor:
+        """What follows the rows `last` (None: all of them), float32 [N, V]."""
+        pages = self.pages
+        hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
+        logits = self._text_model.logits(hidden if last is None else hidden[last])
+        # Spoken by the model it would stand for a picture that does not exist.
+        logits[:, self.image_token_id] = -torch.inf
+        return logits
 
     def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
         ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])

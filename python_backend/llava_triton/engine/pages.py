@@ -33,15 +33,17 @@ class Pages:
     ) -> None:
         kv_heads, width = geometry.kv_heads, geometry.head_dim
         self.blocks = blocks
+        self.spare = blocks
+        """A block behind those, for what nobody will read."""
         # Not zeroed: on a CPU, pages that no session has used take no memory then.
         self.keys = torch.empty(
-            (layers, blocks, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
         )
-        """[layers, blocks, G, D, BLOCK_TOKENS]"""
+        """[layers, blocks + 1, G, D, BLOCK_TOKENS]"""
         self.values = torch.empty(
-            (layers, blocks, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
         )
-        """[layers, blocks, G, BLOCK_TOKENS, D]"""
+        """[layers, blocks + 1, G, BLOCK_TOKENS, D]"""
 
     def copy(self, source: int, target: int) -> None:
         """One block's content to another block."""

@@ -1,0 +1,157 @@
+"""Steps in which every sequence brings one token, in shapes made beforehand.
+
+On a GPU each is a CUDA graph, so that a step costs one launch instead of some hundreds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_triton.engine.step import StepPart
+from llava_triton.paged_attention.interface import BLOCK_TOKENS, Rows
+
+log = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sequences of a step. One of fewer is filled up; one of more is computed without a record."""
+NARROWEST = 64
+"""Blocks of the narrowest tables; each next ones are twice as wide."""
+
+Decode = Callable[[Tensor, Rows], Tensor]
+"""Token IDs int64 [S] and where they belong -> logits [S, V]; waits for nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """One shape of a step: S sequences with tables of B blocks."""
+
+    staged: Tensor
+    """int32 [S * (2 + B)] in host memory: token IDs, contexts, tables."""
+    given: Tensor
+    """The same on the device, where the step reads it."""
+    run: Callable[[], Tensor]
+    """Computes the step; its logits hold until any record runs again."""
+
+
+class RecordedDecode:
+    """The records of one model.
+
+    Made where nothing else uses the device: recording would take it in.
+
+    Args:
+        decode: the model.
+        device: where it computes. Other than a GPU, it computes in the same shapes unrecorded.
+        spare_block: that no session has; what fills a step up is written there.
+        sequences: at once at the most.
+        context_length: of the model, in tokens.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        device: torch.device,
+        spare_block: int,
+        sequences: int,
+        context_length: int,
+    ) -> None:
+        self._decode = decode
+        self._device = device
+        self._spare_block = spare_block
+        self._sizes = _up_to(SIZES, sequences)
+        widths = (NARROWEST << doublings for doublings in itertools.count())
+        self._widths = _up_to(widths, -(-context_length // BLOCK_TOKENS))
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._records: dict[tuple[int, int], _Record] = {}
+        began = time.monotonic()
+        # The largest first: the others' memory fits into theirs.
+        for width in reversed(self._widths):
+            for size in reversed(self._sizes):
+                self._records[size, width] = self._record(size, width)
+        log.info("%d decode steps recorded in %.1f s", len(self._records), time.monotonic() - began)
+
+    def takes(self, parts: Sequence[StepPart]) -> bool:
+        """Whether a step is one that was recorded."""
+        return (
+            len(parts) <= self._sizes[-1]
+            and all(len(part.ids) == 1 and not part.image_rows for part in parts)
+            and max(len(part.blocks) for part in parts) <= self._widths[-1]
+        )
+
+    def logits(self, parts: Sequence[StepPart]) -> Tensor:
+        """Compute a step that `takes` has agreed to.
+
+        Returns:
+            [len(parts), V]; they hold until the next call.
+        """
+        size = _first_from(self._sizes, len(parts))
+        width = _first_from(self._widths, max(len(part.blocks) for part in parts))
+        record = self._records[size, width]
+        self._fill(record.staged, size, parts)
+        record.given.copy_(record.staged, non_blocking=True)
+        return record.run()[: len(parts)]
+
+    def _fill(self, staged: Tensor, size: int, parts: Sequence[StepPart]) -> None:
+        numbers = staged.numpy()
+        ids, contexts = numbers[:size], numbers[size : 2 * size]
+        tables = numbers[2 * size :].reshape(size, -1)
+        for index, part in enumerate(parts):
+            ids[index] = part.ids[0]
+            contexts[index] = part.context
+            tables[index, : len(part.blocks)] = part.blocks
+        ids[len(parts) :] = 0
+        contexts[len(parts) :] = 0
+        tables[len(parts) :, 0] = self._spare_block
+
+    def _record(self, size: int, width: int) -> _Record:
+        on_gpu = self._device.type == "cuda"
+        staged = torch.zeros(size * (2 + width), dtype=torch.int32, pin_memory=on_gpu)
+        self._fill(staged, size, ())
+        given = staged.to(self._device, copy=True)
+        ids, contexts = given[:size], given[size : 2 * size]
+        starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        tables = given[2 * size :].view(size, width)
+
+        def run() -> Tensor:
+            return self._decode(ids.long(), Rows(starts, contexts, tables, contexts.long()))
+
+        return _Record(staged, given, self._graph(run) if on_gpu else run)
+
+    def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        # Before it is recorded, on a stream of its own: libraries make their workspaces and kernels
+        # are compiled when they are first used.
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def _up_to(ascending: Iterable[int], most: int) -> list[int]:
+    """The numbers up to the first that is not less than `most`."""
+    taken: list[int] = []
+    for number in ascending:
+        taken.append(number)
+        if number >= most:
+            break
+    return taken
+
+
+def _first_from(ascending: Sequence[int], least: int) -> int:
+    """The first number that is not less."""
+    return next(number for number in ascending if number >= least)
