@@ -2,7 +2,8 @@
 
 One server on the geometry of `make bench`; sessions stream their answers from it by gRPC (T) and
 through the adapter, as server-sent events over HTTP (A), in turns: T A A T T A ... The client
-times everything, the first token too.
+times everything, the first token too. What the engine itself took for that, by its own clock, is
+taken off: from load to load it differs by more than the adapter costs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def _answers(port: int) -> bool:
 
 
 def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, list[float]]]:
-    """For each way its later first tokens at 1 session (ms) and tokens per second at 16."""
+    """For each way its later first tokens at 1 session, whole and around the engine (ms), and
+    tokens per second at 16."""
     repository = Path(workload.repository)
     with (
         TritonServer(repository, *free_ports(3), log=log) as server,
@@ -128,7 +130,8 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
             "A": TritonLoad(workload, server, lambda: AdapterTransport(port)),
         }
         found: dict[str, dict[str, list[float]]] = {
-            way: {"first_token_ms": [], "tokens_per_second": []} for way in loads
+            way: {"first_token_ms": [], "around_engine_ms": [], "tokens_per_second": []}
+            for way in loads
         }
         number = 0
         for index in range(rounds):
@@ -137,8 +140,9 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
                     number += 1  # pictures and questions that nobody has asked yet
                     seconds, turns = loads[way].hold_number(number, sessions, workload.turns)
                     if sessions == 1:
-                        later = [each.first_token_ms for each in turns if each.turn > 0]
-                        found[way]["first_token_ms"].append(statistics.median(later))
+                        for name in ("first_token_ms", "around_engine_ms"):
+                            later = [getattr(each, name) for each in turns if each.turn > 0]
+                            found[way][name].append(statistics.median(later))
                     else:
                         rate = _tokens(turns) / seconds
                         found[way]["tokens_per_second"].append(rate)
@@ -152,22 +156,34 @@ def _tokens(turns: list[TurnTimes]) -> int:
 
 def report(found: dict[str, dict[str, list[float]]]) -> tuple[str, dict[str, Any]]:
     """A table, and what it says."""
-    first = {way: statistics.median(values["first_token_ms"]) for way, values in found.items()}
-    rate = {way: statistics.median(values["tokens_per_second"]) for way, values in found.items()}
-    pairs = zip(found["A"]["first_token_ms"], found["T"]["first_token_ms"], strict=True)
-    cost_ms = statistics.median(a - t for a, t in pairs)
-    pairs = zip(found["A"]["tokens_per_second"], found["T"]["tokens_per_second"], strict=True)
-    cost_share = 1.0 - statistics.median(a / t for a, t in pairs)
-    lines = [f"{'':22} {'later first token, ms':>22} {'tokens/s, 16 sessions':>22}"]
+    titles = {
+        "first_token_ms": "later first token, ms",
+        "around_engine_ms": "around the engine, ms",
+        "tokens_per_second": "tokens/s, 16 sessions",
+    }
+    lines = [f"{'':22}" + "".join(f"{title:>23}" for title in titles.values())]
     for way, title in (("T", "gRPC"), ("A", "the session adapter")):
-        lines.append(f"{title:22} {first[way]:22.1f} {rate[way]:22.1f}")
-    lines.append(f"{'cost, pair by pair':22} {cost_ms:22.2f} {100 * cost_share:20.1f} %")
+        figures = [statistics.median(found[way][name]) for name in titles]
+        lines.append(f"{title:22}" + "".join(f"{figure:23.1f}" for figure in figures))
+    whole_ms = _of_pairs(found, "first_token_ms", lambda a, t: a - t)
+    cost_ms = _of_pairs(found, "around_engine_ms", lambda a, t: a - t)
+    cost_share = 1.0 - _of_pairs(found, "tokens_per_second", lambda a, t: a / t)
+    costs = f"{whole_ms:23.2f}{cost_ms:23.2f}{100 * cost_share:21.1f} %"
+    lines.append(f"{'cost, pair by pair':22}{costs}")
     lines.append(
-        f"{'target':22} {f'<= {MOST_MS:g}':>22} {f'<= {100 * MOST_SHARE:g} %':>22}   "
+        f"{'target':22}{'':23}{f'<= {MOST_MS:g}':>23}{f'<= {100 * MOST_SHARE:g} %':>23}   "
         + ("met" if cost_ms <= MOST_MS and cost_share <= MOST_SHARE else "NOT MET")
     )
-    values = {"found": found, "cost_ms": cost_ms, "cost_share": cost_share}
+    values = {"found": found, "whole_ms": whole_ms, "cost_ms": cost_ms, "cost_share": cost_share}
     return "\n".join(lines), values
+
+
+def _of_pairs(
+    found: dict[str, dict[str, list[float]]], name: str, compare: Callable[[float, float], float]
+) -> float:
+    """The median over the pairs of (A, T)."""
+    pairs = zip(found["A"][name], found["T"][name], strict=True)
+    return statistics.median(compare(a, t) for a, t in pairs)
 
 
 def main(arguments: list[str] | None = None) -> int:
