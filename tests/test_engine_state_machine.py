@@ -395,7 +395,10 @@ def engines(
     features = quiet.features(PICTURES)
     assert features is not None
     picture_bytes = features[0].numel() * features.itemsize
-    pool = {"kv_cache_bytes": POOL_BLOCKS * quiet.runner.block_bytes, "prefill_chunk_tokens": 32}
+    pool: dict[str, Any] = {
+        "kv_cache_bytes": POOL_BLOCKS * quiet.runner.block_bytes,
+        "prefill_chunk_tokens": 32,
+    }
     quiet.shutdown()
     quiet = EngineHarness(checkpoint, **pool)
     tight = EngineHarness(

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import select
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+from llava_sagemaker.adapter.request_reading import LARGEST_BODIES
 
 from llava_triton.server import TritonServer, free_ports
-from tests.adapter_process import Adapter
+from tests.adapter_process import PATIENCE_SECONDS, Adapter
 from tests.conftest import ROOT
 from tests.container_process import question
 
 MAX_SESSIONS = 2
-LIMITS = {"max_sessions": MAX_SESSIONS, "session_idle_seconds": 1.0}
+LIMITS = {"max_sessions": MAX_SESSIONS, "session_idle_seconds": 1.0, "max_image_bytes": 600_000}
+LARGEST_BODY = 600_000 * 4 // 3 + 2 * 256 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,24 @@ def test_headers_have_a_size_limit(adapter: Adapter) -> None:
     # What the sockets' own buffers take is not seen.
     assert sent < 64 << 20, "headers of 64 MiB were taken"
     assert adapter.ping() == 200
+
+
+def test_bodies_have_a_limit_together(adapter: Adapter) -> None:
+    head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY}\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        # All but the last byte: they are read, and wait for it.
+        waiting = []
+        for _ in range(LARGEST_BODIES + 1):
+            connection = socket.create_connection(("127.0.0.1", adapter.port))
+            waiting.append(stack.enter_context(connection))
+            connection.sendall(head.encode() + b" " * (LARGEST_BODY - 1))
+        (refused, *more), _, _ = select.select(waiting, [], [], PATIENCE_SECONDS)
+        assert not more
+        answer = refused.recv(4096).decode()
+        assert answer.startswith("HTTP/1.1 503 ")
+        assert "too many large bodies are under way" in answer
+        assert adapter.ping() == 200
+        small = adapter.invoke(b"small")
+        assert (small.status, small.code) == (400, "invalid_request")  # it is no JSON
+    large = b" " * LARGEST_BODY
+    adapter.wait_until(lambda: adapter.invoke(large).status == 400)

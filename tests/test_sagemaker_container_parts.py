@@ -16,6 +16,8 @@ from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch, numbers_of
 from llava_sagemaker.container.encoder import repository_to_serve
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import needed_bytes, warning
+from llava_sagemaker.container.stop_signal import StopSignal
+from llava_sagemaker.container.supervisor import RESTARTS, Supervisor
 from moto import mock_aws
 
 MIB = 1024 * 1024
@@ -232,3 +234,16 @@ def test_serving_goes_on_without_cloudwatch(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     sender.stop()
+
+
+def test_models_that_die_again_and_again_end_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process keeps its own
+    monkeypatch.setattr(Supervisor, "_start", lambda _, repository: started.append(repository))
+    monkeypatch.setattr(Supervisor, "_watch", lambda _: True)  # a model's process has died
+    with pytest.raises(ContainerError, match=f"died {RESTARTS + 1} times in 10 minutes"):
+        Supervisor(0, StopSignal()).serve(tmp_path)
+    assert len(started) == RESTARTS + 1
+    assert capsys.readouterr().out.count("starting Triton again") == RESTARTS

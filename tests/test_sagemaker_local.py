@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -180,6 +181,29 @@ def test_the_example(endpoint: LocalEndpoint) -> None:
     assert "cached_tokens" in usage
     assert len(second) > 20
     assert closed.startswith("closed: ")
+
+
+def test_the_commands_chat(endpoint: LocalEndpoint, server: TritonServer, tmp_path: Path) -> None:
+    picture = tmp_path / "a picture.png"
+    picture.write_bytes(PICTURE)
+    command = [sys.executable, "-m", "llava_sagemaker.deploy", "chat", "local"]
+    command += ["--image", str(picture), "--region", "eu-west-1"]
+    done = subprocess.run(
+        command,
+        input="\n".join([*QUESTIONS, "", ""]),
+        env=os.environ
+        | {"AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.url}
+        | {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = answers_over_grpc(server, PICTURE)
+    assert [part for part in re.split(r"you:? ?:? ", done.stdout) if part][: len(expected)] == [
+        f"{answer}\n" for answer in expected
+    ]
 
 
 def test_forty_sessions_stay_on_their_instances(

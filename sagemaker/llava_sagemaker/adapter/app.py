@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from llava_sagemaker.adapter.metrics import AdapterMetrics
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.remembered import Remembered
 from llava_sagemaker.adapter.request_reading import (
+    BodyRoom,
     read_request,
     unknown_content_type,
     unknown_json,
@@ -82,7 +83,7 @@ class Adapter:
         self._pictures = Pictures(fetch, settings.max_images_per_turn)
         self._remembered = Remembered(settings.max_sessions)
         # A picture in base64, and the texts.
-        self._body_limit = settings.max_image_bytes * 4 // 3 + 2 * settings.max_text_bytes
+        self._bodies = BodyRoom(settings.max_image_bytes * 4 // 3 + 2 * settings.max_text_bytes)
 
     async def ping(self, http: HttpRequest) -> Response:
         """200 where the engine answers, else 503."""
@@ -102,6 +103,10 @@ class Adapter:
 
     async def invocations(self, http: HttpRequest) -> Response:
         """One request, whatever its kind."""
+        with self._bodies.share() as take:  # until the answer, or its first piece
+            return await self._invocation(http, take)
+
+    async def _invocation(self, http: HttpRequest, take: Callable[[int], None]) -> Response:
         began = time.monotonic()
         kind, outcome = "unknown", "ok"
         self._metrics.in_flight += 1
@@ -109,7 +114,9 @@ class Adapter:
         try:
             if self._metrics.in_flight > self._settings.max_queued_turns + SPARE_REQUESTS:
                 raise unavailable("too many requests are under way; try again later")
-            invocation = await self._understand(await read_request(http, self._body_limit))
+            invocation = await self._understand(
+                await read_request(http, self._bodies.limit_bytes, take)
+            )
             kind = invocation.kind
             if kind != "chat":
                 other = self._remembered.other_turn_begins(invocation.turn)

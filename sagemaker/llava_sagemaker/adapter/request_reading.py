@@ -3,23 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 from email.message import Message
 
 from starlette.requests import Request as HttpRequest
 
-from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
 from llava_sagemaker.adapter.invocation import Request
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
+LARGEST_BODIES = 16
+"""All bodies that are read or answered at once may take as much as so many of the largest."""
 
 
-async def read_request(http: HttpRequest, limit_bytes: int) -> Request:
+class BodyRoom:
+    """What all bodies together may take in memory.
+
+    Args:
+        limit_bytes: of one body.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._left = limit_bytes * LARGEST_BODIES
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body while the context lasts; what it gives takes so many bytes of it.
+
+        Raises:
+            AdapterError: body_too_large, or unavailable where the others leave too little.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if taken + size > self.limit_bytes:
+                raise _too_large(self.limit_bytes)
+            if size > self._left:
+                raise unavailable("too many large bodies are under way; try again later")
+            taken += size
+            self._left -= size
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int], None]) -> Request:
     """Read it.
 
+    Args:
+        http: the request.
+        limit_bytes: of its body.
+        take: see `BodyRoom.share`.
+
     Raises:
-        AdapterError: body_too_large, or invalid_request.
+        AdapterError: body_too_large, unavailable, or invalid_request.
     """
     session = http.headers.get(SESSION_ID)
     if session is not None and session != NEW_SESSION:
@@ -32,22 +76,19 @@ async def read_request(http: HttpRequest, limit_bytes: int) -> Request:
         content_type=http.headers.get("content-type", "").partition(";")[0].strip().lower(),
         content_parameters=parameters,
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
-        body=await _body(http, limit_bytes),
+        body=await _body(http, limit_bytes, take),
     )
 
 
-async def _body(http: HttpRequest, limit: int) -> bytes:
+async def _body(http: HttpRequest, limit: int, take: Callable[[int], None]) -> bytes:
     length = http.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
         raise _too_large(limit)
     pieces: list[bytes] = []
-    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in http.stream():
-                size += len(piece)
-                if size > limit:
-                    raise _too_large(limit)
+                take(len(piece))
                 pieces.append(piece)
     except TimeoutError:
         raise AdapterError(
