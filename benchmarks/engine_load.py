@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import queue
 import sys
 import time
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from benchmarks.measurement import (
@@ -23,30 +21,34 @@ from benchmarks.measurement import (
 )
 from benchmarks.processes import this_process
 from benchmarks.workload import Workload
-from llava_triton.checkpoint import compute_dtype, load_checkpoint
+from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
+from llava_triton.device import compute_dtype, default_device
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.errors import SessionError
 from llava_triton.images import PixelValues
 from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.settings import Settings
+from llava_triton.vision_encoding import vision_encoding
 
 PATIENCE_SECONDS = 300.0
 """Nothing comes for so long: the engine hangs."""
 
 
 def make_engine(repository: Path, dtype: str) -> Engine:
-    """The engine as `model_repository/language_model/1/model.py` makes it, on the CPU.
+    """The engine as `model_repository/language_model/1/model.py` makes it.
 
     Args:
         repository: the exported model repository.
         dtype: a value of `Settings.dtype`.
     """
     settings = dataclasses.replace(Settings.of_repository(repository), dtype=dtype)
+    device = default_device()
     checkpoint = load_checkpoint(
         repository / "language_model" / "1" / "checkpoint",
-        dtype=compute_dtype(settings.dtype, torch.device("cpu")),
+        dtype=compute_dtype(settings.dtype, device),
+        device=device,
     )
     return Engine(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
 
@@ -57,20 +59,11 @@ class Encoder:
     def __init__(self, repository: Path) -> None:
         self._settings = Settings.of_repository(repository)
         self._pixels = PixelValues(repository / "image_encoder" / "1" / "processor")
-        # As in model_repository/vision_encoder/1/model.py.
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            repository / "vision_encoder" / "1" / "model.onnx",
-            options,
-            providers=["CPUExecutionProvider"],
-        )
+        self._encode = vision_encoding(repository, self._settings)
 
     def features(self, picture: bytes) -> torch.Tensor:
         """One picture -> [1, T, D]."""
-        pixels = self._pixels.of_encoded([picture], self._settings)
-        return torch.from_numpy(self._session.run(None, {"pixel_values": pixels})[0])
+        return self._encode(self._pixels.of_encoded([picture], self._settings))
 
 
 @dataclasses.dataclass

@@ -17,8 +17,9 @@ import torch
 from PIL.Image import Image
 from transformers import AutoProcessor
 
-from llava_triton.checkpoint import compute_dtype, load_checkpoint
+from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
+from llava_triton.device import compute_dtype
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session, SessionId

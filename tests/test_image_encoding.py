@@ -6,10 +6,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from llava_triton.encoded_images import EncodedImages
 from llava_triton.in_order import InOrder
@@ -17,10 +18,10 @@ from llava_triton.in_order import InOrder
 ROW_BYTES = 4 * 3
 
 
-def encode(pictures: Sequence[bytes]) -> np.ndarray:
+def encode(pictures: Sequence[bytes]) -> Tensor:
     """Features [N, 1, 3] that tell which picture they are of."""
     rows = [[len(picture), sum(picture), picture[0]] for picture in pictures]
-    return np.array(rows, dtype=np.float32)[:, None]
+    return torch.tensor(rows, dtype=torch.float32)[:, None]
 
 
 @given(
@@ -34,14 +35,14 @@ def test_features_are_those_of_the_picture_whatever_is_remembered(
 ) -> None:
     images = EncodedImages(rows * ROW_BYTES, b"")
     for pictures in turns:
-        assert np.array_equal(images.features(pictures, encode), encode(pictures))
+        assert torch.equal(images.features(pictures, encode), encode(pictures))
 
 
 def test_a_picture_is_encoded_once() -> None:
     images = EncodedImages(10 * ROW_BYTES, b"")
     calls: list[list[bytes]] = []
 
-    def counted(pictures: Sequence[bytes]) -> np.ndarray:
+    def counted(pictures: Sequence[bytes]) -> Tensor:
         calls.append(list(pictures))
         return encode(pictures)
 
@@ -66,12 +67,12 @@ def test_a_picture_that_comes_while_it_is_encoded_is_waited_for() -> None:
     images = EncodedImages(10 * ROW_BYTES, b"")
     begun, go = threading.Event(), threading.Event()
 
-    def slow(pictures: Sequence[bytes]) -> np.ndarray:
+    def slow(pictures: Sequence[bytes]) -> Tensor:
         begun.set()
         assert go.wait(10)
         return encode(pictures)
 
-    def never(pictures: Sequence[bytes]) -> np.ndarray:
+    def never(pictures: Sequence[bytes]) -> Tensor:
         raise AssertionError("encoded twice")
 
     with ThreadPoolExecutor() as threads:
@@ -81,7 +82,7 @@ def test_a_picture_that_comes_while_it_is_encoded_is_waited_for() -> None:
         while images.hits == 0:  # until the second one has looked
             assert not second.done()
         go.set()
-        assert np.array_equal(first.result(10), second.result(10))
+        assert torch.equal(first.result(10), second.result(10))
 
 
 def test_two_threads_with_each_others_pictures_do_not_wait_for_ever() -> None:
@@ -90,18 +91,18 @@ def test_two_threads_with_each_others_pictures_do_not_wait_for_ever() -> None:
         for _ in range(200):
             one = threads.submit(images.features, [b"a", b"b"], encode)
             two = threads.submit(images.features, [b"b", b"a"], encode)
-            assert np.array_equal(one.result(10), two.result(10)[::-1])
+            assert torch.equal(one.result(10), two.result(10).flip(0))
 
 
 def test_a_failure_is_everybodys_and_is_not_remembered() -> None:
     images = EncodedImages(10 * ROW_BYTES, b"")
 
-    def broken(pictures: Sequence[bytes]) -> np.ndarray:
+    def broken(pictures: Sequence[bytes]) -> Tensor:
         raise ValueError("no picture")
 
     with pytest.raises(ValueError, match="no picture"):
         images.features([b"a"], broken)
-    assert np.array_equal(images.features([b"a"], encode), encode([b"a"]))
+    assert torch.equal(images.features([b"a"], encode), encode([b"a"]))
 
 
 def test_jobs_of_a_session_keep_their_order_and_sessions_do_not_wait() -> None:

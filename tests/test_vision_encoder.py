@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
 from llava_export.vision import VisionEncoder, features_shape, llava_config, load_vision_encoder
 from llava_export.weights import CheckpointWeights
+from llava_triton.settings import Settings
+from llava_triton.vision_encoding import TorchEncoding, vision_encoding
 from tests.checkpoints import DEMO, tiny_llava
 from tests.reference import load_reference
 
@@ -87,6 +90,52 @@ def test_demo_graph_in_the_repository_gives_transformers_features(demo_repositor
     assert report["passed"]
     assert {row["batch"] for row in report["rows"]} == {1, 3, 8}
     assert max(row["max_scaled"] for row in report["rows"]) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
+def test_torch_in_the_place_of_the_graph_gives_the_same_features(
+    several_layers: Path, batch: int
+) -> None:
+    # 3 is filled up, 5 is more than there are at once, 8 too. What is left of an earlier, larger
+    # batch must not show.
+    encoding = TorchEncoding(several_layers, torch.device("cpu"), torch.float32, max_batch=4)
+    encoding(noise(4, 70))
+    pixels = noise(batch, 70)
+    features = encoding(pixels)
+    assert features.dtype == torch.float32
+    assert error(features.numpy(), transformers_features(several_layers, pixels)) < 1e-5
+    encoding(noise(4, 70) + 1)
+    again = encoding(pixels)
+    assert torch.equal(features, again)  # nor does a later one write over what was returned
+
+
+def test_torch_in_a_half_type_gives_what_transformers_gives_in_it(several_layers: Path) -> None:
+    encoding = TorchEncoding(several_layers, torch.device("cpu"), torch.bfloat16, max_batch=2)
+    pixels = noise(2, 70)
+    expected = transformers_features(several_layers, pixels)
+    assert 1e-4 < error(encoding(pixels).numpy(), expected) < 0.1
+
+
+def test_without_a_gpu_the_exported_graph_is_chosen(
+    demo_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.of_repository(demo_repository)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    encoding = vision_encoding(demo_repository, settings)
+    assert encoding.name.startswith("ONNX Runtime")
+    assert error(encoding(noise(2, 96)).numpy(), transformers_features(DEMO, noise(2, 96))) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_with_a_gpu_torch_is_chosen(demo_repository: Path) -> None:
+    settings = dataclasses.replace(Settings.of_repository(demo_repository), dtype="float32")
+    encoding = vision_encoding(demo_repository, settings)
+    assert encoding.name.startswith("torch")
+    for batch in (1, 3, 8):
+        features = encoding(noise(batch, 96))
+        assert features.is_cuda
+        expected = transformers_features(DEMO, noise(batch, 96))
+        assert error(features.cpu().numpy(), expected) < 1e-3
 
 
 def test_server_batches_waiting_pictures_and_gives_each_request_its_own(

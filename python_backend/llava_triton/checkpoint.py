@@ -20,23 +20,6 @@ class Checkpoint:
     """The checkpoint's fast tokenizer, with its chat template."""
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of `Settings.dtype`; "auto" is float32 on a CPU, where answers are compared token
-    for token, and a half type on a GPU."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            name
-        ]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
 def load_checkpoint(
     source: str | Path,
     *,

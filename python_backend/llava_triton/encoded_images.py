@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import numpy as np
+import torch
+from torch import Tensor
 
-Encode = Callable[[Sequence[bytes]], np.ndarray]
-"""Encoded picture files -> features [N, T, D]."""
+Encode = Callable[[Sequence[bytes]], Tensor]
+"""Encoded picture files -> features [N, T, D] on any device, in memory that may be taken back."""
 
 
 class EncodedImages:
@@ -28,16 +29,16 @@ class EncodedImages:
         self._budget = budget_bytes
         self._fingerprint = hashlib.sha256(fingerprint).digest()
         self._lock = threading.Lock()
-        self._done: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._done: OrderedDict[bytes, Tensor] = OrderedDict()
         """Longest unused first."""
         self._bytes = 0
-        self._coming: dict[bytes, Future[np.ndarray]] = {}
+        self._coming: dict[bytes, Future[Tensor]] = {}
         self.hits = 0
         """Pictures that did not have to be encoded."""
         self.misses = 0
         """Pictures that had to."""
 
-    def features(self, pictures: Sequence[bytes], encode: Encode) -> np.ndarray:
+    def features(self, pictures: Sequence[bytes], encode: Encode) -> Tensor:
         """Features [N, T, D] of pictures; `encode` is called for those that are new.
 
         Raises:
@@ -45,7 +46,7 @@ class EncodedImages:
                 picture; nothing is remembered of it.
         """
         digests = [hashlib.sha256(self._fingerprint + picture).digest() for picture in pictures]
-        found: dict[bytes, np.ndarray | Future[np.ndarray]] = {}
+        found: dict[bytes, Tensor | Future[Tensor]] = {}
         ours: dict[bytes, bytes] = {}
         with self._lock:
             for digest, picture in zip(digests, pictures, strict=True):
@@ -62,7 +63,7 @@ class EncodedImages:
         if ours:  # before waiting for anybody: two threads may wait for each other's pictures
             self._encode(ours, encode)
         parts = [found[digest] for digest in digests]
-        return np.stack([part.result() if isinstance(part, Future) else part for part in parts])
+        return torch.stack([part.result() if isinstance(part, Future) else part for part in parts])
 
     def _encode(self, pictures: dict[bytes, bytes], encode: Encode) -> None:
         try:
@@ -74,7 +75,7 @@ class EncodedImages:
                 future.set_exception(error)
             raise
         # Copies: a row of a batch would keep the whole batch in memory.
-        copies = [np.array(each) for each in features]
+        copies = [each.clone() for each in features]
         with self._lock:
             coming = [self._coming.pop(digest) for digest in pictures]
             for digest, copy in zip(pictures, copies, strict=True):

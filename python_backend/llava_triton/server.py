@@ -30,6 +30,7 @@ __all__ = ["CPU_ENVIRONMENT", "ServerError", "TritonServer", "free_ports"]
 
 START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
+_GPU_POOL_BYTES = 512 * 1024 * 1024
 _EXIT_SECONDS = 1
 """Triton's own wait, at its end, for open sequences and running requests."""
 
@@ -168,6 +169,8 @@ class TritonServer:
             "backend-directory": installation.backend_directory(run_folder),
             "backend-config": f"python,shm-region-prefix-name={run_folder.name}-",
             "exit-timeout-secs": _EXIT_SECONDS,
+            # Image features go from model to model in it: of pictures that are opened together.
+            "cuda-memory-pool-byte-size": f"0:{_GPU_POOL_BYTES}",
         }
         for service, port in self.ports.items():
             options[f"{service}-address"] = self.host

@@ -38,7 +38,8 @@ class Settings:
     """Host memory for keys and values of sessions that had to leave the device, and as much again
     for image features; null: a quarter of what is free when the server starts."""
     image_features_bytes: int | None = None
-    """Memory on the device for image features; null: a quarter of what is free."""
+    """Memory on the device for image features; null: what all sessions could need, up to a third
+    of what is free (a quarter where the CPU is the device)."""
     encoded_images_bytes: int = 256 * 1024 * 1024
     """Memory in which the image encoder keeps what it made of the latest pictures, so that a
     picture sent again is not encoded again."""

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
+from torch import Tensor
 
 from llava_triton import protocol
+from llava_triton.device import default_device
 from llava_triton.encoded_images import EncodedImages
 from llava_triton.errors import ErrorCode, SessionError, unavailable
 from llava_triton.images import PixelValues, iterate_images
@@ -37,6 +40,11 @@ class TritonPythonModel:
             self._settings.encoded_images_bytes,
             fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
         )
+        # Features stay where they are computed; the language model's are there too.
+        on_gpu = default_device().type == "cuda"
+        self._features_memory = pb_utils.PreferredMemory(
+            pb_utils.TRITONSERVER_MEMORY_GPU if on_gpu else pb_utils.TRITONSERVER_MEMORY_CPU
+        )
         self._jobs = InOrder(min(MAX_WORKERS, os.cpu_count() or 1), self._settings.max_queued_turns)
         self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._encoded))
 
@@ -60,14 +68,17 @@ class TritonPythonModel:
         # 0 is no session: such requests have nothing to do with one another.
         lane = session or object()
         if not items:
-            self._jobs.submit(lane, lambda: _send(sender, protocol.NO_FEATURES), quick=True)
+            nothing = pb_utils.Tensor(protocol.IMAGE_FEATURES, protocol.NO_FEATURES)
+            self._jobs.submit(lane, lambda: _send(sender, nothing), quick=True)
         elif not self._jobs.submit(lane, lambda: self._answer(items, sender)):
             limit = self._settings.max_queued_turns
             _send_error(sender, unavailable(f"{limit} pictures are waiting; try again later"))
 
     def _answer(self, items: list[bytes], sender: Any) -> None:
         try:
-            _send(sender, self._encoded.features(items, self._encode))
+            features = self._encoded.features(items, self._encode)
+            # The tensor, not its capsule: Triton then waits for the stream that is filling it.
+            _send(sender, pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, features))
         except SessionError as error:
             _send_error(sender, self._numbered(items, error))
         except Exception as error:
@@ -85,19 +96,18 @@ class TritonPythonModel:
             return numbered
         return error
 
-    def _encode(self, items: Sequence[bytes]) -> np.ndarray:
+    def _encode(self, items: Sequence[bytes]) -> Tensor:
         pixels = self._pixel_values.of_encoded(list(items), self._settings)
         response = pb_utils.InferenceRequest(
             model_name="vision_encoder",
             requested_output_names=[protocol.IMAGE_FEATURES],
             inputs=[pb_utils.Tensor(protocol.PIXEL_VALUES, np.ascontiguousarray(pixels))],
-            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+            preferred_memory=self._features_memory,
         ).exec()
         if response.has_error():
             raise RuntimeError(response.error().message())
         features = pb_utils.get_output_tensor_by_name(response, protocol.IMAGE_FEATURES)
-        array: np.ndarray = features.as_numpy()
-        return array
+        return torch.utils.dlpack.from_dlpack(features.to_dlpack())
 
 
 def _images(request: Any) -> np.ndarray | None:
@@ -105,11 +115,10 @@ def _images(request: Any) -> np.ndarray | None:
     return None if tensor is None else tensor.as_numpy()
 
 
-def _send(sender: Any, features: np.ndarray) -> None:
+def _send(sender: Any, features: Any) -> None:
     # Without a picture an empty tensor, not no tensor: an omitted output would reset the sequence
     # flags that Triton hands to the ensemble's next step.
-    tensor = pb_utils.Tensor(protocol.IMAGE_FEATURES, features)
-    sender.send(pb_utils.InferenceResponse([tensor]), flags=FINAL)
+    sender.send(pb_utils.InferenceResponse([features]), flags=FINAL)
 
 
 def _send_error(sender: Any, error: SessionError) -> None:

@@ -13,8 +13,9 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from llava_triton import protocol
-from llava_triton.checkpoint import compute_dtype, default_device, load_checkpoint
+from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
+from llava_triton.device import compute_dtype, default_device
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.errors import ErrorCode, SessionError, as_session_error

@@ -10,11 +10,14 @@ import torch
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.settings import Settings
 
-GPU_SHARE = 0.6
-"""Of the GPU's free memory after the weights: a quarter more is for image features, and the rest
-for what a step computes."""
+GPU_SHARE = 0.86
+"""Of the GPU's free memory after the weights, for keys, values and image features; the rest is for
+what a step computes, for recorded steps, and for the vision encoder in its own process."""
+FEATURES_SHARE = 0.36
+"""Of the same, at most for image features: 5,000 pictures beside LLaVA-1.5-7B on 80 GB."""
 HOST_SHARE = 0.25
-"""Of the host's free memory, where it is the device: other processes live there too."""
+"""Of the host's free memory, where it is the device, for keys and values, and as much again for
+image features: other processes live there too."""
 
 
 def device_memory(device: torch.device) -> int:
@@ -42,7 +45,28 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def blocks_for(settings: Settings, block_bytes: int, context_length: int, free: int) -> int:
+def features_budget(settings: Settings, picture_bytes: int, free: int, device: torch.device) -> int:
+    """Bytes of the device for image features.
+
+    Args:
+        settings: limits.
+        picture_bytes: of one picture's features.
+        free: bytes of the device.
+        device: what it is.
+    """
+    share = FEATURES_SHARE if device.type == "cuda" else HOST_SHARE
+    useful = settings.max_sessions * settings.max_images_per_turn * picture_bytes
+    return settings.image_features_bytes or min(int(free * share), useful)
+
+
+def blocks_for(
+    settings: Settings,
+    block_bytes: int,
+    context_length: int,
+    free: int,
+    features: int,
+    device: torch.device,
+) -> int:
     """Blocks of the pool: as many as the setting or the device's memory allows, but no more than
     all sessions could ever use.
 
@@ -51,9 +75,11 @@ def blocks_for(settings: Settings, block_bytes: int, context_length: int, free: 
         block_bytes: of one block over all layers.
         context_length: of the model, in tokens.
         free: bytes of the device.
+        features: those of them that image features may have.
+        device: what it is.
     """
-    share = GPU_SHARE if torch.cuda.is_available() else HOST_SHARE
-    allowed = settings.kv_cache_bytes or int(free * share)
+    left = free * GPU_SHARE - features if device.type == "cuda" else free * HOST_SHARE
+    allowed = settings.kv_cache_bytes or int(left)
     # One more block a session than its tokens need: for a copy before a write.
     useful = settings.max_sessions * (-(-context_length // BLOCK_TOKENS) + 1)
     return max(1, min(useful, allowed // block_bytes))

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from llava_triton.checkpoint import Checkpoint
 from llava_triton.engine.first_touch import FirstTouch
-from llava_triton.engine.memory_size import blocks_for, device_memory, host_memory
+from llava_triton.engine.memory_size import (
+    blocks_for,
+    device_memory,
+    features_budget,
+    host_memory,
+)
 from llava_triton.engine.pages import Pages, block_bytes
 from llava_triton.engine.recorded_decode import RecordedDecode
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
@@ -56,11 +61,19 @@ class ModelRunner:
         geometry, layers = self._text_model.geometry, len(self._text_model.layers)
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
         free = device_memory(self.device)
-        blocks = blocks_for(settings, self.block_bytes, self.context_length, free)
+        picture_bytes = self.tokens_per_image * self.hidden_size * self._text_model.dtype.itemsize
+        self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
+        blocks = blocks_for(
+            settings,
+            self.block_bytes,
+            self.context_length,
+            free,
+            self.image_bytes_on_device,
+            self.device,
+        )
         self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
         tensors = (self.pages.keys, self.pages.values)
         self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
-        self.image_bytes_on_device = settings.image_features_bytes or free // 4
         self.host_bytes = settings.host_cache_bytes or host_memory() // 4
         self._recorded: RecordedDecode | None = None
         if record if record is not None else self.device.type == "cuda":

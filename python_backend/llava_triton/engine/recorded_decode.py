@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava_triton.device import cuda_graph
 from llava_triton.engine.step import StepPart
 from llava_triton.paged_attention.interface import BLOCK_TOKENS, Rows
 
@@ -121,25 +122,7 @@ class RecordedDecode:
         def run() -> Tensor:
             return self._decode(ids.long(), Rows(starts, contexts, tables, contexts.long()))
 
-        return _Record(staged, given, self._graph(run) if on_gpu else run)
-
-    def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # Before it is recorded, on a stream of its own: libraries make their workspaces and kernels
-        # are compiled when they are first used.
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+        return _Record(staged, given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
 
 
 def _up_to(ascending: Iterable[int], most: int) -> list[int]:
