@@ -58,7 +58,7 @@ lint: .venv/development ## Style and types
 bench: .venv/runtime compiler ## Speed beside plain transformers, in one run (20 minutes)
 	$(python) -m benchmarks.bench
 
-accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 costs the demo checkpoint (2 minutes)
+accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (6 minutes)
 	$(python) -m benchmarks.accuracy
 
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)

@@ -1,8 +1,9 @@
-"""`make accuracy`: what a reduced precision costs the demo checkpoint, question by question.
+"""`make accuracy`: what a reduced precision costs the demo checkpoint, and what it gains.
 
-The conversations of `make evaluate` about pictures that the checkpoint has never seen, held with
-our engine in each dtype, the model's own earlier answers as the history. An answer counts when it
-is the expected one, word for word.
+The cost: the conversations of `make evaluate` about pictures that the checkpoint has never seen,
+held with our engine in each precision, the model's own earlier answers as the history. An answer
+counts when it is the expected one, word for word. The gain: the time between tokens of one session
+in the benchmark's geometry, whose arithmetic is worth measuring; the precisions take turns.
 """
 
 from __future__ import annotations
@@ -10,32 +11,49 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import queue
+import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.engine_load import PATIENCE_SECONDS, Encoder, make_engine
+from benchmarks.measurement import Load, read_loads
+from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
 from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
 from demo.evaluate import Asked, share
+from llava_export.repository import ExportJob, export
 from llava_triton.delta import Delta
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.errors import SessionError
 from llava_triton.sampling_parameters import SamplingParameters
+from llava_triton.server import CPU_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = ROOT / "build" / "repositories" / "demo"
 OUTPUT = ROOT / "benchmarks" / "results" / "cpu-accuracy.json"
-DTYPES = ("float32", "bfloat16")
+PRECISIONS = {
+    "float32": ("float32", "unrounded"),
+    "float32, int8 weights": ("float32", "int8"),
+    "bfloat16": ("bfloat16", "unrounded"),
+    "bfloat16, int8 weights": ("bfloat16", "int8"),
+}
+"""Values of `Settings.dtype` and `Settings.weights`. The first is what the others are compared
+with."""
+FIRST = next(iter(PRECISIONS))
 MAX_TOKENS = 96
+ROUNDS = 3
 
 
-def answers(repository: Path, dtype: str, questions: int) -> list[Asked]:
-    """At least so many questions, asked of an engine in this dtype."""
-    engine, encoder = make_engine(repository, dtype), Encoder(repository)
+def answers(repository: Path, precision: str, questions: int) -> list[Asked]:
+    """At least so many questions, asked of an engine in this precision."""
+    engine, encoder = make_engine(repository, *PRECISIONS[precision]), Encoder(repository)
     asked: list[Asked] = []
     number = 0
     try:
@@ -86,17 +104,47 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def report(results: dict[str, list[Asked]]) -> str:
-    """A line a dtype."""
-    first = results[DTYPES[0]]
+def between_tokens(geometry: Geometry, rounds: int) -> dict[str, float]:
+    """Median milliseconds between the tokens of one session's answers, by precision."""
+    with tempfile.TemporaryDirectory(prefix="llava-accuracy-") as folder:
+        checkpoint, repository = Path(folder) / "checkpoint", Path(folder) / "repository"
+        write_checkpoint(checkpoint, geometry)
+        export(ExportJob(str(checkpoint), repository))
+        workload = Path(folder) / "workload.json"
+        Workload(str(checkpoint), str(repository), turns=3).write(workload)
+        times: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+        for _ in range(rounds):
+            for precision, found in times.items():
+                for load in _loads(workload, *PRECISIONS[precision]):
+                    found += [
+                        each.between_tokens_ms for each in load.turns if each.between_tokens_ms
+                    ]
+    return {precision: statistics.median(found) for precision, found in times.items()}
+
+
+def _loads(workload: Path, dtype: str, weights: str) -> list[Load]:
+    """One session, in a process whose threads wait as the server's do."""
+    output = workload.with_name("loads.json")
+    command = [sys.executable, "-m", "benchmarks.engine_load", "--sessions", "1"]
+    command += ["--workload", str(workload), "--output", str(output)]
+    command += ["--dtype", dtype, "--weights", weights]
+    environment = os.environ | CPU_ENVIRONMENT
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return read_loads(output)
+
+
+def report(results: Mapping[str, list[Asked]], times: Mapping[str, float]) -> str:
+    """A line a precision."""
     lines = [
-        f"{'dtype':10} {'questions':>9} {'correct':>8} {'share':>8} {'other than in float32':>22}"
+        f"{'':24} {'questions':>9} {'correct':>8} {'share':>8} {'other than in float32':>22}"
+        f" {'between tokens, ms':>19} {'speed-up':>9}"
     ]
-    for dtype, asked in results.items():
+    for precision, asked in results.items():
         correct = sum(one.correct for one in asked)
         lines.append(
-            f"{dtype:10} {len(asked):9} {correct:8} {100 * share(asked):6.2f} % "
-            f"{_different(first, asked):22}"
+            f"{precision:24} {len(asked):9} {correct:8} {100 * share(asked):6.2f} % "
+            f"{_different(results[FIRST], asked):22} {times[precision]:19.2f}"
+            f" {times[FIRST] / times[precision]:9.2f}"
         )
     return "\n".join(lines)
 
@@ -110,23 +158,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--questions", type=int, default=1500, help="ask at least so many")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: tests the command")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON (%(default)s)")
     options = parser.parse_args(arguments)
     results = {}
-    for dtype in DTYPES:
-        print(f"{options.questions} questions in {dtype} ...", flush=True)
-        results[dtype] = answers(options.repository, dtype, options.questions)
-    print(report(results))
+    for precision in PRECISIONS:
+        print(f"{options.questions} questions in {precision} ...", flush=True)
+        results[precision] = answers(options.repository, precision, options.questions)
+    print("time between tokens in the benchmark's geometry ...", flush=True)
+    times = between_tokens(QUICK if options.quick else FULL, 1 if options.quick else ROUNDS)
+    text = report(results, times)
+    print(text)
     values = {
-        dtype: {
+        precision: {
             "questions": len(asked),
             "correct": sum(one.correct for one in asked),
-            "other_than_float32": _different(results[DTYPES[0]], asked),
+            "other_than_float32": _different(results[FIRST], asked),
+            "between_tokens_ms": times[precision],
         }
-        for dtype, asked in results.items()
+        for precision, asked in results.items()
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(values, indent=2) + "\n")
+    options.output.with_suffix(".txt").write_text(f"{text}\n")
     return 0
 
 

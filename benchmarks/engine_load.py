@@ -36,14 +36,15 @@ PATIENCE_SECONDS = 300.0
 """Nothing comes for so long: the engine hangs."""
 
 
-def make_engine(repository: Path, dtype: str) -> Engine:
+def make_engine(repository: Path, dtype: str, weights: str = "unrounded") -> Engine:
     """The engine as `model_repository/language_model/1/model.py` makes it.
 
     Args:
         repository: the exported model repository.
         dtype: a value of `Settings.dtype`.
+        weights: a value of `Settings.weights`.
     """
-    settings = dataclasses.replace(Settings.of_repository(repository), dtype=dtype)
+    settings = dataclasses.replace(Settings.of_repository(repository), dtype=dtype, weights=weights)
     device = default_device()
     checkpoint = load_checkpoint(
         repository / "language_model" / "1" / "checkpoint",
@@ -110,11 +111,11 @@ class Asked:
 class EngineLoad:
     """An engine with its encoder, and sessions that ask it."""
 
-    def __init__(self, workload: Workload, dtype: str) -> None:
+    def __init__(self, workload: Workload, dtype: str, weights: str = "unrounded") -> None:
         repository = Path(workload.repository)
         self._workload = workload
         self._encoder = Encoder(repository)
-        self.engine = make_engine(repository, dtype)
+        self.engine = make_engine(repository, dtype, weights)
         self._hold(0, 1, 2)
 
     def hold(self, workload: Workload, sessions: int) -> Load:
@@ -164,10 +165,11 @@ def main() -> int:
     """The engine under the given loads, and then the fairness part if it is wanted."""
     parser = part_arguments(__doc__)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--weights", default="unrounded")
     parser.add_argument("--fairness", type=Path, help="measure this too, and write it there")
     options = parser.parse_args()
     workload = Workload.read(options.workload)
-    load = EngineLoad(workload, options.dtype)
+    load = EngineLoad(workload, options.dtype, options.weights)
     write_loads(options.output, run_loads(workload, options.sessions, load.hold))
     if options.fairness is not None:
         # Not at the top: it needs what is defined here.

@@ -54,6 +54,28 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
         assert target["text"] in told
 
 
+def test_a_reduced_precisions_cost_and_gain_are_measured(
+    demo_repository: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "accuracy.json"
+    options = ("--quick", "--questions", "20", "--output", str(output))
+    told = run("benchmarks.accuracy", "--repository", str(demo_repository), *options)
+    values = json.loads(output.read_text())
+    precisions = [
+        f"{dtype}{weights}"
+        for dtype in ("float32", "bfloat16")
+        for weights in ("", ", int8 weights")
+    ]
+    assert list(values) == precisions
+    assert values["float32"]["other_than_float32"] == 0
+    for precision, measured in values.items():
+        assert measured["questions"] >= 20
+        assert measured["correct"] >= 0.8 * measured["questions"]
+        assert measured["between_tokens_ms"] > 0
+        assert any(line.startswith(f"{precision} ") for line in told.splitlines())
+    assert output.with_suffix(".txt").read_text() in told
+
+
 def test_the_adapters_cost_is_measured(tmp_path: Path) -> None:
     output = tmp_path / "adapter.json"
     told = run("benchmarks.adapter_cost", "--quick", "--rounds", "1", "--output", str(output))

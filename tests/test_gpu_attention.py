@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_triton import paged_attention
+from llava_triton.engine.weight_quantization import Int8Weight
 from llava_triton.paged_attention.interface import AttentionGeometry, Rows
 from llava_triton.paged_attention.reference import ReferenceAttention
 from tests.test_paged_attention import Step
@@ -35,6 +36,7 @@ if ON_GPU or INTERPRETED:
         MIN_SPLIT_TOKENS,
         GpuAttention,
         add_rms_norm,
+        int8_product,
         silu_multiply,
     )
 
@@ -213,6 +215,23 @@ def test_silu_multiply(dtype: torch.dtype, rows: int, width: int) -> None:
     # A GPU's exp loses bits the farther from zero it is.
     tolerance: dict[str, Any] = {"atol": 1e-7, "rtol": 2e-5 if dtype == torch.float32 else 1e-2}
     torch.testing.assert_close(silu_multiply(gate_up), expected, **tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 96, 40), (3, 300, 17), (17, 64, 16), (70, 258, 33)]
+)
+def test_int8_product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(rows)
+    x, bias = torch.randn(rows, inputs).to(DEVICE, dtype), torch.randn(outputs).to(DEVICE, dtype)
+    weight = Int8Weight.of(torch.randn(outputs, inputs).to(DEVICE))
+    exact = x.double() @ (weight.integers.double() * weight.scales[:, None].double()).T
+    tolerance = TOLERANCES[dtype]
+    for shift in (bias, None):
+        result = int8_product(x, weight.integers, weight.scales, shift)
+        expected = (exact if shift is None else exact + shift.double()).to(dtype)
+        torch.testing.assert_close(result, expected, atol=tolerance * 10, rtol=tolerance)
 
 
 @needs_gpu

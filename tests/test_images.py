@@ -120,10 +120,48 @@ def test_pixel_values_equal_the_processors_own(
     file = tmp_path / "picture"
     file.write_bytes(data)
     expected = processor(load_image(str(file)), return_tensors="np")["pixel_values"]
-    actual = pixel_values.pixel_values([decode_image(data, SETTINGS)])
+    actual = pixel_values.of_encoded([data], SETTINGS)
     assert actual.dtype == np.float32
     assert actual.shape == (1, 3, SIDE, SIDE)
     np.testing.assert_array_equal(actual, expected)
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Large forms with fine grain."""
+    rng = np.random.default_rng(3)
+    forms = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    picture = np.asarray(forms.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    grain = rng.normal(0, 6, (height, width, 1)).astype(np.int16)
+    return Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, ROTATED])
+def test_a_photograph_decoded_at_a_smaller_size_looks_the_same(
+    orientation: int, pixel_values: PixelValues, processor: Any
+) -> None:
+    exif = rotated_exif(orientation)
+    data = encoded(photograph(1600, 1200), "JPEG", quality=90, exif=exif)
+    whole = decode_image(data, SETTINGS)
+    expected = processor(whole, return_tensors="np")["pixel_values"]
+    levels = 255 * np.array(processor.image_std)[:, None, None]
+    difference = np.abs((pixel_values.of_encoded([data], SETTINGS) - expected)[0]) * levels
+    assert 0 < difference.mean() < 1
+    assert difference.max() < 8
+    assert decode_image(data, SETTINGS, side=SIDE).size == tuple(side // 4 for side in whole.size)
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 100))
+def test_a_picture_keeps_twice_the_pixels_that_are_made_of_it(
+    width: int, height: int, side: int
+) -> None:
+    if max(width, height) > 100 * min(width, height):
+        return  # refused
+    picture = Image.new("RGB", (width, height))
+    left = decode_image(encoded(picture, "JPEG"), SETTINGS, side).size
+    assert min(left) >= min(2 * side, width, height)
+    if min(width, height) >= 32 * side:
+        assert left == (-(-width // 8), -(-height // 8))
+    assert decode_image(encoded(picture, "PNG"), SETTINGS, side).size == (width, height)
 
 
 def test_several_pictures_of_different_sizes_make_one_batch(pixel_values: PixelValues) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ MAX_ASPECT_RATIO = 100
 """Processors scale the shorter side to a fixed length: a picture of 1 x 50,000,000 pixels passes
 every other limit and would become 336 x 16,800,000,000."""
 
+SPARE = 2
+"""Pixels a side, over those that the image processor makes, that a picture keeps when it is decoded
+at a smaller size: the processor's own filter still decides what is seen. Pixel values then differ
+by 1 of 255 or so from those of the whole picture."""
+
 _ACCEPTED = f"an encoded picture ({', '.join(FORMATS)}), its base64 text or a data URI"
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]+\Z")
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -34,15 +40,22 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Image.MAX_IMAGE_PIXELS = None
 
 
-def iterate_images(items: Sequence[bytes], settings: Settings) -> Iterator[Image.Image]:
+def iterate_images(
+    items: Sequence[bytes], settings: Settings, side: int | None = None
+) -> Iterator[Image.Image]:
     """Elements of the input `image` -> RGB pictures, upright, decoded as they are asked for.
+
+    Args:
+        items: as `encoded_image` takes them.
+        settings: limits.
+        side: see `decode_image`.
 
     Raises:
         SessionError: INVALID_ARG, naming the picture by its position, counted from 1.
     """
     for number, item in enumerate(items, start=1):
         try:
-            image = decode_image(encoded_image(item), settings)
+            image = decode_image(encoded_image(item), settings, side)
         except SessionError as error:
             name = "image" if len(items) == 1 else f"image {number} of {len(items)}"
             raise SessionError(error.code, f"{name} {error.sentence}") from error.__cause__
@@ -90,10 +103,17 @@ def encoded_image(item: bytes) -> bytes:
         ) from None
 
 
-def decode_image(data: bytes, settings: Settings) -> Image.Image:
+def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Image.Image:
     """Decode a picture file as transformers' `load_image` does: upright (EXIF), then RGB.
 
     The first frame of an animation. Sizes are checked by the file's header, before decoding.
+
+    Args:
+        data: the file.
+        settings: limits.
+        side: pixels that the picture's shorter side will be scaled to. A large JPEG is then decoded
+            at 1/2, 1/4 or 1/8 of its size, the smallest at which it has `SPARE` times as many:
+            that is most of the time that a photograph takes. None: whole.
 
     Raises:
         SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
@@ -105,6 +125,11 @@ def decode_image(data: bytes, settings: Settings) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, settings)
+            if side is not None:
+                factor = SPARE * side / min(image.size)
+                if factor <= 0.5:  # formats other than JPEG do nothing
+                    width, height = (math.ceil(factor * each) for each in image.size)
+                    image.draft(None, (width, height))
             return ImageOps.exif_transpose(image).convert("RGB")
     except (SessionError, MemoryError):
         raise
@@ -129,16 +154,19 @@ class PixelValues:
 
     def __init__(self, directory: Path) -> None:
         self._processor: Any = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        sizes = [each for each in dict(self._processor.size).values() if each]
+        self._side = max(sizes) if self._processor.do_resize and sizes else None
 
     def of_encoded(self, items: Sequence[bytes], settings: Settings) -> np.ndarray:
         """N >= 1 pictures as they were sent -> float32 [N, 3, H, W].
 
-        One after the other, so that only one is in memory at its full size.
+        One after the other, so that only one is in memory at its full size. A photograph may be
+        decoded at a smaller one, see `decode_image`.
 
         Raises:
             SessionError: as `decode_images`.
         """
-        images = iterate_images(items, settings)
+        images = iterate_images(items, settings, self._side)
         return np.concatenate([self.pixel_values([image]) for image in images])
 
     def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:

@@ -56,7 +56,7 @@ class ModelRunner:
         # What is left refers to the text model only: the vision tower's memory goes free.
         model.model.vision_tower = None
         model.model.multi_modal_projector = None
-        self._text_model = TextModel(model)
+        self._text_model = TextModel(model, int8_weights=settings.weights == "int8")
         self.context_length = self._text_model.context_length
         geometry, layers = self._text_model.geometry, len(self._text_model.layers)
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)

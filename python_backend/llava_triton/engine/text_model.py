@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llava_triton.engine.weight_quantization import Int8Weight
 from llava_triton.paged_attention import Kernels, kernels_for
 from llava_triton.paged_attention.interface import AttentionGeometry, PagedAttention, Rows
 
@@ -25,35 +26,58 @@ class Linear:
     """A matrix that tokens are multiplied by: y = x W^T + b.
 
     On a CPU it is kept twice: in oneDNN's layout, which is 1.5 to 3 times faster here than the
-    plain one, and plainly for one or two rows, where reading it in order is faster still.
+    plain one, and plainly for one or two rows, where reading it in order is faster still. As
+    integers it is read for few rows; many get it as floats.
 
     Args:
         weights: [outputs, inputs] each; joined one below the other.
         biases: one for each weight or None for all.
         kernels: of the device.
+        int8: round the weights to 8-bit integers.
     """
 
     def __init__(
-        self, weights: list[Tensor], biases: list[Tensor | None], kernels: Kernels
+        self,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        kernels: Kernels,
+        *,
+        int8: bool = False,
     ) -> None:
-        self._weight = torch.cat([each.detach() for each in weights]).contiguous()
+        weight = torch.cat([each.detach() for each in weights]).contiguous()
         given = [bias.detach() for bias in biases if bias is not None]
         if given and len(given) != len(weights):
             raise ValueError("some projections of a layer have a bias and others have none")
         self._bias = torch.cat(given) if given else None
-        self._few_rows, self._few_rows_product = kernels.few_rows, kernels.few_rows_product
+        self._kernels, self._dtype = kernels, weight.dtype
+        self._int8 = Int8Weight.of(weight) if int8 else None
+        if self._int8 is not None:
+            weight = self._int8.dequantized(self._dtype)
         self._packed: Tensor | None = None
-        if _can_be_packed(self._weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        if _can_be_packed(weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = weight if self._int8 is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, inputs] -> [T, outputs]."""
-        if self._few_rows_product is not None and len(x) <= self._few_rows:
-            return self._few_rows_product(x, self._weight, self._bias)
-        if self._packed is None:
-            return functional.linear(x, self._weight, self._bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return y
+        kernels, int8, weight = self._kernels, self._int8, self._weight
+        if int8 is not None and len(x) <= kernels.int8_rows:
+            return kernels.int8_product(x, int8.integers, int8.scales, self._bias)
+        if (
+            weight is not None
+            and kernels.few_rows_product is not None
+            and len(x) <= kernels.few_rows
+        ):
+            return kernels.few_rows_product(x, weight, self._bias)
+        if self._packed is not None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._packed, self._bias, "none", [], ""
+            )
+            return y
+        if weight is None:
+            assert int8 is not None
+            weight = int8.dequantized(self._dtype)
+        return functional.linear(x, weight, self._bias)
 
 
 def _can_be_packed(weight: Tensor) -> bool:
@@ -84,12 +108,13 @@ class TextModel:
     Args:
         model: transformers' `LlavaForConditionalGeneration`. Its text model's weights are moved
             out of it, layer by layer; it cannot be used afterwards.
+        int8_weights: round those of the layers to 8-bit integers.
 
     Raises:
         ValueError: a family or a feature of one that is not computed here.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, int8_weights: bool = False) -> None:
         text = model.model.language_model
         config = model.config.get_text_config()
         _check(config)
@@ -114,10 +139,12 @@ class TextModel:
             window = _window(config, index)
             if window not in attentions:
                 attentions[window] = self._kernels.attention(self.geometry, window)
-            self.layers.append(_layer(text.layers[index], attentions[window], self._kernels))
+            self.layers.append(
+                _layer(text.layers[index], attentions[window], self._kernels, int8_weights)
+            )
             text.layers[index] = None  # its weights live once, packed
         self._norm = text.norm.weight.detach()
-        self._head = _linear(self._kernels, model.lm_head)
+        self._head = _linear(self._kernels, False, model.lm_head)
 
     def hidden_states(self, embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Compute a step's tokens; their keys and values are written to the pages.
@@ -147,22 +174,22 @@ class TextModel:
         return self._head(hidden_states).float()
 
 
-def _layer(layer: Any, attention: PagedAttention, kernels: Kernels) -> Layer:
+def _layer(layer: Any, attention: PagedAttention, kernels: Kernels, int8: bool) -> Layer:
     attend, mlp = layer.self_attn, layer.mlp
     return Layer(
         attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=_linear(kernels, attend.q_proj, attend.k_proj, attend.v_proj),
+        qkv=_linear(kernels, int8, attend.q_proj, attend.k_proj, attend.v_proj),
         attention=attention,
-        output=_linear(kernels, attend.o_proj),
+        output=_linear(kernels, int8, attend.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_linear(kernels, mlp.gate_proj, mlp.up_proj),
-        down=_linear(kernels, mlp.down_proj),
+        gate_up=_linear(kernels, int8, mlp.gate_proj, mlp.up_proj),
+        down=_linear(kernels, int8, mlp.down_proj),
     )
 
 
-def _linear(kernels: Kernels, *modules: Any) -> Linear:
+def _linear(kernels: Kernels, int8: bool, *modules: Any) -> Linear:
     weights, biases = zip(*((module.weight, module.bias) for module in modules), strict=True)
-    return Linear(list(weights), list(biases), kernels)
+    return Linear(list(weights), list(biases), kernels, int8=int8)
 
 
 def _check(config: Any) -> None:

@@ -24,6 +24,9 @@ class Kernels:
     residual, normalized, times weight [W]."""
     silu_multiply: Callable[[Tensor], Tensor]
     """[T, 2 * I], gates then values -> silu(gates) * values, [T, I]."""
+    int8_product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """(x, weight, scales, bias): x (scales W)^T + b for at most `int8_rows` rows."""
+    int8_rows: int
     few_rows_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     """(x, weight, bias): x W^T + b for at most `few_rows` rows, where the device has it."""
     few_rows: int = 0
@@ -38,13 +41,21 @@ def kernels_for(device: torch.device) -> Kernels:
     if device.type == "cuda":
         from llava_triton.paged_attention import gpu
 
-        return Kernels(gpu.GpuAttention, gpu.add_rms_norm, gpu.silu_multiply)
+        return Kernels(
+            gpu.GpuAttention,
+            gpu.add_rms_norm,
+            gpu.silu_multiply,
+            gpu.int8_product,
+            gpu.INT8_ROWS,
+        )
     from llava_triton.paged_attention import cpu
 
     return Kernels(
         cpu.CpuAttention,
         cpu.add_rms_norm,
         cpu.silu_multiply,
+        cpu.int8_product,
+        cpu.MOST_ROWS,
         cpu.few_rows_product,
         cpu.MOST_ROWS,
     )

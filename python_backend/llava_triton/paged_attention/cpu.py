@@ -49,6 +49,7 @@ class _Kernels(NamedTuple):
     add_rms_norm: Callable[..., None]
     silu_multiply: Callable[..., None]
     products: Callable[..., None]
+    int8_products: Callable[..., None]
 
 
 @functools.cache
@@ -70,6 +71,7 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
         ),
         silu_multiply=function("silu_multiply", pointer, pointer, count, count),
         products=function("products", *[pointer] * 4, *[count] * 3),
+        int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
     )
 
 
@@ -204,7 +206,7 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
 
 
 MOST_ROWS = 2
-"""Rows that `few_rows_product` takes."""
+"""Rows that `few_rows_product` and `int8_product` take."""
 
 
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -228,6 +230,39 @@ def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _kernels(x.dtype).products(
         x.data_ptr(),
         weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        inputs,
+        len(weight),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (scales W)^T + b as fast as the memory gives W.
+
+    Args:
+        x: float32 or bfloat16 [T, inputs], 1 <= T <= MOST_ROWS, contiguous, as are the others.
+        weight: int8 [outputs, inputs].
+        scales: float32 [outputs]: a row of W is its integers times its scale.
+        bias: [outputs].
+
+    Returns:
+        [T, outputs]. A row's result does not depend on the others.
+    """
+    rows, inputs = x.shape
+    assert 1 <= rows <= MOST_ROWS
+    assert weight.shape == (len(scales), inputs)
+    assert weight.dtype == torch.int8
+    assert scales.dtype == torch.float32
+    assert all(tensor.is_contiguous() for tensor in (x, weight, scales))
+    out = x.new_empty((rows, len(weight)))
+    _kernels(x.dtype).int8_products(
+        x.data_ptr(),
+        weight.data_ptr(),
+        scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,

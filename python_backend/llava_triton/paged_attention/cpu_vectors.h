@@ -1,4 +1,4 @@
-// Sixteen floats at a time, from storage as float32 or bfloat16: GCC's portable vectors, one register
+// Sixteen floats at a time, from storage as float32, bfloat16 or int8: GCC's portable vectors, one register
 // of AVX-512, two of AVX2, four of NEON.
 
 #pragma once
@@ -21,6 +21,7 @@ typedef float Quarter __attribute__((vector_size(16)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -51,6 +52,17 @@ inline Vector load(const BFloat16* p) {
   const Bits bits = __builtin_convertvector(shorts, Bits);
 #endif
   return bit_cast<Vector>(bits << 16);
+}
+
+inline Vector load(const int8_t* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+#ifdef __AVX512F__  // as above
+  const Integers integers = bit_cast<Integers>(_mm512_cvtepi8_epi32(bit_cast<__m128i>(bytes)));
+#else
+  const Integers integers = __builtin_convertvector(bytes, Integers);
+#endif
+  return __builtin_convertvector(integers, Vector);
 }
 
 inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }

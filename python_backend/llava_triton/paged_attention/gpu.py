@@ -31,6 +31,7 @@ MAX_SPLITS = 32
 MIN_SPLIT_TOKENS = 128
 """A program's share is not less, short of the sequence."""
 _SILU_COLUMNS = 1024
+_INT8_OUTPUTS, _INT8_INPUTS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,54 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     with torch.cuda.device_of(gate_up):
         gpu_row_kernels.silu_multiply[(rows, _ceil_div(width, _SILU_COLUMNS))](
             gate_up, out, WIDTH=width, COLUMNS=_SILU_COLUMNS
+        )
+    return out
+
+
+INT8_ROWS = 256
+"""Rows that `int8_product` takes: those of decode steps. For a prompt's, a library's product of the
+weights as floats is faster."""
+
+
+def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (scales W)^T + b, which reads half of what W in a half type would be.
+
+    Args:
+        x: float32, float16 or bfloat16 [T, inputs], 1 <= T <= INT8_ROWS, contiguous, as are the
+            others.
+        weight: int8 [outputs, inputs].
+        scales: float32 [outputs]: a row of W is its integers times its scale.
+        bias: [outputs].
+
+    Returns:
+        [T, outputs], summed in float32.
+    """
+    rows, inputs = x.shape
+    outputs = len(weight)
+    assert 1 <= rows <= INT8_ROWS
+    assert weight.shape == (len(scales), inputs)
+    assert weight.dtype == torch.int8
+    assert scales.dtype == torch.float32
+    assert all(tensor.is_contiguous() for tensor in (x, weight, scales))
+    out = x.new_empty((rows, outputs))
+    with torch.cuda.device_of(x):
+        tile = min(64, max(16, _power_of_two(rows)))
+        # Programs side by side share their weights, so that all but one find them in the cache.
+        gpu_row_kernels.int8_product[(_ceil_div(rows, tile), _ceil_div(outputs, _INT8_OUTPUTS))](
+            x,
+            weight,
+            scales,
+            scales if bias is None else bias,
+            out,
+            rows,
+            BIAS=bias is not None,
+            INPUTS=inputs,
+            OUTPUTS=outputs,
+            M=tile,
+            N=_INT8_OUTPUTS,
+            K=_INT8_INPUTS,
+            num_warps=4,
+            num_stages=4,
         )
     return out
 

@@ -29,7 +29,7 @@ PLACED_ANYWHERE = ("starts", "contexts", "block_tables", "positions")
 
 
 @triton.jit
-def _dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
+def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     """a @ b + accumulator, in float32."""
     if INTERPRETED:  # it takes the bits of bfloat16 for integers
         a = a.to(tl.float32)
@@ -169,7 +169,7 @@ def _attend_to_tiles(
             mask=in_use[None, :] & (dim < HEAD_DIM)[:, None],
             other=0.0,
         )
-        scores = _dot(queries, key, tl.zeros([M, N], tl.float32)) * scale
+        scores = dot(queries, key, tl.zeros([M, N], tl.float32)) * scale
         distance = positions[:, None] - token[None, :]
         seen = distance >= 0
         if WINDOW > 0:
@@ -187,7 +187,7 @@ def _attend_to_tiles(
             mask=((token >= lowest) & (token <= highest))[:, None] & (dim < HEAD_DIM)[None, :],
             other=0.0,
         )
-        weighted = _dot(weights.to(value.dtype), value, weighted * correction[:, None])
+        weighted = dot(weights.to(value.dtype), value, weighted * correction[:, None])
     return weighted, largest, weight_sum
 
 
