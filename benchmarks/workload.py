@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from demo.random_checkpoint import DEMO, write_random_llava
 
@@ -25,7 +31,9 @@ class Geometry:
     """A LLaVA's size."""
 
     vision: dict[str, int]
-    text: dict[str, int]
+    text: dict[str, Any]
+    family: type[PreTrainedConfig] = LlamaConfig
+    """Of the text model."""
 
 
 FULL = Geometry(
@@ -66,6 +74,51 @@ QUICK = Geometry(
     },
 )
 """For a test of the benchmark itself: its figures say nothing about speed."""
+CLIP_LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+"""ViT-L/14: 576 tokens a picture."""
+LLAVA_15_7B = Geometry(
+    vision=CLIP_LARGE_336,
+    text={
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32064,
+    },
+)
+"""Every head has keys and values of its own: 512 KiB a token in half types."""
+LLAVA_16_MISTRAL_7B = Geometry(
+    vision=CLIP_LARGE_336,
+    text={
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "sliding_window": None,
+        "rope_theta": 1000000.0,
+        "vocab_size": 32064,
+    },
+    family=MistralConfig,
+)
+"""Its text model, four heads to each of keys and values, behind one view of the picture."""
+GEOMETRIES = {
+    "cpu": FULL,
+    "llava-1.5-7b": LLAVA_15_7B,
+    "llava-1.6-mistral-7b": LLAVA_16_MISTRAL_7B,
+}
+"""By the names that the commands take."""
 
 
 @dataclass(frozen=True)
@@ -138,25 +191,44 @@ def whole_words(tokenizer: Any) -> list[str]:
     return sorted(set(words))
 
 
-def write_checkpoint(directory: Path, geometry: Geometry) -> Path:
+def write_checkpoint(
+    directory: Path,
+    geometry: Geometry,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Path:
     """A checkpoint with random weights, every token of whose answers can be read at once.
 
     A model with random weights would say mostly bytes that make no character, which a server holds
     back: a client could not see when a token comes. So the rows of its last matrix are 0 for
     everything but readable tokens, which makes those the likeliest; it computes as much as before.
+    (Where the vocabulary is larger than the tokenizer's, that goes for the rest of it, too. Drawn
+    at a temperature instead of greedily, such tokens would come, and read as nothing.)
     Nor does such a model ever end its answer.
+
+    Args:
+        directory: where to write.
+        geometry: of the model.
+        dtype: of the weights.
+        device: where they are drawn; large models want a GPU.
     """
-    vision = CLIPVisionConfig(**geometry.vision)
-    write_random_llava(directory, vision, LlamaConfig, geometry.text, least_deviation=0.0)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    silent = [token for token in range(len(tokenizer)) if not _is_readable(tokenizer, token)]
-    file = directory / "model.safetensors"
-    tensors = load_file(file)
-    tensors["language_model.lm_head.weight"][silent] = 0.0
-    save_file(tensors, file, metadata={"format": "pt"})
-    return directory
+    vocabulary = geometry.text.get("vocab_size", len(tokenizer))
+    unsaid = [token for token in range(vocabulary) if not _is_readable(tokenizer, token)]
+    return write_random_llava(
+        directory,
+        CLIPVisionConfig(**geometry.vision),
+        geometry.family,
+        geometry.text,
+        least_deviation=0.0,
+        dtype=dtype,
+        device=device,
+        unsaid=unsaid,
+    )
 
 
 def _is_readable(tokenizer: Any, token: int) -> bool:
+    if token >= len(tokenizer):
+        return False
     text = tokenizer.decode([token], skip_special_tokens=True)
     return bool(text.strip()) and text.isascii() and text.isprintable()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedConfig,
 )
 
@@ -32,21 +33,29 @@ def write_random_llava(
     *,
     seed: int = 0,
     least_deviation: float = 0.25,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    unsaid: Sequence[int] = (),
     **llava_options: Any,
 ) -> Path:
     """Write a whole random checkpoint: model, tokenizer, chat template, image processor.
 
-    Its weights are float32 and, in narrow models, wide enough that greedy answers vary with picture
-    and question and have no near ties, which another order of additions could turn.
+    In narrow models its weights are wide enough that greedy answers vary with picture and question
+    and have no near ties, which another order of additions could turn.
 
     Args:
         directory: where to write; made if need be.
         vision: geometry of the tower.
         text_class: configuration class of the language model: LlamaConfig, MistralConfig, ...
-        text: its geometry; vocabulary and special tokens are the demo tokenizer's.
+        text: its geometry; special tokens are the demo tokenizer's, and so is the vocabulary, if
+            no larger `vocab_size` is given.
         seed: of the weights.
         least_deviation: of the weights of a matrix; by default far more than 1 / sqrt(inputs), so
             that narrow models are lively. Wide ones become chaotic by it: give 0 for them.
+        dtype: of the weights, from the beginning to the file.
+        device: where they are drawn. Another device or dtype gives other weights; a large model is
+            drawn in seconds on a GPU, in half an hour on a CPU.
+        unsaid: tokens whose rows of the last matrix are 0: others are likelier.
         llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
 
     Returns:
@@ -56,27 +65,29 @@ def write_random_llava(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text_class(
-            vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
-            **text,
+            **({"vocab_size": len(tokenizer)} | text),
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         **llava_options,
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
     _randomize(model, seed, least_deviation)
-    write_llava_checkpoint(model, directory, torch.float32)
+    model.lm_head.weight.data[list(unsaid)] = 0.0
+    write_llava_checkpoint(model, directory, dtype)
     _write_processor(directory, vision)
     return directory
 
 
 def _randomize(model: torch.nn.Module, seed: int, least_deviation: float) -> None:
     """Normal weights of standard deviation 1 / sqrt(inputs) or more, small biases."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             mean, deviation = 1.0, 0.1
@@ -84,8 +95,8 @@ def _randomize(model: torch.nn.Module, seed: int, least_deviation: float) -> Non
             mean, deviation = 0.0, 0.1
         else:
             mean, deviation = 0.0, max(least_deviation, parameter[0].numel() ** -0.5)
-        values = torch.randn(parameter.shape, generator=generator)
-        parameter.data = mean + deviation * values
+        values = torch.randn(parameter.shape, generator=generator, device=device)
+        parameter.data = (mean + deviation * values).to(parameter.dtype)
 
 
 def _write_processor(directory: Path, vision: CLIPVisionConfig) -> None:
