@@ -55,7 +55,7 @@ lint: .venv/development ## Style and types
 	$(python) -m mypy $(wildcard $(sources))
 	for model in model_repository/*/1/model.py; do $(python) -m mypy --no-error-summary "$$model"; done
 
-bench: .venv/runtime compiler ## Speed beside plain transformers, in one run (20 minutes)
+bench: .venv/bench compiler ## Speed beside plain transformers and the hardware's limits (20 minutes)
 	$(python) -m benchmarks.bench
 
 accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (6 minutes)
@@ -117,8 +117,12 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 	$(call pip_install,server$(comma)export$(comma)sagemaker)
 	touch $@
 
+.venv/bench: .venv/runtime
+	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)bench)
+	touch $@
+
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)deploy$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)deploy$(comma)bench$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.

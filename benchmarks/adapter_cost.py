@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         bench = Bench(folder, HOLDS, quick=options.quick)
         bench.prepare(["T"])
-        found = measure(bench.workload("float32"), options.rounds, folder / "triton.log")
+        found = measure(bench.workload("T"), options.rounds, folder / "triton.log")
     table, values = report(found)
     print(table)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers import AutoConfig
+
+from benchmarks.distance import Ceiling, distance_text, distances
+from benchmarks.limits import read_limits
 from benchmarks.measurement import Load, read_loads
 from benchmarks.processes import busy_seconds
-from benchmarks.report import Rounds, report
-from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
+from benchmarks.report import CPU_TARGETS, GPU_TARGETS, Rounds, report, rows
+from benchmarks.workload import GEOMETRIES, Workload
+from llava_triton.device import compute_dtype, default_device
 from llava_triton.server import CPU_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +69,22 @@ WAYS = {
     ),
     "E": Way("engine", "engine_load"),
     "T": Way("engine in Triton", "triton_load"),
-    "E16": Way("engine, bfloat16", "engine_load", ("--dtype", "bfloat16"), dtype="bfloat16"),
+    "E16": Way("engine, bfloat16", "engine_load", dtype="bfloat16"),
     "T16": Way("engine in Triton, bfloat16", "triton_load", dtype="bfloat16"),
 }
 DEFAULT_WAYS = ("S", "K", "E", "T", "E16")
+
+
+def ways_on(device: torch.device) -> dict[str, Way]:
+    """The ways by their names; on a GPU all of them compute in its own half type."""
+    if device.type == "cpu":
+        return WAYS
+    dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
+    return {
+        name: dataclasses.replace(way, dtype=dtype)
+        for name, way in WAYS.items()
+        if way.dtype == "float32"
+    }
 
 
 def environment(way: Way) -> dict[str, str]:
@@ -103,13 +125,20 @@ class Bench:
     Args:
         folder: for checkpoints, repositories and what the parts write.
         sessions: numbers of sessions at once, ascending.
-        quick: the small geometry.
+        quick: short sessions, and all ways side by side.
+        geometry: a key of `GEOMETRIES`; None: the one for this machine.
     """
 
-    def __init__(self, folder: Path, sessions: Sequence[int], *, quick: bool) -> None:
+    def __init__(
+        self, folder: Path, sessions: Sequence[int], *, quick: bool, geometry: str | None = None
+    ) -> None:
         self._folder = folder
         self._sessions = sorted(sessions)
         self._quick = quick
+        self._device = default_device()
+        self._ways = ways_on(self._device)
+        usual = "cpu" if self._device.type == "cpu" else "llava-1.5-7b"
+        self._geometry = geometry or ("quick" if quick else usual)
         self._began = time.monotonic()
         self._repositories: dict[str, Path] = {}
         self._checkpoint = folder / "checkpoint"
@@ -120,10 +149,11 @@ class Bench:
 
     def prepare(self, ways: Sequence[str]) -> None:
         """Write the checkpoint and export it, once for each dtype."""
-        self._say("writing a checkpoint with random weights")
-        geometry: Geometry = QUICK if self._quick else FULL
-        write_checkpoint(self._checkpoint, geometry)
-        for dtype in sorted({WAYS[name].dtype for name in ways if WAYS[name].ours}):
+        self._say(f"writing a checkpoint with random weights ({self._geometry})")
+        # In a process of its own, as everything that uses a GPU: its memory is free afterwards.
+        written = ["-m", "benchmarks.workload", "--geometry", self._geometry]
+        self._run([*written, "--output", str(self._checkpoint)], dict(os.environ))
+        for dtype in sorted({self._ways[name].dtype for name in ways if self._ways[name].ours}):
             self._say(f"exporting it for {dtype}")
             self._repositories[dtype] = self._export(dtype)
 
@@ -136,11 +166,44 @@ class Bench:
         self._run(command, dict(os.environ))
         return repository
 
+    def ceiling(self, ways: Sequence[str]) -> Ceiling:
+        """What the hardware allows the checkpoint, by rates measured now; after `prepare`."""
+        self._say("measuring what the hardware allows")
+        dtypes = set(self.dtypes(ways).values())
+        if self._device.type == "cpu":
+            dtypes.add("float32")  # the vision encoder's
+        output = self._folder / "limits.json"
+        command = ["-m", "benchmarks.limits", "--dtypes", *sorted(dtypes), "--output", str(output)]
+        others = OtherPrograms()
+        self._run(command, os.environ | CPU_ENVIRONMENT)
+        self._note("the measurement of the limits", others)
+        return Ceiling(AutoConfig.from_pretrained(self._checkpoint), read_limits(output))
+
+    def about(self, ceiling: Ceiling, ways: Sequence[str]) -> dict[str, Any]:
+        """When, where and with what it runs."""
+        return {
+            "date": datetime.date.today().isoformat(),
+            "device": ceiling.memory.device,
+            "geometry": self._geometry,
+            "dtypes": self.dtypes(ways),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def titles(self, ways: Sequence[str]) -> dict[str, str]:
+        """By the ways' names."""
+        return {name: self._ways[name].title for name in ways}
+
+    def dtypes(self, ways: Sequence[str]) -> dict[str, str]:
+        """By the ways' names."""
+        return {name: self._ways[name].dtype for name in ways}
+
     def measure(self, ways: Sequence[str], repeats: int) -> Rounds:
         """All ways, one after the other, `repeats` times."""
         rounds: Rounds = []
         for number in range(repeats):
-            wanted = [name for name in ways if number == 0 or WAYS[name].every_round]
+            wanted = [name for name in ways if number == 0 or self._ways[name].every_round]
             # One after the other, except where the figures mean nothing and only time is saved.
             with ThreadPoolExecutor(len(ways) if self._quick else 1) as pool:
                 loads = pool.map(self._part, wanted, [number] * len(wanted))
@@ -148,15 +211,15 @@ class Bench:
         return rounds
 
     def _part(self, name: str, number: int) -> list[Load]:
-        way = WAYS[name]
+        way = self._ways[name]
         sessions = [
             count
             for count in self._sessions
             if (way.many_sessions or count == 1) and (number == 0 or count <= LARGE_LOAD)
         ] or [1]
         self._say(f"round {number + 1}, {name} ({way.title}): {sessions} sessions at once")
-        workload = self._folder / f"workload-{way.dtype}.json"
-        self.workload(way.dtype).write(workload)
+        workload = self._folder / f"workload-{name}.json"
+        self.workload(name).write(workload)
         output = self._folder / f"loads-{name}-{number}.json"
         command = ["-m", f"benchmarks.{way.module}", *way.options, "--workload", str(workload)]
         command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
@@ -165,16 +228,20 @@ class Bench:
             command += ["--fairness", str(fairness)]
         others = OtherPrograms()
         self._run(command, environment(way), show=True)
-        if not self._quick:  # where the parts run side by side
-            self.disturbances.append((f"{name} in round {number + 1}", others.share()))
+        self._note(f"{name} in round {number + 1}", others)
         if fairness.exists():
             self.fairness[name] = json.loads(fairness.read_text())
         return read_loads(output)
 
-    def workload(self, dtype: str) -> Workload:
-        """What every process of a run reads; after `prepare`."""
+    def _note(self, part: str, others: OtherPrograms) -> None:
+        if not self._quick:  # where the parts run side by side
+            self.disturbances.append((part, others.share()))
+
+    def workload(self, way: str) -> Workload:
+        """What a way's processes read; after `prepare`."""
+        dtype = self._ways[way].dtype
         repository = self._repositories.get(dtype, Path("none"))
-        workload = Workload(str(self._checkpoint), str(repository))
+        workload = Workload(str(self._checkpoint), str(repository), dtype)
         if not self._quick:
             return workload
         return dataclasses.replace(
@@ -209,35 +276,86 @@ class BenchError(RuntimeError):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the table, write it and every figure as JSON; see `--help`."""
+    """Measure; print the tables, write them, every figure as JSON, and plots; see `--help`."""
+    options = _options(arguments)
+    ways = options.ways
+    with tempfile.TemporaryDirectory(prefix="llava-bench-") as folder:
+        bench = Bench(
+            Path(folder), options.sessions, quick=options.quick, geometry=options.geometry
+        )
+        try:
+            bench.prepare(ways)
+            ceiling = bench.ceiling(ways)
+            rounds = bench.measure(ways, options.repeats)
+        except BenchError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    titles = bench.titles(ways)
+    targets = CPU_TARGETS if default_device().type == "cpu" else GPU_TARGETS
+    text, values = report(rounds, titles, bench.fairness, bench.disturbances, targets)
+    far = distances(rows(rounds, titles), bench.dtypes(ways), ceiling)
+    about = bench.about(ceiling, ways)
+    values |= {
+        "quick": options.quick,
+        "about": about,
+        "limits": {dtype: dataclasses.asdict(each) for dtype, each in ceiling.limits.items()},
+        "distances": [dataclasses.asdict(each) for each in far],
+    }
+    text = "\n".join([_about_text(about), text, distance_text(far, ceiling)])
+    print(f"\n{text}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(values, indent=1) + "\n")
+    options.output.with_suffix(".txt").write_text(text)
+    print(f"written to {options.output} and {options.output.with_suffix('.txt').name}")
+    _draw(options.output)
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    device = default_device()
+    ways = list(ways_on(device))
+    usual = [name for name in DEFAULT_WAYS if name in ways]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model, once: tests the bench")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(DEFAULT_WAYS))
+    parser.add_argument("--ways", nargs="+", choices=ways, default=usual)
+    parser.add_argument(
+        "--geometry",
+        choices=[name for name in GEOMETRIES if name != "quick"],
+        help="size of the model (default: llava-1.5-7b on a GPU, else cpu)",
+    )
     parser.add_argument("--sessions", type=int, nargs="+", help="at once (default: 1 4 16 64)")
     parser.add_argument("--repeats", type=int, help="rounds (default: 3)")
     parser.add_argument("--output", type=Path, default=ROOT / "build/bench/bench.json")
     options = parser.parse_args(arguments)
-    sessions = options.sessions or ([1, 4] if options.quick else [1, 4, 16, 64])
-    repeats = options.repeats or (1 if options.quick else 3)
-    if min(sessions) < 1 or repeats < 1:
+    options.sessions = options.sessions or ([1, 4] if options.quick else [1, 4, 16, 64])
+    options.repeats = options.repeats or (1 if options.quick else 3)
+    if min(options.sessions) < 1 or options.repeats < 1:
         parser.error("--sessions and --repeats must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="llava-bench-") as folder:
-        bench = Bench(Path(folder), sessions, quick=options.quick)
-        try:
-            bench.prepare(options.ways)
-            rounds = bench.measure(options.ways, repeats)
-        except BenchError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    titles = {name: WAYS[name].title for name in options.ways}
-    text, values = report(rounds, titles, bench.fairness, bench.disturbances)
-    print(f"\n{text}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    values["quick"] = options.quick
-    options.output.write_text(json.dumps(values, indent=1) + "\n")
-    options.output.with_suffix(".txt").write_text(text)
-    print(f"written to {options.output} and {options.output.with_suffix('.txt').name}")
-    return 0
+    if options.quick and options.geometry:
+        parser.error("--quick has a geometry of its own: leave out --geometry")
+    if device.type == "cpu" and options.geometry not in (None, "cpu"):
+        parser.error(
+            f"--geometry {options.geometry} needs a GPU, and torch sees none; give cpu or none"
+        )
+    return options
+
+
+def _about_text(about: Mapping[str, Any]) -> str:
+    return (
+        f"{about['device']}, {about['date']}; geometry {about['geometry']}; torch {about['torch']},"
+        f" transformers {about['transformers']}, Python {about['python']}\n"
+    )
+
+
+def _draw(results: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        # A machine that measures need not have it.
+        print(f"no plots: matplotlib is missing; later: python -m benchmarks.plots {results}")
+        return
+    from benchmarks.plots import draw
+
+    for picture in draw(results):
+        print(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

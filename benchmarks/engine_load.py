@@ -19,7 +19,7 @@ from benchmarks.measurement import (
     run_loads,
     write_loads,
 )
-from benchmarks.processes import this_process
+from benchmarks.processes import device_memory_mib, this_process
 from benchmarks.workload import Workload
 from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
@@ -104,6 +104,7 @@ class Asked:
             between_tokens_ms=mean_gap_ms(first, last, final.num_output_tokens - 1),
             output_tokens=final.num_output_tokens,
             cached_tokens=final.num_cached_tokens,
+            prompt_tokens=final.num_input_tokens,
             text="".join(delta.text for _, delta in self.events),
         )
 
@@ -111,17 +112,17 @@ class Asked:
 class EngineLoad:
     """An engine with its encoder, and sessions that ask it."""
 
-    def __init__(self, workload: Workload, dtype: str, weights: str = "unrounded") -> None:
+    def __init__(self, workload: Workload, weights: str = "unrounded") -> None:
         repository = Path(workload.repository)
         self._workload = workload
         self._encoder = Encoder(repository)
-        self.engine = make_engine(repository, dtype, weights)
+        self.engine = make_engine(repository, workload.dtype, weights)
         self._hold(0, 1, 2)
 
     def hold(self, workload: Workload, sessions: int) -> Load:
         """All at once; each asks again when its last answer is complete."""
         seconds, turns = self._hold(sessions, sessions, workload.turns)
-        return Load(sessions, seconds, this_process().peak_mib, turns)
+        return Load(sessions, seconds, this_process().peak_mib, turns, device_memory_mib())
 
     def _hold(self, load: int, sessions: int, turns: int) -> tuple[float, list[TurnTimes]]:
         finished: queue.SimpleQueue[Asked] = queue.SimpleQueue()
@@ -164,12 +165,11 @@ class EngineLoad:
 def main() -> int:
     """The engine under the given loads, and then the fairness part if it is wanted."""
     parser = part_arguments(__doc__)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--weights", default="unrounded")
+    parser.add_argument("--weights", default="unrounded", help="as in `Settings.weights`")
     parser.add_argument("--fairness", type=Path, help="measure this too, and write it there")
     options = parser.parse_args()
     workload = Workload.read(options.workload)
-    load = EngineLoad(workload, options.dtype, options.weights)
+    load = EngineLoad(workload, options.weights)
     write_loads(options.output, run_loads(workload, options.sessions, load.hold))
     if options.fairness is not None:
         # Not at the top: it needs what is defined here.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llava_triton.checkpoint import default_device
+from llava_triton.device import default_device
 
 SECONDS = 0.4
 """That each operation is repeated for; the fastest time counts."""
@@ -248,6 +248,28 @@ def prefill_flops(config: Any, new_tokens: int, context: int = 0) -> float:
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * _head_dim(config)
     matrices = 2 * layer_weights(config) * new_tokens + 2 * head_weights(config)
     return float(matrices + attention * pairs)
+
+
+def vision_flops(config: Any) -> float:
+    """Of the products for one picture: the tower as far as its features are used, and the
+    projector.
+
+    Args:
+        config: of the whole LLaVA, with a CLIP tower.
+    """
+    vision = config.vision_config
+    width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    tokens = patches + 1  # the class token
+    used = config.vision_feature_layer
+    used = [used] if isinstance(used, int) else list(used)
+    # Of the n + 1 hidden states, the first is what goes into the first layer.
+    depth = max(each if each >= 0 else vision.num_hidden_layers + 1 + each for each in used)
+    embedding = patches * vision.num_channels * vision.patch_size**2 * width
+    layer = tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 2 * tokens**2 * width
+    projected = patches if config.vision_feature_select_strategy == "default" else tokens
+    text_width = config.text_config.hidden_size
+    projector = projected * (len(used) * width * text_width + text_width**2)
+    return float(2 * (embedding + depth * layer + projector))
 
 
 def main() -> int:

@@ -24,6 +24,8 @@ class TurnTimes:
     output_tokens: int
     cached_tokens: int
     """Prompt tokens that were not computed again."""
+    prompt_tokens: int
+    """Of the whole prompt: everything said before, the picture, the question."""
     text: str
     """The answer: greedy, so all ways should say the same."""
     around_engine_ms: float = 0.0
@@ -40,6 +42,9 @@ class Load:
     peak_mib: float
     """Resident memory at its highest, of all processes that answer, from their start on."""
     turns: list[TurnTimes]
+    device_peak_mib: float | None = None
+    """Of the GPU's memory, what is in use when the last answer is there: allocators keep what they
+    once had. Whoever uses it counts. None without a GPU."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,8 +1,9 @@
-"""Memory of processes, read from /proc."""
+"""Memory of processes, read from /proc, and of a GPU."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def busy_seconds() -> float:
     user, nice, system, _idle, _waiting, interrupt, soft_interrupt, stolen = map(int, fields[:8])
     ticks = user + nice + system + interrupt + soft_interrupt + stolen
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def device_memory_mib() -> float | None:
+    """Memory of the first GPU that is in use, by whomever; None where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return float(told.splitlines()[0])
 
 
 def this_process() -> Process:

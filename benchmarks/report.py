@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -32,8 +33,14 @@ METRICS: dict[str, Callable[[Load], float]] = {
     "around_engine_ms": lambda load: _median(
         [turn.around_engine_ms for turn in load.turns if turn.turn > 0]
     ),
+    "mean_context": lambda load: statistics.mean(
+        turn.prompt_tokens + turn.output_tokens / 2 for turn in load.turns
+    ),
+    "opening_tokens": lambda load: _median(
+        [turn.prompt_tokens for turn in load.turns if turn.turn == 0]
+    ),
 }
-FIRST, LATER, BETWEEN, RATE, _MEMORY, AROUND = METRICS
+FIRST, LATER, BETWEEN, RATE, _MEMORY, AROUND, _CONTEXT, _OPENING = METRICS
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,13 @@ class Row:
     tokens_per_second: float
     peak_mib: float
     around_engine_ms: float
+    mean_context: float
+    """Tokens that a session attends to, over all its answers."""
+    opening_tokens: float
+    """Of the first turn's prompt, the picture's included."""
+    first_token_by_turn_ms: list[float]
+    device_peak_mib: float | None
+    """See `Load`; the highest of the rounds."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,15 @@ def _server(served: str, engine: str) -> list[Target]:
     ]
 
 
-TARGETS = [
+CPU_TARGETS = [
     *_ours("E", (0.7, 0.5, 2.0, 7.0, 0.8)),
     Target("later first token, E / S", LATER, Side("E", 1), Side("S", 1), 0.1),
     *_server("T", "E"),
     *_ours("E16", (0.6, 0.3, 3.0, 10.0, 0.5)),
     *_server("T16", "E16"),
 ]
+GPU_TARGETS = _server("T", "E")
+"""How far the engine is from the hardware's limits is shown, not judged."""
 QUIET_SHARE = 0.05
 """Other programs may use this share of the machine; more spoils the figures, those of threads that
 spin while they wait (transformers') most of all."""
@@ -154,14 +170,38 @@ def rows(rounds: Rounds, titles: Mapping[str, str]) -> list[Row]:
             values = {
                 name: _median([metric(load) for load in same]) for name, metric in METRICS.items()
             }
-            made.append(Row(way, title, count, len(same), **values))
+            used = [load.device_peak_mib for load in same if load.device_peak_mib is not None]
+            made.append(
+                Row(
+                    way,
+                    title,
+                    count,
+                    len(same),
+                    **values,
+                    first_token_by_turn_ms=_first_token_by_turn(same),
+                    device_peak_mib=max(used, default=None),
+                )
+            )
     return made
 
 
-def verdicts(rounds: Rounds, fairness: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+def _first_token_by_turn(loads: Sequence[Load]) -> list[float]:
+    """Of every turn of the sessions, over several rounds of one load."""
+    by_turn: dict[int, list[float]] = defaultdict(list)
+    for load in loads:
+        for turn in load.turns:
+            by_turn[turn.turn].append(turn.first_token_ms)
+    return [_median(by_turn[number]) for number in sorted(by_turn)]
+
+
+def verdicts(
+    rounds: Rounds,
+    fairness: Mapping[str, Mapping[str, Any]],
+    targets: Sequence[Target] = CPU_TARGETS,
+) -> list[Verdict]:
     """Every target that can be judged by what was measured."""
     made = []
-    for target in TARGETS:
+    for target in targets:
         values = [value for loads in rounds if (value := target.value(loads)) is not None]
         if values:
             made.append(_verdict(target.text, values, target.bound, target.at_most))
@@ -202,6 +242,7 @@ def report(
     titles: Mapping[str, str],
     fairness: Mapping[str, Mapping[str, Any]],
     disturbances: Sequence[tuple[str, float]] = (),
+    targets: Sequence[Target] = CPU_TARGETS,
 ) -> tuple[str, dict[str, Any]]:
     """The text for people, and all figures for programs.
 
@@ -210,8 +251,10 @@ def report(
         titles: the ways' titles, by their names.
         fairness: fields of `Fairness`, by the way's name.
         disturbances: every part's name, and the share of the machine that others used meanwhile.
+        targets: to judge by.
     """
-    table, judged, same = rows(rounds, titles), verdicts(rounds, fairness), equal_answers(rounds)
+    table, same = rows(rounds, titles), equal_answers(rounds)
+    judged = verdicts(rounds, fairness, targets)
     parts = [_table(table), _notes(same), _fairness_text(fairness), _verdict_text(judged)]
     parts.append(_disturbance_text(disturbances))
     values = {
@@ -242,11 +285,15 @@ def _table(table: Sequence[Row]) -> str:
         "                                          at once   1st turn   later  tokens, ms  per s  "
         "  memory, MiB",
     ]
+    if any(row.device_peak_mib is not None for row in table):
+        lines[1] += "   GPU, MiB"
     for row in table:
+        device = f"  {row.device_peak_mib:9.0f}" if row.device_peak_mib is not None else ""
         lines.append(
             f"{row.way:4} {row.title:34}  {row.sessions:7}"
             f"  {row.first_token_first_turn_ms:9.1f}  {row.first_token_later_turns_ms:6.1f}"
-            f"  {row.between_tokens_ms:9.2f}  {row.tokens_per_second:7.1f}  {row.peak_mib:10.0f}"
+            f"  {row.between_tokens_ms:9.2f}  {row.tokens_per_second:7.1f}"
+            f"  {row.peak_mib:10.0f}{device}"
         )
     return "\n".join(lines) + "\n"
 
@@ -258,8 +305,8 @@ Medians over the rounds. All ways get the same pictures (encoded) and questions.
 turn at a time, so their tokens per second hold for any number of sessions; a session's time to its
 first token would then be the queue's. First token: E by the engine's clock, the time in the encoder
 added; T by the client's clock, at the first piece that it gets. Memory: all processes that answer,
-at their highest from their start on, shared pages counted in each. One-session answers that are
-the same as K's: {answers}.
+at their highest from their start on, shared pages counted in each; on a GPU also all of its memory
+that is in use at the end. One-session answers that are the same as K's: {answers}.
 """
 
 

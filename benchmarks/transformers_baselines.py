@@ -1,8 +1,9 @@
 """transformers' `generate` as it is used without a server, with and without a kept cache.
 
-Both get as many threads as torch takes, the fused attention, float32, and OpenMP's own way of
-waiting, which is their fastest. They answer one turn at a time: `generate` cannot take up a second
-conversation while it answers the first, so what they do with one session is all they can do.
+Both get the GPU where there is one, else as many threads as torch takes; the dtype that our engine
+has beside them, the fused attention, and OpenMP's own way of waiting, which is their fastest. They
+answer one turn at a time: `generate` cannot take up a second conversation while it answers the
+first, so what they do with one session is all they can do.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from benchmarks.measurement import (
     run_loads,
     write_loads,
 )
-from benchmarks.processes import this_process
+from benchmarks.processes import device_memory_mib, this_process
 from benchmarks.workload import Workload
+from llava_triton.device import default_device
 
 
 class TokenClock(BaseStreamer):  # type: ignore[misc]
@@ -56,9 +58,10 @@ class Baseline:
     def __init__(self, workload: Workload, *, kept: bool) -> None:
         self._workload = workload
         self._kept = kept
-        self._model: Any = LlavaForConditionalGeneration.from_pretrained(
-            workload.checkpoint, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        model: Any = LlavaForConditionalGeneration.from_pretrained(
+            workload.checkpoint, dtype=getattr(torch, workload.dtype), attn_implementation="sdpa"
+        )
+        self._model = model.eval().to(default_device())
         self._processor: Any = AutoProcessor.from_pretrained(workload.checkpoint)
         config = self._model.config.vision_config
         self._image_tokens = (config.image_size // config.patch_size) ** 2
@@ -73,7 +76,7 @@ class Baseline:
             for turn in self._session(sessions, each, workload.turns)
         ]
         seconds = time.perf_counter() - began
-        return Load(sessions, seconds, this_process().peak_mib, turns)
+        return Load(sessions, seconds, this_process().peak_mib, turns, device_memory_mib())
 
     def _session(self, load: int, session: int, turns: int) -> list[TurnTimes]:
         work = self._workload
@@ -99,6 +102,7 @@ class Baseline:
                     between_tokens_ms=mean_gap_ms(clock.times[0], clock.times[-1], len(answer) - 1),
                     output_tokens=len(answer),
                     cached_tokens=cached,
+                    prompt_tokens=len(ids),
                     text=self._decode(answer),
                 )
             )
@@ -108,8 +112,10 @@ class Baseline:
     def _generate(
         self, ids: list[int], pixels: torch.Tensor | None, cache: Any, clock: TokenClock
     ) -> list[int]:
-        prompt = torch.tensor([ids])
-        picture = {} if pixels is None else {"pixel_values": pixels}
+        prompt = torch.tensor([ids], device=self._model.device)
+        picture = {}
+        if pixels is not None:
+            picture["pixel_values"] = pixels.to(self._model.device, self._model.dtype)
         with torch.inference_mode():
             # The checkpoint never says its end-of-sequence token: the length alone ends an answer.
             output = self._model.generate(

@@ -16,7 +16,7 @@ from benchmarks.measurement import (
     run_loads,
     write_loads,
 )
-from benchmarks.processes import with_descendants
+from benchmarks.processes import device_memory_mib, with_descendants
 from benchmarks.workload import Workload
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, TurnMessage
@@ -48,7 +48,7 @@ class TritonLoad:
         """All at once; each asks again when its last answer is complete."""
         seconds, turns = self.hold_number(sessions, sessions, workload.turns)
         peak = sum(process.peak_mib for process in with_descendants(self._server.pid))
-        return Load(sessions, seconds, peak, turns)
+        return Load(sessions, seconds, peak, turns, device_memory_mib())
 
     def hold_number(self, load: int, sessions: int, turns: int) -> tuple[float, list[TurnTimes]]:
         """Sessions of a load, which has pictures and questions of its own; seconds and turns."""
@@ -110,6 +110,7 @@ class TritonLoad:
             between_tokens_ms=mean_gap_ms(first, last, after_first),
             output_tokens=final.num_output_tokens,
             cached_tokens=final.num_cached_tokens,
+            prompt_tokens=final.num_input_tokens,
             text="".join(delta.text for _, delta in events),
             around_engine_ms=(first - asked) * 1000.0 - final.first_token_ms,
         )

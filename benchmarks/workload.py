@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from demo.random_checkpoint import DEMO, write_random_llava
+from llava_triton.device import compute_dtype, default_device
 
 PICTURE_PIXELS = 336
 
@@ -114,6 +117,7 @@ LLAVA_16_MISTRAL_7B = Geometry(
 )
 """Its text model, four heads to each of keys and values, behind one view of the picture."""
 GEOMETRIES = {
+    "quick": QUICK,
     "cpu": FULL,
     "llava-1.5-7b": LLAVA_15_7B,
     "llava-1.6-mistral-7b": LLAVA_16_MISTRAL_7B,
@@ -129,6 +133,8 @@ class Workload:
     """Directory of the checkpoint."""
     repository: str
     """Directory of the Triton model repository exported from it."""
+    dtype: str = "float32"
+    """That the answers are computed in, as in `Settings.dtype`."""
     turns: int = 8
     """Of a session; the picture comes with the first."""
     question_tokens: int = 24
@@ -232,3 +238,19 @@ def _is_readable(tokenizer: Any, token: int) -> bool:
         return False
     text = tokenizer.decode([token], skip_special_tokens=True)
     return bool(text.strip()) and text.isascii() and text.isprintable()
+
+
+def main() -> int:
+    """Write a checkpoint in the dtype that the default device computes in, made on it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), required=True)
+    parser.add_argument("--output", type=Path, required=True, help="the checkpoint's directory")
+    options = parser.parse_args()
+    device = default_device()
+    dtype = compute_dtype("auto", device)
+    write_checkpoint(options.output, GEOMETRIES[options.geometry], dtype, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,7 +112,7 @@ def load(
     sessions: int, first: float, later: float, between: float, seconds: float, around: float = 0.0
 ) -> Load:
     turns = [
-        TurnTimes(session, turn, later if turn else first, between, 32, 0, "red", around)
+        TurnTimes(session, turn, later if turn else first, between, 32, 0, 300, "red", around)
         for session in range(sessions)
         for turn in range(3)
     ]
