@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPVisionConfig,
     DynamicCache,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
 )
 
-from benchmarks import limits
+from benchmarks import limits, plots
+from benchmarks.distance import Ceiling, distance_text, distances
 from benchmarks.limits import (
+    Limits,
     decode_step_bytes,
     kv_bytes_per_token,
     measure_limits,
     prefill_flops,
+    vision_flops,
     weight_bytes,
 )
+from benchmarks.measurement import Load, TurnTimes
+from benchmarks.report import rows
 from benchmarks.workload import LLAVA_15_7B, LLAVA_16_MISTRAL_7B, QUICK, Geometry, write_checkpoint
 from demo.random_checkpoint import DEMO
 from tests.engine_harness import EngineHarness
@@ -136,6 +147,119 @@ def test_the_fastest_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(limits, "_seconds", lambda run: next(times))
     monkeypatch.setattr(limits, "SECONDS", 0.01)
     assert limits._fastest_seconds(torch.device("cpu"), lambda: None) == 2.0
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_encoders_flops_are_those_of_transformers(strategy: str) -> None:
+    llava = LlavaConfig(
+        vision_config=CLIPVisionConfig(**QUICK.vision),
+        text_config=CONFIGS["grouped"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=strategy,
+    )
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration._from_config(llava, attn_implementation="eager")
+    pixels = torch.empty(1, 3, 56, 56, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.get_image_features(pixel_values=pixels)
+    assert vision_flops(llava) == counter.get_total_flops()
+    # transformers computes all layers, whichever is used.
+    llava.vision_feature_layer = -2
+    layer = 2 * 17 * (4 * 48**2 + 2 * 48 * 96) + 4 * 17**2 * 48
+    assert vision_flops(llava) == counter.get_total_flops() - layer
+    llava.vision_feature_layer = [1, -2]
+    tokens = 16 if strategy == "default" else 17
+    assert vision_flops(llava) == counter.get_total_flops() - layer + 2 * tokens * 48 * 64
+
+
+def rates(dtype: str, memory: float, matrices: float, threads: int | None) -> Limits:
+    return Limits("a device", dtype, threads, memory, memory / 2, matrices, None, None)
+
+
+def test_rows_are_held_against_the_bytes_and_flops_of_their_dtype() -> None:
+    llava = LlavaConfig(
+        vision_config=CLIPVisionConfig(**QUICK.vision), text_config=CONFIGS["grouped"]
+    )
+    text = llava.text_config
+    limits = {"float32": rates("float32", 2e6, 1e6, 2), "bfloat16": rates("bfloat16", 1e6, 4e6, 2)}
+    ceiling = Ceiling(llava, limits)
+    # The memory is one for both.
+    assert ceiling.decode_ms("bfloat16", 4, 10) == decode_step_bytes(text, [10] * 4) / 2e3
+    whole = decode_step_bytes(text, [10], bytes_per_weight=4, bytes_per_value=4)
+    assert ceiling.decode_ms("float32", 1, 10) == whole / 2e3
+    # A CPU encodes pictures in float32; of three openings, two must be computed for the median.
+    opening = vision_flops(llava) / 1e3 + prefill_flops(text, 30) / 4e3
+    assert ceiling.opening_ms("bfloat16", 1, 30) == pytest.approx(opening)
+    assert ceiling.opening_ms("bfloat16", 3, 30) == pytest.approx(2 * opening)
+    gpu = Ceiling(llava, {"bfloat16": rates("bfloat16", 1e6, 4e6, None)})
+    opening = (vision_flops(llava) + prefill_flops(text, 30)) / 4e3
+    assert gpu.opening_ms("bfloat16", 1, 30) == pytest.approx(opening)
+    turns = [TurnTimes(0, turn, 100.0, 8.0, 4, 0, 30 + 20 * turn, "red") for turn in range(2)]
+    table = rows([{"E": [Load(1, 1.0, 1.0, turns)]}], {"E": "engine"})
+    (far,) = distances(table, {"E": "float32"}, ceiling)
+    assert far.mean_context == 42
+    assert far.decode_share == ceiling.decode_ms("float32", 1, 42) / 8.0
+    assert far.opening_share == ceiling.opening_ms("float32", 1, 30) / 100.0
+    told = distance_text([far], ceiling)
+    assert f"{far.decode_share:.1%}" in told
+    assert f"{far.opening_share:.1%}" in told
+
+
+def results(path: Path, **changes: Any) -> Path:
+    """Such as `make bench` writes; T has no time between tokens, all having come at once."""
+    counts = [("K", 1, 0.2), ("T", 1, float("nan")), ("T", 4, 0.4)]
+    values = {
+        "quick": False,
+        "about": {"device": "a device", "geometry": "cpu", "date": "2026-01-31"},
+        "rows": [
+            {
+                "way": way,
+                "title": way,
+                "sessions": count,
+                "first_token_by_turn_ms": [400.0, 50.0, 60.0],
+                "tokens_per_second": 20.0 * count,
+            }
+            for way, count, _ in counts
+        ],
+        "distances": [
+            {
+                "way": way,
+                "title": way,
+                "sessions": count,
+                "decode_share": share,
+                "opening_share": 0.3,
+            }
+            for way, count, share in counts
+        ],
+    }
+    path.write_text(json.dumps(values | changes))
+    return path
+
+
+def test_plots_are_drawn_again_from_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = results(tmp_path / "some.json")
+    assert plots.main([str(file)]) == 0
+    names = [f"some-{name}.png" for name in ("first-token", "throughput", "limits")]
+    assert sorted(names) == sorted(each.name for each in tmp_path.glob("*.png"))
+    told = capsys.readouterr().out
+    orange = tuple(int(plots.LOOKS["T"][0][at : at + 2], 16) for at in (1, 3, 5))
+    for name in names:
+        assert name in told
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert pixels.shape[1] >= 800
+        assert (pixels == orange).all(axis=2).sum() > 500  # T's line is there
+
+
+def test_results_of_an_older_release_are_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.json").write_text('{"rows": []}')
+    assert plots.main([str(tmp_path / "old.json")]) == 2
+    assert "has no about, distances: it was not written by this" in capsys.readouterr().err
+    assert plots.main([str(tmp_path / "none.json")]) == 2
+    assert "cannot be read as JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("geometry", [LLAVA_15_7B, LLAVA_16_MISTRAL_7B])

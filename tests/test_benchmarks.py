@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from benchmarks import bench
 from benchmarks.fairness import summarize_fairness
-from benchmarks.measurement import Load, TurnTimes
+from benchmarks.measurement import Load, TurnTimes, check_complete
+from benchmarks.processes import device_memory_mib
 from benchmarks.report import report, rows, verdicts
 from benchmarks.soak_memory import Sample, growths
-from benchmarks.workload import Workload
+from benchmarks.transformers_baselines import Baseline
+from benchmarks.workload import QUICK, Workload, write_checkpoint
 from demo.random_checkpoint import DEMO
 from tests.conftest import ROOT
 
@@ -52,6 +57,49 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     for target in values["targets"]:
         assert target["least"] <= target["value"] <= target["most"]
         assert target["text"] in told
+    for row, far in zip(values["rows"], values["distances"], strict=True):
+        assert (far["way"], far["sessions"]) == (row["way"], row["sessions"])
+        assert row["first_token_by_turn_ms"][0] == row["first_token_first_turn_ms"]
+        assert len(row["first_token_by_turn_ms"]) == 3
+        # 16 tokens of the picture and 24 of the question, and the template's.
+        assert 40 < row["opening_tokens"] < row["mean_context"] < 3 * 50
+        assert 0 < far["decode_share"] < 1
+        assert 0 < far["opening_share"] < 1
+    assert set(values["limits"]) == {"float32", "bfloat16"}
+    assert values["about"]["geometry"] == "quick"
+    assert values["about"]["device"] in told
+    for name in ("first-token", "throughput", "limits"):
+        assert (tmp_path / f"bench of a test-{name}.png").stat().st_size > 10_000
+
+
+def test_seven_billion_weights_are_refused_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "default_device", lambda: torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        bench.main(["--geometry", "llava-1.5-7b"])
+    assert "--geometry llava-1.5-7b needs a GPU, and torch sees none" in capsys.readouterr().err
+
+
+def test_on_a_gpu_every_way_computes_in_its_half_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    ways = bench.ways_on(torch.device("cuda"))
+    assert {name: way.dtype for name, way in ways.items()} == dict.fromkeys("SKET", "bfloat16")
+    assert ways["K"].options == ("--kept",)
+    on_cpu = bench.ways_on(torch.device("cpu"))
+    assert {name for name, way in on_cpu.items() if way.dtype == "float32"} == set("SKET")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_transformers_answers_in_the_dtype_of_the_others(kept: bool, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", QUICK, torch.bfloat16)
+    workload = Workload(str(checkpoint), "none", "bfloat16", turns=2, answer_tokens=4)
+    baseline = Baseline(workload, kept=kept)
+    assert baseline._model.dtype == torch.bfloat16
+    held = check_complete(baseline.hold(workload, 1), workload)
+    first, second = held.turns
+    assert first.prompt_tokens + 4 + 24 < second.prompt_tokens < first.prompt_tokens + 4 + 24 + 9
+    assert second.cached_tokens == (first.prompt_tokens + 3 if kept else 0)
 
 
 def test_a_reduced_precisions_cost_and_gain_are_measured(
@@ -153,6 +201,38 @@ def test_a_machine_that_was_not_quiet_is_told() -> None:
     assert "used 30 % during K in round 1.\n" in told
     assert values["used_by_others"] == {"K in round 1": 0.3, "E in round 1": 0.01}
     assert "WARNING" not in report(rounds, {"K": ""}, {}, [("K in round 1", 0.01)])[0]
+
+
+def test_turns_are_kept_apart_for_the_plots() -> None:
+    def of(*times: float) -> Load:
+        turns = [
+            TurnTimes(session, turn, time + session, 5.0, 10, 0, 100 + 50 * turn, "red")
+            for session in range(3)
+            for turn, time in enumerate(times)
+        ]
+        return Load(3, 1.0, 100.0, turns, device_peak_mib=times[0])
+
+    (row,) = rows([{"E": [of(90, 20, 30)]}, {"E": [of(70, 24, 30)]}], {"E": ""})
+    assert row.first_token_by_turn_ms == [81, 23, 31]
+    assert row.mean_context == 155
+    assert row.opening_tokens == 100
+    assert row.device_peak_mib == 90
+
+
+def test_a_gpus_memory_has_a_column_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device_memory_mib() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 17321\necho 5\n")
+    tool.chmod(0o755)
+    assert device_memory_mib() == 17321.0
+    held = load(1, 100, 20, 10, 1)
+    used = dataclasses.replace(held, device_peak_mib=17321.0)
+    assert "GPU, MiB" in (told := report([{"K": [used]}], {"K": ""}, {})[0])
+    assert " 17321\n" in told
+    assert "GPU, MiB" not in report([{"K": [held]}], {"K": ""}, {})[0]
 
 
 def test_fairness_looks_at_the_time_of_the_long_prompt_alone() -> None:
