@@ -28,7 +28,7 @@ import transformers
 from transformers import AutoConfig
 
 from benchmarks.distance import Ceiling, distance_text, distances
-from benchmarks.limits import read_limits
+from benchmarks.limits import Limits, best_of, read_limits
 from benchmarks.measurement import Load, read_loads
 from benchmarks.processes import busy_seconds
 from benchmarks.report import CPU_TARGETS, GPU_TARGETS, Rounds, report, rows
@@ -142,6 +142,7 @@ class Bench:
         self._began = time.monotonic()
         self._repositories: dict[str, Path] = {}
         self._checkpoint = folder / "checkpoint"
+        self._limits: list[dict[str, Limits]] = []
         self.fairness: dict[str, Any] = {}
         """By the way's name: fields of `Fairness`."""
         self.disturbances: list[tuple[str, float]] = []
@@ -166,18 +167,25 @@ class Bench:
         self._run(command, dict(os.environ))
         return repository
 
-    def ceiling(self, ways: Sequence[str]) -> Ceiling:
-        """What the hardware allows the checkpoint, by rates measured now; after `prepare`."""
-        self._say("measuring what the hardware allows")
+    def ceiling(self) -> Ceiling:
+        """What the hardware allows the checkpoint: the best rates of all rounds; after `measure`.
+
+        A machine whose memory is slow for a minute has not got another limit.
+        """
+        best = {dtype: best_of([each[dtype] for each in self._limits]) for dtype in self._limits[0]}
+        return Ceiling(AutoConfig.from_pretrained(self._checkpoint), best)
+
+    def _measure_limits(self, ways: Sequence[str], number: int) -> None:
+        self._say(f"round {number + 1}: what the hardware allows")
         dtypes = set(self.dtypes(ways).values())
         if self._device.type == "cpu":
             dtypes.add("float32")  # the vision encoder's
-        output = self._folder / "limits.json"
+        output = self._folder / f"limits-{number}.json"
         command = ["-m", "benchmarks.limits", "--dtypes", *sorted(dtypes), "--output", str(output)]
         others = OtherPrograms()
         self._run(command, os.environ | CPU_ENVIRONMENT)
-        self._note("the measurement of the limits", others)
-        return Ceiling(AutoConfig.from_pretrained(self._checkpoint), read_limits(output))
+        self._note(f"the limits in round {number + 1}", others)
+        self._limits.append(read_limits(output))
 
     def about(self, ceiling: Ceiling, ways: Sequence[str]) -> dict[str, Any]:
         """When, where and with what it runs."""
@@ -200,9 +208,10 @@ class Bench:
         return {name: self._ways[name].dtype for name in ways}
 
     def measure(self, ways: Sequence[str], repeats: int) -> Rounds:
-        """All ways, one after the other, `repeats` times."""
+        """The hardware's limits and all ways, one after the other, `repeats` times."""
         rounds: Rounds = []
         for number in range(repeats):
+            self._measure_limits(ways, number)
             wanted = [name for name in ways if number == 0 or self._ways[name].every_round]
             # One after the other, except where the figures mean nothing and only time is saved.
             with ThreadPoolExecutor(len(ways) if self._quick else 1) as pool:
@@ -285,8 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         try:
             bench.prepare(ways)
-            ceiling = bench.ceiling(ways)
             rounds = bench.measure(ways, options.repeats)
+            ceiling = bench.ceiling()
         except BenchError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -130,15 +130,14 @@ def _rates_text(ceiling: Ceiling) -> str:
         for dtype, limit in ceiling.limits.items()
     )
     text = f"""\
-Limits, by rates measured in this run: memory {memory.memory_bytes_per_second / 1e9:,.1f} GB/s \
-(reading {memory.read_bytes_per_second / 1e9:,.1f}, copying
-{memory.copy_bytes_per_second / 1e9:,.1f}), matrix products {rates} GFLOP/s. Between tokens: all \
-weights and the
-sessions' keys and values read once. 1st token of the 1st turn: the products of the vision encoder \
-and
-of the prompt; where several sessions open at once, until half of them could have it. What is
-measured includes everything else: decoding the picture, sampling, questions of other sessions
-computed between two tokens, the queue, and the way through Triton where there is one.
+Limits, by the best rates of this run. Memory: {memory.memory_bytes_per_second / 1e9:,.1f} GB/s \
+(reading {memory.read_bytes_per_second / 1e9:,.1f}, copying \
+{memory.copy_bytes_per_second / 1e9:,.1f});
+matrix products, GFLOP/s: {rates}. Between tokens: all weights and the
+sessions' keys and values are read once. 1st token of the 1st turn: the products of the vision
+encoder and of the prompt; where several sessions open at once, until half of them could have it.
+What is measured includes everything else: decoding the picture, sampling, questions of other
+sessions computed between two tokens, the queue, and the way through Triton where there is one.
 """
     if memory.host_copy_bytes_per_second and memory.to_host_bytes_per_second:
         text += (

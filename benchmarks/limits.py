@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,18 @@ def measure_limits(device: torch.device, dtype: torch.dtype, threads: int | None
             host_copy_bytes_per_second=to_device,
             to_host_bytes_per_second=to_host,
         )
+
+
+def best_of(measured: Sequence[Limits]) -> Limits:
+    """The highest of every rate, of several measurements on one device in one dtype."""
+    return replace(
+        measured[0],
+        **{
+            name: max(getattr(each, name) for each in measured)
+            for name, rate in asdict(measured[0]).items()
+            if name.endswith("_per_second") and rate is not None
+        },
+    )
 
 
 def device_name(device: torch.device) -> str:

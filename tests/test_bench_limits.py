@@ -29,6 +29,7 @@ from benchmarks import limits, plots
 from benchmarks.distance import Ceiling, distance_text, distances
 from benchmarks.limits import (
     Limits,
+    best_of,
     decode_step_bytes,
     kv_bytes_per_token,
     measure_limits,
@@ -140,6 +141,12 @@ def test_rates_count_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (measured.dtype, measured.threads) == ("bfloat16", 1)
     assert measured.host_copy_bytes_per_second is None
     assert torch.get_num_threads() == threads
+
+
+def test_the_best_of_several_measurements_is_the_limit() -> None:
+    # In the second one the memory was slow, and the matrices fast.
+    best = best_of([rates("float32", 2e6, 1e6, 2), rates("float32", 1e6, 4e6, 2)])
+    assert best == rates("float32", 2e6, 4e6, 2)
 
 
 def test_the_fastest_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
