@@ -9,6 +9,7 @@ in the benchmark's geometry, whose arithmetic is worth measuring; the precisions
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -110,24 +111,23 @@ def between_tokens(geometry: Geometry, rounds: int) -> dict[str, float]:
         checkpoint, repository = Path(folder) / "checkpoint", Path(folder) / "repository"
         write_checkpoint(checkpoint, geometry)
         export(ExportJob(str(checkpoint), repository))
-        workload = Path(folder) / "workload.json"
-        Workload(str(checkpoint), str(repository), turns=3).write(workload)
+        workload = Workload(str(checkpoint), str(repository), turns=3)
         times: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
         for _ in range(rounds):
             for precision, found in times.items():
-                for load in _loads(workload, *PRECISIONS[precision]):
+                for load in _loads(workload, Path(folder), *PRECISIONS[precision]):
                     found += [
                         each.between_tokens_ms for each in load.turns if each.between_tokens_ms
                     ]
     return {precision: statistics.median(found) for precision, found in times.items()}
 
 
-def _loads(workload: Path, dtype: str, weights: str) -> list[Load]:
+def _loads(workload: Workload, folder: Path, dtype: str, weights: str) -> list[Load]:
     """One session, in a process whose threads wait as the server's do."""
-    output = workload.with_name("loads.json")
+    file, output = folder / "workload.json", folder / "loads.json"
+    dataclasses.replace(workload, dtype=dtype).write(file)
     command = [sys.executable, "-m", "benchmarks.engine_load", "--sessions", "1"]
-    command += ["--workload", str(workload), "--output", str(output)]
-    command += ["--dtype", dtype, "--weights", weights]
+    command += ["--workload", str(file), "--output", str(output), "--weights", weights]
     environment = os.environ | CPU_ENVIRONMENT
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return read_loads(output)
