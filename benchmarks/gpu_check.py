@@ -1,0 +1,263 @@
+"""`make gpu-check`: everything that only a GPU can show, on a machine without a network.
+
+Stages run one after the other, each in a process and with a time limit of its own, and the report is
+written anew after each: what is cut off leaves what was found before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_python import ROOT, Pythons, WheelsError
+from benchmarks.gpu_report import Outcome, Report
+from benchmarks.gpu_stage import read_findings
+
+SECONDS = 530.0
+"""For everything: ten minutes less what starting and copying the results take."""
+LEAST_SECONDS = 15.0
+"""A stage that has less left is not begun."""
+TAIL_LINES = 40
+"""Of a failed stage's output, in the report."""
+NO_DEVICE_CODE = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of the check."""
+
+    name: str
+    title: str
+    module: str
+    seconds: float
+    """It is ended after so many."""
+    geometry: str = ""
+    on_server: bool = False
+    """Whether it needs Triton."""
+    beside: bool = False
+    """Whether it runs beside those after it, up to the first that is `prepared`."""
+    prepared: bool = True
+    """Whether it needs what is made beside."""
+
+
+SEVEN, MISTRAL = "llava-1.5-7b", "llava-1.6-mistral-7b"
+STAGES = (
+    Stage("prepare", "checkpoints and repositories", "gpu_prepare", 240, SEVEN, beside=True),
+    Stage("tests", "tests on the device", "gpu_tests", 150, prepared=False),
+    Stage("rows", f"the engine's speed, {SEVEN}", "gpu_rows", 100, SEVEN),
+    Stage("triton", f"the same through Triton, {SEVEN}", "gpu_triton", 130, SEVEN, on_server=True),
+    Stage("memory", f"sessions that left and came back, {SEVEN}", "gpu_memory", 60, SEVEN),
+    Stage("sessions", f"openings and open sessions, {SEVEN}", "gpu_sessions", 80, SEVEN),
+    Stage("agreement", "answers beside transformers'", "gpu_agreement", 90, SEVEN),
+    Stage("baselines", f"transformers, {SEVEN}", "gpu_baselines", 60, SEVEN),
+    Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "gpu_rows", 90, MISTRAL),
+)
+
+
+class Check:
+    """One run.
+
+    Args:
+        folder: for checkpoints, repositories and findings.
+        pythons: what the stages run in.
+        report: where outcomes go.
+        cpu: a tiny model on the CPU.
+        ends_at: by `time.monotonic`.
+    """
+
+    def __init__(
+        self, folder: Path, pythons: Pythons, report: Report, *, cpu: bool, ends_at: float
+    ) -> None:
+        self._folder = folder
+        self._pythons = pythons
+        self._report = report
+        self._cpu = cpu
+        self._ends_at = ends_at
+
+    def run(self, stages: Sequence[Stage], no_server: str | None) -> None:
+        """All stages in their order.
+
+        Args:
+            stages: to be run.
+            no_server: why no Triton server can run, if so.
+        """
+        beside: list[threading.Thread] = []
+        for stage in stages:
+            if stage.prepared and not stage.beside:
+                for thread in beside:
+                    thread.join()
+                beside = []
+            if stage.on_server and no_server is not None:
+                self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=no_server))
+            elif stage.beside:
+                thread = threading.Thread(target=self._run, args=(stage,))
+                thread.start()
+                beside.append(thread)
+            else:
+                self._run(stage)
+        for thread in beside:
+            thread.join()
+
+    def _run(self, stage: Stage) -> None:
+        began = time.monotonic()
+        left = self._ends_at - began
+        outcome = Outcome(stage.name, stage.title, "not run", 0.0)
+        if left < LEAST_SECONDS:
+            why = "the time of the whole check was used up"
+            self._report.add(replace(outcome, why=why))
+            return
+        limit = min(stage.seconds, left)
+        print(f"--- {stage.name}: {stage.title} (at most {limit:.0f} s)", flush=True)
+        findings = self._folder / f"findings-{stage.name}.json"
+        code, lines = self._process(stage, findings, limit)
+        found = read_findings(findings)
+        outcome = replace(outcome, seconds=time.monotonic() - began, **found)
+        if code == 0:
+            outcome = replace(outcome, result="passed")
+        elif code is None:
+            outcome = replace(outcome, result="cut off", why=f"it took more than {limit:.0f} s")
+        else:
+            why = "; ".join(found["faults"]) or f"it ended with exit status {code}"
+            outcome = replace(outcome, result="failed", why=why)
+        if code != 0:
+            outcome = replace(outcome, output_end=lines[-TAIL_LINES:])
+        print(f"--- {stage.name}: {outcome.result} after {outcome.seconds:.1f} s", flush=True)
+        self._report.add(outcome)
+
+    def _process(self, stage: Stage, findings: Path, limit: float) -> tuple[int | None, list[str]]:
+        """Exit status (None: cut off) and output."""
+        python = self._pythons.server if stage.on_server else self._pythons.plain
+        command = [str(python), "-m", f"benchmarks.{stage.module}"]
+        command += ["--folder", str(self._folder), "--findings", str(findings)]
+        command += ["--geometry", stage.geometry] if stage.geometry else []
+        command += ["--cpu"] if self._cpu else []
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        lines: list[str] = []
+        reader = threading.Thread(target=_show, args=(process, stage.name, lines), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()  # a server that it started has a guard, which notices
+            process.wait()
+            return None, lines
+        reader.join(5.0)  # a grandchild may keep the pipe open
+        return code, lines
+
+
+def _show(process: subprocess.Popen[str], name: str, lines: list[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        print(f"[{name}] {line}", end="", flush=True)
+
+
+def _environment() -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return clean | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+
+
+def ask_machine(python: Path) -> dict[str, Any]:
+    """What `benchmarks.gpu_machine` says, in the environment of the stages."""
+    done = subprocess.run(
+        [str(python), "-m", "benchmarks.gpu_machine"],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(
+            f"error: {sys.executable} cannot tell what this machine has; it needs torch:\n"
+            f"{done.stderr[-2000:]}"
+        )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout, where git knows it."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def server_problem(machine: dict[str, Any], wheels: Path) -> str | None:
+    """Why no Triton server can run here, in a sentence's end; None where one can."""
+    missing = [
+        name for name in ("nvidia-pytriton", "tritonclient") if not machine["versions"][name]
+    ]
+    if missing:
+        return f"{' and '.join(missing)} missing: no wheel of it in {wheels} (make gpu-wheels)"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        0 where every stage passed, 1 where one did not, 2 without a GPU.
+    """
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU: tests this")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="llava-gpu-check-") as scratch:
+        folder = Path(scratch)
+        try:
+            pythons = Pythons(folder, options.wheels)
+        except WheelsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        machine = ask_machine(pythons.server)
+        if machine["device"] is None and not options.cpu:
+            print(
+                "error: torch finds no NVIDIA GPU on this machine; run this where there is one "
+                "(--cpu tests the command itself with a tiny model)",
+                file=sys.stderr,
+            )
+            return NO_DEVICE_CODE
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = machine | {"date": now, "commit": commit(), "wheels": pythons.wheels}
+        report = Report(options.output, facts, cpu=options.cpu, stages=tuple(names))
+        check = Check(folder, pythons, report, cpu=options.cpu, ends_at=began + options.seconds)
+        chosen = [stage for stage in STAGES if stage.name in options.stages]
+        check.run(chosen, server_problem(machine, options.wheels))
+    print(f"\n{report.text()}\nwritten to {report.file} and {report.file.with_suffix('.txt').name}")
+    return 0 if report.complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

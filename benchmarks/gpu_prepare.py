@@ -1,0 +1,67 @@
+"""A stage of `make gpu-check`: checkpoints with random weights, and repositories for Triton."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu_python import ROOT
+from benchmarks.gpu_stage import Options, checkpoint_folder, repository_folder, run_stage
+from benchmarks.gpu_ways import geometry_of
+from benchmarks.workload import GEOMETRIES, write_checkpoint
+
+
+def export(checkpoint: Path, repository: Path, settings: dict[str, object]) -> None:
+    """Fill a model repository.
+
+    Raises:
+        RuntimeError: it failed; the text is what the export said.
+    """
+    repository.parent.mkdir(parents=True, exist_ok=True)
+    file = repository.with_suffix(".settings.json")
+    file.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "llava_export", "--model", str(checkpoint)]
+    command += ["--output", str(repository), "--settings", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{checkpoint.name} cannot be exported: {done.stdout}{done.stderr}")
+
+
+def prepare(options: Options) -> None:
+    """The stage: the geometry that Triton serves first, the other one last."""
+    place, folder = options.place, options.folder
+    cpu = place.device.type == "cpu"
+
+    def write(name: str) -> None:
+        target = checkpoint_folder(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(target, geometry_of(name, cpu=cpu), place.dtype, place.device)
+        size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        options.findings.add(f"{name}_bytes", size, f"{name}: {size / 1e9:.2f} GB of weights")
+
+    def serve() -> None:
+        settings = {
+            "dtype": place.dtype_name,
+            "max_sessions": place.sizes.many_sessions,
+            # What keeps a session that is measured from being encoded again would hide the encoder.
+            "encoded_images_bytes": 1,
+        }
+        name = options.geometry
+        export(checkpoint_folder(folder, name), repository_folder(folder, name), settings)
+
+    def demo() -> None:
+        export(ROOT / "demo" / "checkpoint", repository_folder(folder, "demo"), {})
+
+    attempt = options.findings.attempt
+    others = [name for name in GEOMETRIES if name not in (options.geometry, "cpu")]
+    attempt("writing the checkpoint", lambda: write(options.geometry))
+    attempt("exporting the demo checkpoint", demo)
+    attempt("exporting the checkpoint", serve)
+    for name in others:
+        attempt(f"writing {name}", lambda name=name: write(name))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(__doc__, prepare))

@@ -1,0 +1,200 @@
+"""The report of `make gpu-check`: stages, targets and figures, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+CPU_WARNING = """\
+THIS WAS A RUN WITHOUT A GPU, of a tiny model on a CPU. It tests the command; its figures say
+nothing about any GPU, and its targets were not judged.
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended, and what it found."""
+
+    name: str
+    title: str
+    result: str
+    """passed, failed, cut off, or not run."""
+    seconds: float
+    why: str = ""
+    """Where it has not passed."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    faults: Sequence[str] = ()
+    output_end: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure, and what it should be."""
+
+    text: str
+    stage: str
+    finding: str
+    unit: str = ""
+    bound: float | None = None
+    """None: no target, only measured."""
+    at_most: bool = True
+    scale: float = 1.0
+    """From the finding's unit to the row's."""
+
+
+def _share(text: str, stage: str, finding: str, bound: float | None = None) -> Row:
+    return Row(text, stage, finding, "%", bound, at_most=False, scale=100.0)
+
+
+ROWS = (
+    Row("answer tokens that differ without cause", "agreement", "unexplained", "", 0),
+    Row("demo checkpoint: correct answers fewer than on the CPU", "agreement", "fewer", "", 0),
+    _share("decode, 1 session, of the limit, through Triton", "triton", "decode_one_share", 85),
+    _share("  the engine alone", "rows", "decode_one_share"),
+    _share("decode, many sessions, of the limit, engine alone", "rows", "decode_many_share", 75),
+    _share("  through Triton, of the engine's tokens/s", "triton", "many_of_engine", 90),
+    Row("later turn, first token less 2 steps, Triton", "triton", "later_excess_ms", "ms", 3),
+    Row("  the engine alone", "rows", "later_excess_ms", "ms"),
+    Row("opening on a 336-px picture, Triton", "triton", "opening_small_ms", "ms", 40),
+    Row("  encoder and engine alone", "sessions", "opening_small_ms", "ms"),
+    Row("opening on a large JPEG (12 megapixels), Triton", "triton", "opening_large_ms", "ms", 90),
+    Row("  encoder and engine alone", "sessions", "opening_large_ms", "ms"),
+    _share("prefill of a picture and a text, of the matrix rate", "rows", "prefill_share", 50),
+    Row("brought back from the host / the copy's own time", "memory", "over_copy", "x", 1.3),
+    Row("  the same / computing it again", "memory", "over_computing", "x", 1.0),
+    Row("answers changed by leaving and coming back", "memory", "changed_answers", "", 0),
+    Row(
+        "open sessions with their features that fit",
+        "sessions",
+        "sessions_that_fit",
+        "",
+        5000,
+        at_most=False,
+    ),
+    Row("  really opened", "sessions", "sessions_opened", ""),
+    Row("tests passed", "tests", "passed", ""),
+    Row("transformers, stateless: first token of a later turn", "baselines", "S_later_ms", "ms"),
+    Row("  between tokens", "baselines", "S_between_ms", "ms"),
+    Row("transformers, kept cache: first token of a later turn", "baselines", "K_later_ms", "ms"),
+    Row("  between tokens", "baselines", "K_between_ms", "ms"),
+    Row("the engine: first token of a later turn", "rows", "later_ms", "ms"),
+    Row("  between tokens", "rows", "decode_one_ms", "ms"),
+    _share("grouped-query: decode, 1 session, of the limit", "rows-mistral", "decode_one_share"),
+    _share("  many sessions", "rows-mistral", "decode_many_share"),
+    _share("  prefill, of the matrix rate", "rows-mistral", "prefill_share"),
+    Row("  later turn, first token less 2 steps", "rows-mistral", "later_excess_ms", "ms"),
+)
+
+
+class Report:
+    """Written anew with every outcome.
+
+    Args:
+        folder: for `gpu-check.json` and `gpu-check.txt`.
+        facts: machine, versions, date, commit.
+        cpu: whether this is a run without a GPU.
+        stages: names of all there are, in their order.
+    """
+
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], *, cpu: bool, stages: Sequence[str]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "gpu-check.json"
+        self._facts = dict(facts)
+        self._cpu = cpu
+        self._stages = stages
+        self._outcomes: dict[str, Outcome] = {}
+        self._lock = threading.Lock()
+        self._write()
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep how a stage ended."""
+        with self._lock:
+            self._outcomes[outcome.name] = outcome
+            self._write()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage that was begun has passed, and none was left out for want of time or
+        of a server."""
+        return all(outcome.result == "passed" for outcome in self._outcomes.values())
+
+    def text(self) -> str:
+        """For people."""
+        facts, versions = self._facts, self._facts["versions"]
+        device = "no GPU" if self._cpu else f"{facts['device']}, {facts['memory_gib']} GiB"
+        parts = [CPU_WARNING] if self._cpu else []
+        parts.append(f"{device}; driver {facts['driver']}, CUDA {facts['cuda']}, ")
+        parts[-1] += f"Python {facts['python']}\n"
+        parts[-1] += ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+        parts[-1] += f"\n{facts['date']}, commit {facts['commit'] or 'unknown'}\n"
+        parts.append(_table(self.rows()))
+        parts.append(_stage_lines(self._in_order()))
+        return "\n".join(parts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row with its value and verdict."""
+        return [self._judge(row) for row in ROWS]
+
+    def _judge(self, row: Row) -> dict[str, Any]:
+        outcome = self._outcomes.get(row.stage)
+        judged = asdict(row) | {"value": None, "why": ""}
+        if outcome is None:
+            return judged | {"verdict": "not measured", "why": f"stage {row.stage} has not run"}
+        value = outcome.values.get(row.finding)
+        if value is None:
+            why = outcome.left_out.get(row.finding) or outcome.why or "it was not found"
+            return judged | {"verdict": "not measured", "why": f"{row.stage}: {why}"}
+        value = value * row.scale
+        if row.bound is None or self._cpu:
+            verdict = "measured"
+        else:
+            met = value <= row.bound if row.at_most else value >= row.bound
+            verdict = "met" if met else "NOT MET"
+        return judged | {"value": value, "verdict": verdict}
+
+    def _in_order(self) -> list[Outcome]:
+        return [self._outcomes[name] for name in self._stages if name in self._outcomes]
+
+    def _write(self) -> None:
+        values = {
+            "run_without_a_gpu": self._cpu,
+            **self._facts,
+            "complete": self.complete,
+            "rows": self.rows(),
+            "stages": [asdict(outcome) for outcome in self._in_order()],
+        }
+        self.file.write_text(json.dumps(values, indent=1) + "\n")
+        self.file.with_suffix(".txt").write_text(self.text())
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'':56} {'measured':>12}  {'target':>12}"]
+    for row in rows:
+        value, unit = row["value"], row["unit"]
+        shown = "-" if value is None else f"{value:,.4g} {unit}".strip()
+        target = ""
+        if row["bound"] is not None:
+            target = f"{'<=' if row['at_most'] else '>='} {row['bound']:g} {unit}".strip()
+        verdict = row["verdict"] + (f" ({_short(row['why'])})" if row["why"] else "")
+        lines.append(f"{row['text']:56} {shown:>12}  {target:>12}  {verdict}")
+    return "\n".join(lines) + "\n"
+
+
+def _stage_lines(outcomes: Sequence[Outcome]) -> str:
+    lines = []
+    for outcome in outcomes:
+        why = f": {_short(outcome.why)}" if outcome.why else ""
+        lines.append(f"{outcome.name:14} {outcome.result:8} {outcome.seconds:6.1f} s{why}")
+    return "\n".join(lines) + "\n"
+
+
+def _short(text: str) -> str:
+    line = text.partition("\n")[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."
