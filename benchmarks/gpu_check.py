@@ -1,7 +1,7 @@
 """`make gpu-check`: everything that only a GPU can show, on a machine without a network.
 
-Stages run one after the other, each in a process and with a time limit of its own, and the report is
-written anew after each: what is cut off leaves what was found before.
+Stages run one after the other, each in a process and with a time limit of its own, and the report
+is written anew after each: what is cut off leaves what was found before.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from benchmarks.gpu_wheels import SERVER_ONLY
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT, ROOT / "python_backend", ROOT / "export")
 HIDDEN = ("scipy", "sklearn", "pandas", "numba")
-"""From the server's Python: they may want a newer NumPy than it has, and transformers, which imports
-what it finds, is as good without."""
+"""From the server's Python: they may want a newer NumPy than it has, and transformers, which
+imports what it finds, is as good without."""
 
 
 class WheelsError(RuntimeError):

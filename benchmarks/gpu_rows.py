@@ -190,7 +190,7 @@ def measure(options: Options) -> None:
     """The stage."""
     place = options.place
     limits = limits_of(options)
-    way = EngineWay(options, max_sessions=place.sizes.many_sessions)
+    way = EngineWay(options.checkpoint, place, max_sessions=place.sizes.many_sessions)
     rows = Rows(
         way,
         Workload(str(options.checkpoint), "none"),

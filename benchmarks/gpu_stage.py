@@ -1,4 +1,4 @@
-"""What the stages of `make gpu-check` share: their sizes, their arguments, and where findings go."""
+"""What the stages of `make gpu-check` share: sizes, arguments, and where findings go."""
 
 from __future__ import annotations
 

@@ -1,21 +1,26 @@
-"""Two ways to ask a model, the engine in this process and Triton over gRPC, and what they answer."""
+"""Two ways to ask a model, the engine in this process and Triton over gRPC; their answers."""
 
 from __future__ import annotations
 
+import io
 import queue
 import threading
 import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import MistralConfig
 
-from benchmarks.gpu_stage import Options
+from benchmarks.gpu_stage import Place
 from benchmarks.workload import GEOMETRIES, QUICK, Geometry
 from llava_triton.checkpoint import load_checkpoint
 from llava_triton.client.transport import Transport, TurnMessage
@@ -28,6 +33,8 @@ from llava_triton.settings import Settings
 
 PATIENCE_SECONDS = 120.0
 """Nothing comes for so long: it hangs."""
+
+Result = TypeVar("Result")
 
 
 def geometry_of(name: str, *, cpu: bool) -> Geometry:
@@ -134,29 +141,34 @@ class Way(Protocol):
 
 
 class EngineWay:
-    """An engine in this process, on the checkpoint of a stage's geometry.
+    """An engine in this process.
 
     Args:
-        options: of the stage.
+        checkpoint: its directory.
+        place: where and in what to compute.
         features: pictures to features [1, T, D]; None: random ones, the same for the same picture.
+        ignore_eos: answers go on behind the model's own end.
         record: as for `ModelRunner`.
         limits: fields of `Settings`.
     """
 
     def __init__(
         self,
-        options: Options,
+        checkpoint: Path,
+        place: Place,
         features: Callable[[bytes], Tensor] | None = None,
+        *,
+        ignore_eos: bool = True,
         record: bool | None = None,
         **limits: Any,
     ) -> None:
-        place = options.place
         settings = Settings(**{"dtype": place.dtype_name, **limits})
-        loaded = load_checkpoint(options.checkpoint, dtype=place.dtype, device=place.device)
+        loaded = load_checkpoint(checkpoint, dtype=place.dtype, device=place.device)
         self.text_config = loaded.model.config.get_text_config()
         self.runner = ModelRunner(loaded, settings, record)
         self.engine = Engine(self.runner, loaded.tokenizer, settings)
-        self._features = features or self.random_features
+        self._features = features
+        self._ignore_eos = ignore_eos
 
     def ask(
         self,
@@ -168,18 +180,24 @@ class EngineWay:
         start: bool = False,
         end: bool = False,
     ) -> Answer:
-        """See `Way`. Encoding the picture is part of the answer's time."""
+        """See `Way`. Encoding a picture takes part of the answer's time, making features up none."""
         answer = Answer()
+        features = None
+        if picture is not None and self._features is not None:
+            features = self._features(picture)
+        elif picture is not None:
+            features = self._random_features(picture)
+            answer.asked_at = time.perf_counter()
         request = TurnRequest(
             session_id=session,
             start=start,
             end=end,
             text=text,
-            image_features=None if picture is None else self._features(picture),
-            sampling=SamplingParameters(max_tokens=max(1, answer_tokens), ignore_eos=True),
+            image_features=features,
+            sampling=SamplingParameters(
+                max_tokens=max(1, answer_tokens), ignore_eos=self._ignore_eos
+            ),
         )
-        if self._features == self.random_features:
-            answer.asked_at = time.perf_counter()  # making up features is nobody's cost
 
         def listener(event: Delta | SessionError) -> None:
             if isinstance(event, SessionError):
@@ -192,11 +210,24 @@ class EngineWay:
         self.engine.submit(request, listener)
         return answer
 
-    def random_features(self, picture: bytes) -> Tensor:
+    def _random_features(self, picture: bytes) -> Tensor:
         """As small as embeddings are."""
         generator = torch.Generator().manual_seed(zlib.crc32(picture))
         shape = (1, self.runner.tokens_per_image, self.runner.hidden_size)
         return torch.randn(shape, generator=generator).mul_(0.02)
+
+    def on_engine(self, action: Callable[[Engine], Result]) -> Result:
+        """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
+        result: Future[Result] = Future()
+
+        def command() -> None:
+            try:
+                result.set_result(action(self.engine))
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.engine._command(command)
+        return result.result(PATIENCE_SECONDS)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -257,11 +288,6 @@ class TritonWay:
 
 def large_jpeg(size: tuple[int, int], seed: int) -> bytes:
     """A photograph's worth of detail, of that width and height, as JPEG."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     width, height = size
     small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     buffer = io.BytesIO()

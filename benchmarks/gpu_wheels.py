@@ -1,8 +1,8 @@
 """`make gpu-wheels`: what a GPU machine without a network lacks, as wheels to be brought along.
 
-The machine has torch, transformers, pytest and their like. What is fetched here is Triton's server,
-its client, and NumPy 1: the server's Python backend was compiled for it and crashes with NumPy 2, so
-it gets one of its own.
+The machine has torch, transformers, pytest and their like. What is fetched here is Triton's
+server, its client, and NumPy 1: the server's Python backend was compiled for it and crashes with
+NumPy 2, so it gets one of its own.
 """
 
 from __future__ import annotations

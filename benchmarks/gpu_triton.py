@@ -1,0 +1,63 @@
+"""A stage of `make gpu-check`: the same figures through a real Triton server over gRPC."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from benchmarks.gpu_rows import Rows, limits_of
+from benchmarks.gpu_sessions import Openings
+from benchmarks.gpu_stage import Options, read_findings, repository_folder, run_stage
+from benchmarks.gpu_ways import TritonWay
+from benchmarks.workload import Workload
+from llava_export.vision import features_shape, llava_config
+from llava_triton.client.grpc import GrpcTransport
+from llava_triton.server import TritonServer, free_ports
+
+
+def measure(options: Options) -> None:
+    """The stage."""
+    place, findings = options.place, options.findings
+    repository = repository_folder(options.folder, options.geometry)
+    config = llava_config(options.checkpoint)
+    limits = limits_of(options)
+    workload = Workload(str(options.checkpoint), str(repository))
+    log = options.folder / "triton.log"
+    began = time.perf_counter()
+    with TritonServer(repository, *free_ports(3), log=log) as server:
+        seconds = time.perf_counter() - began
+        findings.add("start_seconds", seconds, f"the server is ready after {seconds:.1f} s")
+        way = TritonWay(lambda: GrpcTransport(server.grpc_address))
+        rows = Rows(
+            way,
+            workload,
+            config.get_text_config(),
+            limits,
+            place.dtype.itemsize,
+            features_shape(config, config.vision_config.image_size)[0],
+            place.sizes,
+            findings,
+        )
+        openings = Openings(way, workload, place.sizes, findings)
+        rows.measure(
+            rows.warm_up,
+            rows.decode_one,
+            rows.later_turn,
+            openings.small,
+            openings.large,
+            rows.decode_many,
+        )
+        way.close()
+    engine = read_findings(options.folder / "findings-rows.json")["values"]
+    name = "decode_many_tokens_per_second"
+    if name in engine and name in findings.values:
+        share = findings.values[name] / engine[name]
+        findings.add("many_of_engine", share, f"{100 * share:.1f} % of the engine's tokens/s")
+    else:
+        findings.leave_out("many_of_engine", "one of the two figures is missing")
+    told = [line for line in log.read_text(errors="replace").splitlines() if "encoder is run" in line]
+    findings.add("vision_encoder", told[-1:], told[-1] if told else "the log names no encoder")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(__doc__, measure))
