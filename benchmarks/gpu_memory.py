@@ -15,6 +15,8 @@ from llava_triton.engine import Engine
 HOST_BYTES = 4 << 30
 SESSION = "memory"
 OTHER = "other"
+PICTURES = 10_002
+"""A load's number that nothing else has."""
 
 
 class ComingBack:
@@ -51,7 +53,9 @@ class ComingBack:
                 computed.append(third[0].first_token_seconds)
                 copies.append(second[1] / self._copy_rate)
         add = self._findings.add
-        kept, back, again = (statistics.median(each) * 1000 for each in (stayed, returned, computed))
+        kept, back, again = (
+            statistics.median(each) * 1000 for each in (stayed, returned, computed)
+        )
         copy = statistics.median(copies) * 1000
         add("kept_ms", kept, f"first token in a session that stayed: {kept:.2f} ms")
         add("returned_ms", back, f"  in one that came back from host memory: {back:.2f} ms")
@@ -73,7 +77,7 @@ class ComingBack:
     def _turn(self, number: int, fate: str) -> tuple[Answer, int]:
         """A turn in a session that has met its fate, and the bytes of what it remembered."""
         sizes, way = self._sizes, self._way
-        picture = self._workload.picture(-2, number)
+        picture = self._workload.picture(PICTURES, number)
         picture_tokens = way.runner.tokens_per_image
         text = self._workload.text(max(4, sizes.context_tokens - picture_tokens), f"m{number}")
         way.ask(SESSION, picture=picture, text=text, answer_tokens=1, start=True).wait()
@@ -109,9 +113,7 @@ def _forget_free_blocks(engine: Engine) -> None:
 def measure(options: Options) -> None:
     """The stage."""
     limits = limits_of(options)
-    way = EngineWay(
-        options.checkpoint, options.place, max_sessions=2, host_cache_bytes=HOST_BYTES
-    )
+    way = EngineWay(options.checkpoint, options.place, max_sessions=2, host_cache_bytes=HOST_BYTES)
     workload = Workload(str(options.checkpoint), "none")
     options.findings.attempt("coming back", ComingBack(way, workload, options, limits).measure)
     way.close()

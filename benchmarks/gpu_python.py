@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -90,3 +91,8 @@ def make_environment(folder: Path, first: Sequence[Path], hidden: Sequence[str] 
     packages = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
     (Path(packages) / "gpu-check.pth").write_text("\n".join(lines) + "\n")
     return folder / "bin" / "python3"
+
+
+def without_gpu() -> dict[str, str]:
+    """The environment of a process that shall not see the GPU."""
+    return dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}

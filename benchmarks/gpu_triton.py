@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from benchmarks.gpu_openings import Openings
 from benchmarks.gpu_rows import Rows, limits_of
-from benchmarks.gpu_sessions import Openings
 from benchmarks.gpu_stage import Options, read_findings, repository_folder, run_stage
 from benchmarks.gpu_ways import TritonWay
 from benchmarks.workload import Workload
@@ -55,7 +55,9 @@ def measure(options: Options) -> None:
         findings.add("many_of_engine", share, f"{100 * share:.1f} % of the engine's tokens/s")
     else:
         findings.leave_out("many_of_engine", "one of the two figures is missing")
-    told = [line for line in log.read_text(errors="replace").splitlines() if "encoder is run" in line]
+    told = [
+        line for line in log.read_text(errors="replace").splitlines() if "encoder is run" in line
+    ]
     findings.add("vision_encoder", told[-1:], told[-1] if told else "the log names no encoder")
 
 

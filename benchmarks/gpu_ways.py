@@ -180,7 +180,7 @@ class EngineWay:
         start: bool = False,
         end: bool = False,
     ) -> Answer:
-        """See `Way`. Encoding a picture takes part of the answer's time, making features up none."""
+        """See `Way`. Encoding a picture is part of the answer's time, making features up is not."""
         answer = Answer()
         features = None
         if picture is not None and self._features is not None:
@@ -212,9 +212,10 @@ class EngineWay:
 
     def _random_features(self, picture: bytes) -> Tensor:
         """As small as embeddings are."""
-        generator = torch.Generator().manual_seed(zlib.crc32(picture))
+        device = self.runner.device
+        generator = torch.Generator(device).manual_seed(zlib.crc32(picture))
         shape = (1, self.runner.tokens_per_image, self.runner.hidden_size)
-        return torch.randn(shape, generator=generator).mul_(0.02)
+        return torch.randn(shape, generator=generator, device=device).mul_(0.02)
 
     def on_engine(self, action: Callable[[Engine], Result]) -> Result:
         """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""

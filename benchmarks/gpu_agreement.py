@@ -1,0 +1,352 @@
+"""A stage of `make gpu-check`: greedy answers beside transformers' `generate` on the same device.
+
+Two computations in a half type round differently, and where the two likeliest tokens are nearly
+equally likely they may choose differently. So a difference is looked at: by how much transformers
+itself preferred its token, and how far its logits are off those it computes in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from benchmarks.accuracy import answers
+from benchmarks.gpu_python import ROOT, without_gpu
+from benchmarks.gpu_stage import Options, Place, repository_folder, run_stage
+from benchmarks.gpu_ways import EngineWay
+from benchmarks.workload import Workload
+from demo.conversations import random_conversation
+from demo.data import EVALUATION, picture, stream
+
+KV_BYTES = 4 << 30
+"""Beside the engine, transformers' model needs room, too."""
+ROUNDINGS = 2.0
+"""Two logits may each be off by as much as any logit is."""
+WORSE_SHARE = 0.01
+"""Of the questions; more answers lost than that are no rounding."""
+SESSION = "agreement"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn."""
+
+    text: str
+    pictures: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where an answer left transformers'."""
+
+    text: str
+    """The question."""
+    position: int
+    """In the answer."""
+    expected: int
+    """transformers' token."""
+    got: int
+    gap: float
+    """transformers' logit of its own token less that of ours."""
+    gap_roundings: float
+    """The same in steps of the dtype at that logit."""
+    true_gap: float
+    """In float32: the likeliest token's logit less that of ours."""
+    noise: float
+    """How far transformers' logits are off those in float32, at the most."""
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains it."""
+        return self.true_gap <= ROUNDINGS * self.noise
+
+
+@dataclass
+class Agreement:
+    """Of all answers compared."""
+
+    answers: int = 0
+    tokens: int = 0
+    """Compared: up to the first difference of each answer."""
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def unexplained(self) -> int:
+        """Differences that are larger than rounding makes them."""
+        return sum(not each.explained for each in self.differences)
+
+
+class Reference:
+    """A checkpoint in transformers.
+
+    Args:
+        checkpoint: its directory.
+        place: where and in what to compute.
+    """
+
+    def __init__(self, checkpoint: Path, place: Place) -> None:
+        self._place = place
+        self.model: Any = (
+            LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=place.dtype)
+            .eval()
+            .to(place.device)
+        )
+        self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
+
+    @cached_property
+    def _exact(self) -> Any:
+        """The same weights, computed in float32; made when a difference is to be looked at."""
+        return copy.deepcopy(self.model).float()
+
+    def pixels(self, pictures: Sequence[bytes]) -> Tensor:
+        """[N, 3, H, W]."""
+        images = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
+        processed = self._processor.image_processor(images, return_tensors="pt")
+        return torch.as_tensor(processed["pixel_values"]).to(self._place.device, self._place.dtype)
+
+    @torch.inference_mode()
+    def features(self, encoded: bytes) -> Tensor:
+        """One picture's [1, T, D], by transformers' vision tower."""
+        config = self.model.config
+        output = self.model.model.get_image_features(
+            pixel_values=self.pixels([encoded]),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+        return torch.stack(list(output.pooler_output))
+
+    @torch.inference_mode()
+    def answer(
+        self, prompt: Sequence[int], pictures: Sequence[bytes], tokens: int
+    ) -> tuple[list[int], list[Tensor]]:
+        """`generate`'s greedy answer to token IDs, and the logits [V] before each token."""
+        ids = torch.tensor([list(prompt)], device=self._place.device)
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **({"pixel_values": self.pixels(pictures)} if pictures else {}),
+            max_new_tokens=tokens,
+            do_sample=False,
+            # A picture is nothing that a model can say; the engine rules it out likewise.
+            suppress_tokens=[self.model.config.image_token_id],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        chosen = [int(token) for token in output.sequences[0, len(prompt) :]]
+        return chosen, [each[0].float() for each in output.logits]
+
+    @torch.inference_mode()
+    def exact_logits(self, ids: Sequence[int], pictures: Sequence[bytes]) -> Tensor:
+        """What follows the token IDs, computed in float32, [V]."""
+        given = torch.tensor([list(ids)], device=self._place.device)
+        inputs = {"pixel_values": self.pixels(pictures).float()} if pictures else {}
+        output = self._exact(input_ids=given, attention_mask=torch.ones_like(given), **inputs)
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+
+def compare(
+    reference: Reference,
+    way: EngineWay,
+    conversation: Sequence[Question],
+    tokens: int,
+    agreement: Agreement,
+) -> None:
+    """Hold a conversation with the engine; transformers answers each turn of the same token IDs."""
+    pictures: list[bytes] = []
+    for index, question in enumerate(conversation):
+        pictures += question.pictures
+        answer = way.ask(
+            SESSION,
+            picture=question.pictures[0] if question.pictures else None,
+            text=question.text,
+            answer_tokens=tokens,
+            start=index == 0,
+        ).wait()
+        history = way.on_engine(lambda engine: list(engine._sessions._sessions[SESSION].history))
+        length = answer.done.num_input_tokens
+        got = history[length:]
+        expected, logits = reference.answer(history[:length], pictures, tokens)
+        if answer.done.finish_reason == "stop":  # said, but no part of the conversation
+            got.append(reference.model.generation_config.eos_token_id)
+        agreement.answers += 1
+        position = _first_difference(expected, got)
+        agreement.tokens += len(expected) if position is None else position + 1
+        if position is None:
+            continue
+        exact = reference.exact_logits([*history[:length], *expected[:position]], pictures)
+        agreement.differences.append(
+            _difference(
+                question.text,
+                position,
+                (expected[position], got[position]),
+                logits[position],
+                exact,
+                reference.model.dtype,
+            )
+        )
+    way.ask(SESSION, end=True).wait()
+
+
+def _first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
+    for index, (one, other) in enumerate(zip(expected, got, strict=False)):
+        if one != other:
+            return index
+    if len(expected) != len(got):  # an end is a token, too
+        raise RuntimeError(f"one answer goes on behind the other's end: {expected}, {got}")
+    return None
+
+
+def _difference(
+    text: str,
+    position: int,
+    tokens: tuple[int, int],
+    logits: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+) -> Difference:
+    expected, got = tokens
+    gap = float(logits[expected] - logits[got])
+    _, exponent = math.frexp(float(logits[expected]))
+    rounding = torch.finfo(dtype).eps * 2.0 ** (exponent - 1)
+    return Difference(
+        text,
+        position,
+        expected,
+        got,
+        gap,
+        gap / rounding,
+        float(exact.max() - exact[got]),
+        float((logits - exact).abs().max()),
+    )
+
+
+def demo_conversations() -> Iterator[list[Question]]:
+    """Those of the evaluation, about pictures that the demo checkpoint has never seen."""
+    number = 0
+    while True:
+        rng = stream(EVALUATION, number)
+        conversation = random_conversation(rng, turns=4)
+        pictures = iter([_png(picture(scene, rng)) for scene in conversation.scenes])
+        yield [
+            Question(turn.question, [next(pictures)] if turn.picture else [])
+            for turn in conversation.turns
+        ]
+        number += 1
+
+
+def random_conversations(workload: Workload) -> Iterator[list[Question]]:
+    """Words and pictures of a benchmark."""
+    number = 0
+    while True:
+        opening = Question(workload.question(0, number, 0), [workload.picture(10_003, number)])
+        yield [opening, Question(workload.question(0, number, 1))]
+        number += 1
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def agree(
+    checkpoint: Path, place: Place, conversations: Iterator[list[Question]], turns: int, tokens: int
+) -> Agreement:
+    """Hold conversations until so many turns were answered."""
+    reference = Reference(checkpoint, place)
+    way = EngineWay(
+        checkpoint,
+        place,
+        reference.features,
+        ignore_eos=False,
+        max_sessions=2,
+        kv_cache_bytes=KV_BYTES if place.device.type == "cuda" else None,
+    )
+    agreement = Agreement()
+    try:
+        while agreement.answers < turns:
+            compare(reference, way, next(conversations), tokens, agreement)
+    finally:
+        way.close()
+    return agreement
+
+
+def measure(options: Options) -> None:
+    """The stage."""
+    place, sizes, findings = options.place, options.place.sizes, options.findings
+    demo = repository_folder(options.folder, "demo")
+    scores = options.folder / "cpu-scores.json"
+    on_cpu = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "benchmarks.accuracy", "--repository", str(demo)),
+            *("--questions", str(sizes.scored_questions), "--output", str(scores)),
+        ],
+        cwd=ROOT,
+        env=without_gpu(),
+        stdout=subprocess.DEVNULL,
+    )
+    found: dict[str, Agreement] = {}
+
+    def part(name: str, checkpoint: Path, conversations: Iterator[list[Question]]) -> None:
+        agreement = agree(
+            checkpoint, place, conversations, sizes.compared_turns, sizes.compared_tokens
+        )
+        found[name] = agreement
+        told = f"{name}: {agreement.answers} answers, {agreement.tokens} tokens compared, "
+        told += (
+            f"{len(agreement.differences)} answers differ, {agreement.unexplained} without cause"
+        )
+        values = asdict(agreement) | {"unexplained": agreement.unexplained}
+        findings.add(f"agreement_{name}", values, told)
+        for each in agreement.differences:
+            print(
+                f"  at {each.position}: {each.expected} or {each.got}, {each.gap_roundings:.1f} "
+                f"roundings apart; in float32 {each.true_gap:.4f}, noise {each.noise:.4f}"
+                f"{'' if each.explained else '  UNEXPLAINED'}"
+            )
+        if agreement.unexplained:
+            findings.fault(f"{name}: {agreement.unexplained} answers differ without cause")
+
+    workload = Workload(str(options.checkpoint), "none", question_tokens=sizes.question_tokens)
+    random = random_conversations(workload)
+    checkpoint = ROOT / "demo" / "checkpoint"
+    findings.attempt("demo checkpoint", lambda: part("demo", checkpoint, demo_conversations()))
+    findings.attempt(options.geometry, lambda: part(options.geometry, options.checkpoint, random))
+    if len(found) == 2:
+        total = sum(each.unexplained for each in found.values())
+        findings.add("unexplained", total, f"{total} answers differ without cause in all")
+    findings.attempt("scores", lambda: _score(options, demo, on_cpu, scores))
+
+
+def _score(options: Options, demo: Path, on_cpu: subprocess.Popen[bytes], scores: Path) -> None:
+    asked = answers(demo, options.place.dtype_name, options.place.sizes.scored_questions)
+    correct = sum(one.correct for one in asked)
+    if on_cpu.wait() != 0:
+        raise RuntimeError("the evaluation on the CPU failed")
+    expected = json.loads(scores.read_text())["float32"]["correct"]
+    told = f"demo checkpoint: {correct} of {len(asked)} correct, {expected} on the CPU in float32"
+    values = {"questions": len(asked), "correct": correct, "correct_on_cpu": expected}
+    options.findings.add("scores", values, told)
+    fewer = expected - correct
+    options.findings.add("fewer", max(0, fewer), f"  {max(0, fewer)} fewer")
+    if fewer > WORSE_SHARE * len(asked):
+        options.findings.fault(f"{fewer} answers fewer are correct than on the CPU")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(__doc__, measure))

@@ -1,0 +1,99 @@
+"""A stage of `make gpu-check`: how many sessions with their image features fit on the device."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from benchmarks.gpu_stage import Findings, Options, Sizes, run_stage
+from benchmarks.gpu_ways import EngineWay
+
+OPENING_SECONDS = 75.0
+"""For opening as many sessions as are wanted."""
+AT_ONCE = 4
+"""Openings under way, so that the device does not wait for the next picture."""
+SPARE_SESSIONS = 16
+
+
+class OpenSessions:
+    """Sessions that stay open, each with a picture of its own.
+
+    Args:
+        way: an engine with room for all of them, which has opened none.
+        device: its own.
+        sizes: how many.
+        findings: where it goes.
+    """
+
+    def __init__(
+        self, way: EngineWay, device: torch.device, sizes: Sizes, findings: Findings
+    ) -> None:
+        self._way = way
+        self._device = device
+        self._sizes = sizes
+        self._findings = findings
+        self._open = 0
+
+    def fit(self) -> None:
+        """How many fit, from the memory that the first ones took."""
+        before = self._used_bytes()
+        self._open_until(self._sizes.opened_sessions, time.perf_counter() + OPENING_SECONDS)
+        each = (self._used_bytes() - before) / self._open
+        fit = int(self._way.runner.image_bytes_on_device / each)
+        told = f"{self._open} sessions opened: {each / 1e6:.2f} MB of the device for each one's "
+        self._findings.add("bytes_a_session", each, f"{told}picture")
+        self._findings.add("sessions_that_fit", fit, f"  so {fit:,} fit (computed)")
+
+    def really(self) -> None:
+        """Open as many as are wanted, or as there is time for; the oldest one still answers."""
+        self._open_until(self._sizes.wanted_sessions, time.perf_counter() + OPENING_SECONDS)
+        now = self._way.engine.statistics()
+        told = f"{now.sessions_open:,} sessions are open with {now.images:,} pictures, "
+        told += f"{now.images_evicted} of them in host memory"
+        self._findings.add("sessions_opened", now.sessions_open, told)
+        if now.images_evicted:
+            self._findings.fault(f"{now.images_evicted} pictures had to leave the device")
+        answer = self._way.ask("open-0", text="What is it?", answer_tokens=4).wait()
+        milliseconds = answer.first_token_seconds * 1000
+        told = f"the one that was opened first answers after {milliseconds:.1f} ms"
+        self._findings.add("oldest_first_token_ms", milliseconds, told)
+
+    def _open_until(self, wanted: int, ends_at: float) -> None:
+        coming = []
+        while self._open < wanted and time.perf_counter() < ends_at:
+            number = self._open
+            picture = number.to_bytes(8, "little")  # features are made of it
+            coming.append(self._way.ask(f"open-{number}", picture=picture, start=True))
+            self._open += 1
+            if len(coming) == AT_ONCE:
+                coming.pop(0).wait()
+        for answer in coming:
+            answer.wait()
+
+    def _used_bytes(self) -> int:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.memory_reserved()
+        return self._way.on_engine(lambda engine: engine._images.device_bytes)
+
+
+def measure(options: Options) -> None:
+    """The stage."""
+    place = options.place
+    way = EngineWay(
+        options.checkpoint,
+        place,
+        record=False,  # little is decoded here
+        max_sessions=place.sizes.wanted_sessions + SPARE_SESSIONS,
+        host_cache_bytes=1,  # on the device or not at all
+    )
+    opened = OpenSessions(way, place.device, place.sizes, options.findings)
+    options.findings.attempt("fit", opened.fit)
+    options.findings.attempt("really", opened.really)
+    way.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(__doc__, measure))
