@@ -67,6 +67,12 @@ bench-adapter: .venv/runtime compiler ## What the session adapter costs beside g
 soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
 	$(python) -m benchmarks.soak
 
+gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
+	$(python) -m benchmarks.gpu_wheels --output build/gpu-wheels
+
+gpu-check: ## Tests and figures of an NVIDIA GPU, by PYTHON= itself, no .venv (9 minutes; docs/gpu.md)
+	'$(PYTHON)' -m benchmarks.gpu_check --wheels build/gpu-wheels --output benchmarks/results
+
 profile: .venv/runtime compiler libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
 	$(python) -m benchmarks.profile
 
@@ -92,7 +98,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy soak profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy gpu-wheels gpu-check soak profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----

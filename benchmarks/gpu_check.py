@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.gpu_python import ROOT, Pythons, WheelsError
 from benchmarks.gpu_report import Outcome, Report
-from benchmarks.gpu_stage import read_findings
+from benchmarks.gpu_stage import MISTRAL, SEVEN, read_findings
 
 SECONDS = 530.0
 """For everything: ten minutes less what starting and copying the results take."""
@@ -52,7 +53,6 @@ class Stage:
     """Whether it needs what is made beside."""
 
 
-SEVEN, MISTRAL = "llava-1.5-7b", "llava-1.6-mistral-7b"
 STAGES = (
     Stage("prepare", "checkpoints and repositories", "gpu_prepare", 240, SEVEN, beside=True),
     Stage("tests", "tests on the device", "gpu_tests", 150, prepared=False),
@@ -87,6 +87,7 @@ class Check:
         self._report = report
         self._cpu = cpu
         self._ends_at = ends_at
+        self._running: set[subprocess.Popen[str]] = set()
 
     def run(self, stages: Sequence[Stage], no_server: str | None) -> None:
         """All stages in their order.
@@ -111,6 +112,11 @@ class Check:
                 self._run(stage)
         for thread in beside:
             thread.join()
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for process in list(self._running):
+            _end(process)
 
     def _run(self, stage: Stage) -> None:
         began = time.monotonic()
@@ -154,18 +160,27 @@ class Check:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
+        self._running.add(process)
         lines: list[str] = []
         reader = threading.Thread(target=_show, args=(process, stage.name, lines), daemon=True)
         reader.start()
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.kill()  # a server that it started has a guard, which notices
-            process.wait()
+            _end(process)
             return None, lines
+        finally:
+            self._running.discard(process)
         reader.join(5.0)  # a grandchild may keep the pipe open
         return code, lines
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With its children; a Triton server has a guard in a session of its own, which notices."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _show(process: subprocess.Popen[str], name: str, lines: list[str]) -> None:
@@ -177,7 +192,7 @@ def _show(process: subprocess.Popen[str], name: str, lines: list[str]) -> None:
 
 def _environment() -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return clean | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+    return clean | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def ask_machine(python: Path) -> dict[str, Any]:
@@ -216,6 +231,8 @@ def server_problem(machine: dict[str, Any], wheels: Path) -> str | None:
     ]
     if missing:
         return f"{' and '.join(missing)} missing: no wheel of it in {wheels} (make gpu-wheels)"
+    if not machine["libpython"]:
+        return "this machine has no libpython of its Python, which Triton's Python backend loads"
     return None
 
 
@@ -256,7 +273,15 @@ def main(arguments: list[str] | None = None) -> int:
         report = Report(options.output, facts, cpu=options.cpu, stages=tuple(names))
         check = Check(folder, pythons, report, cpu=options.cpu, ends_at=began + options.seconds)
         chosen = [stage for stage in STAGES if stage.name in options.stages]
-        check.run(chosen, server_problem(machine, options.wheels))
+        if any(stage.prepared for stage in chosen):
+            chosen = [stage for stage in STAGES if stage in chosen or stage.beside]
+        try:
+            check.run(chosen, server_problem(machine, options.wheels))
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 1
+        finally:
+            check.stop()
     print(f"\n{report.text()}\nwritten to {report.file} and {report.file.with_suffix('.txt').name}")
     return 0 if report.complete else 1
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -28,6 +31,7 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "system": platform.platform(),
+        "libpython": _has_libpython(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
@@ -45,6 +49,18 @@ def _driver() -> str | None:
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _has_libpython() -> bool:
+    """Whether this Python is there as a library, too."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    if (Path(sysconfig.get_config_var("LIBDIR")) / name).exists():
+        return True
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _version(name: str) -> str | None:

@@ -41,9 +41,14 @@ class OpenSessions:
         before = self._used_bytes()
         self._open_until(self._sizes.opened_sessions, time.perf_counter() + OPENING_SECONDS)
         each = (self._used_bytes() - before) / self._open
-        fit = int(self._way.runner.image_bytes_on_device / each)
         told = f"{self._open} sessions opened: {each / 1e6:.2f} MB of the device for each one's "
         self._findings.add("bytes_a_session", each, f"{told}picture")
+        runner = self._way.runner
+        numbers = runner.tokens_per_image * runner.hidden_size
+        fit = runner.image_bytes_on_device // (numbers * self._way.place.dtype.itemsize)
+        if self._device.type == "cuda":  # what the allocator loses between pictures counts, too
+            free = torch.cuda.mem_get_info()[0]
+            fit = min(fit, self._open + int(free / each))
         self._findings.add("sessions_that_fit", fit, f"  so {fit:,} fit (computed)")
 
     def really(self) -> None:

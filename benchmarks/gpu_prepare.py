@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu_python import ROOT
-from benchmarks.gpu_stage import Options, checkpoint_folder, repository_folder, run_stage
+from benchmarks.gpu_stage import (
+    MISTRAL,
+    Options,
+    checkpoint_folder,
+    repository_folder,
+    run_stage,
+)
 from benchmarks.gpu_ways import geometry_of
-from benchmarks.workload import GEOMETRIES, write_checkpoint
+from benchmarks.workload import write_checkpoint
 
 
 def export(checkpoint: Path, repository: Path, settings: dict[str, object]) -> None:
@@ -55,12 +62,12 @@ def prepare(options: Options) -> None:
         export(ROOT / "demo" / "checkpoint", repository_folder(folder, "demo"), {})
 
     attempt = options.findings.attempt
-    others = [name for name in GEOMETRIES if name not in (options.geometry, "cpu")]
-    attempt("writing the checkpoint", lambda: write(options.geometry))
-    attempt("exporting the demo checkpoint", demo)
-    attempt("exporting the checkpoint", serve)
-    for name in others:
-        attempt(f"writing {name}", lambda name=name: write(name))  # type: ignore[misc]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(demo)  # on the CPU meanwhile
+        attempt("writing the checkpoint", lambda: write(options.geometry))
+        attempt("exporting the checkpoint", serve)
+        attempt("writing the other checkpoint", lambda: write(MISTRAL))
+        attempt("exporting the demo checkpoint", coming.result)
 
 
 if __name__ == "__main__":

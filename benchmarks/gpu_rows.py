@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_stage import Findings, Options, Sizes, run_stage
+from benchmarks.gpu_stage import Findings, Options, Sizes, read_findings, run_stage
 from benchmarks.gpu_ways import Answer, EngineWay, Way, joint_tokens_per_second
 from benchmarks.limits import Limits, decode_step_bytes, measure_limits, prefill_flops
 from benchmarks.workload import Workload
@@ -175,8 +175,12 @@ def _mean_context(answer: Answer) -> float:
 
 
 def limits_of(options: Options) -> Limits:
-    """Measured now, and kept among the findings."""
-    limits = measure_limits(options.place.device, options.place.dtype)
+    """Measured now, or by the stage that ran first in this run; kept among the findings."""
+    known = read_findings(options.folder / "findings-rows.json")["values"].get("limits")
+    if known is not None:
+        limits = Limits(**known)
+    else:
+        limits = measure_limits(options.place.device, options.place.dtype)
     if options.place.device.type == "cuda":
         torch.cuda.empty_cache()
     read = limits.memory_bytes_per_second / 1e9

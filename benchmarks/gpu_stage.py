@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+SEVEN, MISTRAL = "llava-1.5-7b", "llava-1.6-mistral-7b"
+"""The geometries; the second one's heads share keys and values."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -56,7 +59,7 @@ ON_A_GPU = Sizes(
     repeats=9,
     large_picture=(4000, 3000),
     compared_turns=24,
-    compared_tokens=64,
+    compared_tokens=32,
     scored_questions=300,
     leak_sessions=2000,
     opened_sessions=200,

@@ -167,6 +167,7 @@ class EngineWay:
         self.text_config = loaded.model.config.get_text_config()
         self.runner = ModelRunner(loaded, settings, record)
         self.engine = Engine(self.runner, loaded.tokenizer, settings)
+        self.place = place
         self._features = features
         self._ignore_eos = ignore_eos
 

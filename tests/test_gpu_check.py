@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu_agreement
 from benchmarks.gpu_agreement import Agreement, Difference
-from benchmarks.gpu_check import STAGES, Check, Stage
+from benchmarks.gpu_check import STAGES, Check, Stage, server_problem
 from benchmarks.gpu_python import Pythons, WheelsError, without_gpu
 from benchmarks.gpu_report import ROWS, Outcome, Report
 from benchmarks.gpu_stage import TINY, Findings, Place, read_findings
@@ -80,7 +80,8 @@ FACTS: dict[str, Any] = {
     "driver": "1",
     "cuda": "13.0",
     "python": "3.12",
-    "versions": {"torch": "2.11"},
+    "versions": {"torch": "2.11", "nvidia-pytriton": "0.7.0", "tritonclient": None},
+    "libpython": True,
     "date": "today",
     "commit": None,
 }
@@ -130,6 +131,17 @@ def test_what_the_deadline_leaves_no_time_for_is_said(tmp_path: Path, pythons: P
     report = check(tmp_path, pythons, Stage("tests", "", "gpu_tests", 60), seconds=5)
     assert outcomes(report)["tests"]["result"] == "not run"
     assert "the time of the whole check was used up" in report.file.with_suffix(".txt").read_text()
+
+
+def test_what_keeps_triton_from_running_is_said(tmp_path: Path) -> None:
+    said = server_problem(FACTS, tmp_path)
+    assert said is not None
+    assert said.startswith("tritonclient missing: no wheel of it in")
+    complete = FACTS | {"versions": {"nvidia-pytriton": "0.7.0", "tritonclient": "2.73.0"}}
+    assert server_problem(complete, tmp_path) is None
+    said = server_problem(complete | {"libpython": False}, tmp_path)
+    assert said is not None
+    assert "no libpython" in said
 
 
 # The report.
@@ -243,7 +255,7 @@ def test_a_wrong_answer_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_agreement.Reference, "answer", misheard)
     with pytest.raises(AssertionError, match="true_gap"):
-        check_answers_agree(Place.of(cpu=True), turns=12)
+        check_answers_agree(Place.of(cpu=True), turns=4)
 
 
 def test_tokens_are_counted_while_all_answers_come() -> None:
@@ -275,11 +287,11 @@ def test_findings_are_on_disk_at_once_and_a_fault_fails_the_stage(tmp_path: Path
 
 
 def test_answers_agree_with_transformers_on_the_cpu() -> None:
-    check_answers_agree(Place.of(cpu=True), turns=8)
+    check_answers_agree(Place.of(cpu=True), turns=4)
 
 
 def test_answers_in_a_half_type_agree_but_for_rounding() -> None:
-    check_answers_agree(Place(torch.device("cpu"), torch.bfloat16, TINY), turns=8)
+    check_answers_agree(Place(torch.device("cpu"), torch.bfloat16, TINY), turns=4)
 
 
 def test_evicted_sessions_come_back(checkpoint: Path) -> None:
