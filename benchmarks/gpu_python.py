@@ -14,7 +14,7 @@ from benchmarks.gpu_wheels import SERVER_ONLY
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT, ROOT / "python_backend", ROOT / "export")
-HIDDEN = ("scipy", "sklearn", "pandas", "numba")
+HIDDEN = ("scipy", "sklearn", "skimage", "pandas", "pyarrow", "numba", "cv2", "h5py", "jax")
 """From the server's Python: they may want a newer NumPy than it has, and transformers, which
 imports what it finds, is as good without."""
 

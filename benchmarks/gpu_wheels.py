@@ -32,8 +32,9 @@ NEEDED = (
     "zope.interface",
     "brotli",
     "numpy",
+    "ml_dtypes",  # there, but maybe one for NumPy 2 alone
 )
-SERVER_ONLY = ("numpy",)
+SERVER_ONLY = ("numpy", "ml_dtypes")
 """Go into the server's Python alone."""
 GLIBC_MINORS = (5, 12, 17, 24, 26, 27, 28, 31, 34, 35, 39)
 """pip wants every one that is allowed named."""
