@@ -11,6 +11,7 @@ import copy
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks.accuracy import answers
-from benchmarks.gpu_python import ROOT, without_gpu
+from benchmarks.gpu_python import NO_GPU, ROOT
 from benchmarks.gpu_stage import Options, Place, repository_folder, run_stage
 from benchmarks.gpu_ways import EngineWay
 from benchmarks.workload import Workload
@@ -297,7 +298,7 @@ def measure(options: Options) -> None:
             *("--questions", str(sizes.scored_questions), "--output", str(scores)),
         ],
         cwd=ROOT,
-        env=without_gpu(),
+        env=os.environ | NO_GPU,
         stdout=subprocess.DEVNULL,
     )
     found: dict[str, Agreement] = {}

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_python import ROOT, Pythons, WheelsError
+from benchmarks.gpu_python import NO_GPU, ROOT, Pythons, WheelsError
 from benchmarks.gpu_report import Outcome, Report
 from benchmarks.gpu_stage import MISTRAL, SEVEN, read_findings
 
@@ -154,7 +154,7 @@ class Check:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(),
+            env=_environment() | (NO_GPU if self._cpu else {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,9 @@ SOURCES = (ROOT, ROOT / "python_backend", ROOT / "export")
 HIDDEN = ("scipy", "sklearn", "skimage", "pandas", "pyarrow", "numba", "cv2", "h5py", "jax")
 """From the server's Python: they may want a newer NumPy than it has, and transformers, which
 imports what it finds, is as good without."""
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""In the environment of a process that shall not see the GPU."""
 
 
 class WheelsError(RuntimeError):
@@ -91,8 +93,3 @@ def make_environment(folder: Path, first: Sequence[Path], hidden: Sequence[str] 
     packages = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
     (Path(packages) / "gpu-check.pth").write_text("\n".join(lines) + "\n")
     return folder / "bin" / "python3"
-
-
-def without_gpu() -> dict[str, str]:
-    """The environment of a process that shall not see the GPU."""
-    return dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}

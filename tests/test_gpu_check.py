@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from benchmarks import gpu_agreement
 from benchmarks.gpu_agreement import Agreement, Difference
 from benchmarks.gpu_check import STAGES, Check, Stage, server_problem
-from benchmarks.gpu_python import Pythons, WheelsError, without_gpu
+from benchmarks.gpu_python import NO_GPU, Pythons, WheelsError
 from benchmarks.gpu_report import ROWS, Outcome, Report
 from benchmarks.gpu_stage import TINY, Findings, Place, read_findings
 from benchmarks.gpu_ways import Answer, joint_tokens_per_second
@@ -29,11 +30,11 @@ from tests.test_on_gpu import check_answers_agree, check_nothing_leaks, check_se
 MIB = 1 << 20
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
         cwd=ROOT,
-        env=without_gpu() | variables,
+        env=os.environ | NO_GPU,
         capture_output=True,
         text=True,
         check=False,
