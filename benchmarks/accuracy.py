@@ -45,9 +45,7 @@ PRECISIONS = {
     "bfloat16": ("bfloat16", "unrounded"),
     "bfloat16, int8 weights": ("bfloat16", "int8"),
 }
-"""Values of `Settings.dtype` and `Settings.weights`. The first is what the others are compared
-with."""
-FIRST = next(iter(PRECISIONS))
+"""Values of `Settings.dtype` and `Settings.weights`."""
 MAX_TOKENS = 96
 ROUNDS = 3
 
@@ -105,14 +103,14 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def between_tokens(geometry: Geometry, rounds: int) -> dict[str, float]:
+def between_tokens(geometry: Geometry, rounds: int, precisions: Sequence[str]) -> dict[str, float]:
     """Median milliseconds between the tokens of one session's answers, by precision."""
     with tempfile.TemporaryDirectory(prefix="llava-accuracy-") as folder:
         checkpoint, repository = Path(folder) / "checkpoint", Path(folder) / "repository"
         write_checkpoint(checkpoint, geometry)
         export(ExportJob(str(checkpoint), repository))
         workload = Workload(str(checkpoint), str(repository), turns=3)
-        times: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+        times: dict[str, list[float]] = {precision: [] for precision in precisions}
         for _ in range(rounds):
             for precision, found in times.items():
                 for load in _loads(workload, Path(folder), *PRECISIONS[precision]):
@@ -134,17 +132,18 @@ def _loads(workload: Workload, folder: Path, dtype: str, weights: str) -> list[L
 
 
 def report(results: Mapping[str, list[Asked]], times: Mapping[str, float]) -> str:
-    """A line a precision."""
+    """A line a precision; the first is what the others are compared with."""
+    first_precision, first = next(iter(results.items()))
     lines = [
-        f"{'':24} {'questions':>9} {'correct':>8} {'share':>8} {'other than in float32':>22}"
+        f"{'':24} {'questions':>9} {'correct':>8} {'share':>8} {'other than the first':>22}"
         f" {'between tokens, ms':>19} {'speed-up':>9}"
     ]
     for precision, asked in results.items():
         correct = sum(one.correct for one in asked)
         lines.append(
             f"{precision:24} {len(asked):9} {correct:8} {100 * share(asked):6.2f} % "
-            f"{_different(results[FIRST], asked):22} {times[precision]:19.2f}"
-            f" {times[FIRST] / times[precision]:9.2f}"
+            f"{_different(first, asked):22} {times[precision]:19.2f}"
+            f" {times[first_precision] / times[precision]:9.2f}"
         )
     return "\n".join(lines)
 
@@ -158,22 +157,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--questions", type=int, default=1500, help="ask at least so many")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--quick", action="store_true", help="a tiny model: tests the command")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON (%(default)s)")
     options = parser.parse_args(arguments)
     results = {}
-    for precision in PRECISIONS:
+    for precision in options.precisions:
         print(f"{options.questions} questions in {precision} ...", flush=True)
         results[precision] = answers(options.repository, precision, options.questions)
     print("time between tokens in the benchmark's geometry ...", flush=True)
-    times = between_tokens(QUICK if options.quick else FULL, 1 if options.quick else ROUNDS)
+    size, rounds = (QUICK, 1) if options.quick else (FULL, ROUNDS)
+    times = between_tokens(size, rounds, options.precisions)
     text = report(results, times)
+    first = results[options.precisions[0]]
     print(text)
     values = {
         precision: {
             "questions": len(asked),
             "correct": sum(one.correct for one in asked),
-            "other_than_float32": _different(results[FIRST], asked),
+            "other_than_first": _different(first, asked),
             "between_tokens_ms": times[precision],
         }
         for precision, asked in results.items()

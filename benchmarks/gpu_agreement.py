@@ -296,6 +296,7 @@ def measure(options: Options) -> None:
         [
             *(sys.executable, "-m", "benchmarks.accuracy", "--repository", str(demo)),
             *("--questions", str(sizes.scored_questions), "--output", str(scores)),
+            *("--precisions", "float32", "--quick"),
         ],
         cwd=ROOT,
         env=os.environ | NO_GPU,

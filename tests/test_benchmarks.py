@@ -115,7 +115,7 @@ def test_a_reduced_precisions_cost_and_gain_are_measured(
         for weights in ("", ", int8 weights")
     ]
     assert list(values) == precisions
-    assert values["float32"]["other_than_float32"] == 0
+    assert values["float32"]["other_than_first"] == 0
     for precision, measured in values.items():
         assert measured["questions"] >= 20
         assert measured["correct"] >= 0.8 * measured["questions"]
