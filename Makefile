@@ -68,7 +68,7 @@ soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a rea
 	$(python) -m benchmarks.soak
 
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
-	$(python) -m benchmarks.gpu_wheels --output build/gpu-wheels
+	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
 
 gpu-check: ## Tests and figures of an NVIDIA GPU, by PYTHON= itself, no .venv (9 minutes; docs/gpu.md)
 	'$(PYTHON)' -m benchmarks.gpu_check --wheels build/gpu-wheels --output benchmarks/results

@@ -55,6 +55,11 @@ class Way:
     """Else in the first round only."""
 
     @property
+    def int8(self) -> bool:
+        """Whether the weights of its layers are integers."""
+        return "int8" in self.options
+
+    @property
     def ours(self) -> bool:
         """Whether our engine answers."""
         return self.module in ("engine_load", "triton_load")
@@ -71,8 +76,11 @@ WAYS = {
     "T": Way("engine in Triton", "triton_load"),
     "E16": Way("engine, bfloat16", "engine_load", dtype="bfloat16"),
     "T16": Way("engine in Triton, bfloat16", "triton_load", dtype="bfloat16"),
+    "E8": Way(
+        "engine, bfloat16, int8 weights", "engine_load", ("--weights", "int8"), dtype="bfloat16"
+    ),
 }
-DEFAULT_WAYS = ("S", "K", "E", "T", "E16")
+DEFAULT_WAYS = ("S", "K", "E", "T", "E16", "E8")
 
 
 def ways_on(device: torch.device) -> dict[str, Way]:
@@ -83,7 +91,7 @@ def ways_on(device: torch.device) -> dict[str, Way]:
     return {
         name: dataclasses.replace(way, dtype=dtype)
         for name, way in WAYS.items()
-        if way.dtype == "float32"
+        if way.dtype == "float32" or way.int8
     }
 
 
@@ -302,7 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
     titles = bench.titles(ways)
     targets = CPU_TARGETS if default_device().type == "cpu" else GPU_TARGETS
     text, values = report(rounds, titles, bench.fairness, bench.disturbances, targets)
-    far = distances(rows(rounds, titles), bench.dtypes(ways), ceiling)
+    int8 = {name for name in ways if WAYS[name].int8}
+    far = distances(rows(rounds, titles), bench.dtypes(ways), int8, ceiling)
     about = bench.about(ceiling, ways)
     values |= {
         "quick": options.quick,

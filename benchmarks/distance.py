@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.limits import Limits, decode_step_bytes, prefill_flops, vision_flops
+from benchmarks.limits import (
+    Limits,
+    decode_step_bytes,
+    head_weights,
+    prefill_flops,
+    vision_flops,
+)
 from benchmarks.report import Row
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,20 +33,23 @@ class Ceiling:
         """Those with the highest rate: the memory is the same for every dtype."""
         return max(self.limits.values(), key=lambda limit: limit.memory_bytes_per_second)
 
-    def decode_ms(self, dtype: str, sessions: int, context: float) -> float:
+    def decode_ms(self, dtype: str, sessions: int, context: float, *, int8: bool = False) -> float:
         """One step for all sessions: weights, keys and values read once.
 
         Args:
             dtype: of all of them.
             sessions: in the batch.
             context: tokens that each attends to.
+            int8: the layers' weights are integers, a byte each.
         """
         size = decode_step_bytes(
             self.config.text_config,
             [context] * sessions,
-            bytes_per_weight=BYTES[dtype],
+            bytes_per_weight=1 if int8 else BYTES[dtype],
             bytes_per_value=BYTES[dtype],
         )
+        if int8:  # the last matrix is none of a layer
+            size += head_weights(self.config.text_config) * (BYTES[dtype] - 1)
         return 1000.0 * size / self.memory.memory_bytes_per_second
 
     def opening_ms(self, dtype: str, sessions: int, prompt_tokens: float) -> float:
@@ -78,18 +87,21 @@ class Distance:
     opening_share: float
 
 
-def distances(table: Sequence[Row], dtypes: Mapping[str, str], ceiling: Ceiling) -> list[Distance]:
+def distances(
+    table: Sequence[Row], dtypes: Mapping[str, str], int8: Collection[str], ceiling: Ceiling
+) -> list[Distance]:
     """One for every row.
 
     Args:
         table: what was measured.
         dtypes: of the ways, by their names.
+        int8: names of those whose weights are integers.
         ceiling: what would be possible.
     """
     made = []
     for row in table:
         dtype = dtypes[row.way]
-        decode = ceiling.decode_ms(dtype, row.sessions, row.mean_context)
+        decode = ceiling.decode_ms(dtype, row.sessions, row.mean_context, int8=row.way in int8)
         opening = ceiling.opening_ms(dtype, row.sessions, row.opening_tokens)
         made.append(
             Distance(

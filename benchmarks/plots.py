@@ -22,6 +22,7 @@ LOOKS = {
     "T": ("#D55E00", "^", "-"),
     "E16": ("#56B4E9", "o", "--"),
     "T16": ("#CC79A7", "^", "--"),
+    "E8": ("#009E73", "v", "--"),
 }
 """Colour, marker and line of each way: Okabe and Ito's colours, which colour-blind people can tell
 apart, and shapes that need no colour."""

@@ -126,6 +126,7 @@ CPU_TARGETS = [
     *_server("T", "E"),
     *_ours("E16", (0.6, 0.3, 3.0, 10.0, 0.5)),
     *_server("T16", "E16"),
+    *_ours("E8", (0.6, 0.3, 3.0, 10.0, 0.5)),
 ]
 GPU_TARGETS = _server("T", "E")
 """How far the engine is from the hardware's limits is shown, not judged."""

@@ -7,7 +7,6 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,16 +150,7 @@ class EngineHarness:
 
     def on_engine(self, action: Callable[[Engine], Result]) -> Result:
         """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
-        result: Future[Result] = Future()
-
-        def command() -> None:
-            try:
-                result.set_result(action(self.engine))
-            except BaseException as error:
-                result.set_exception(error)
-
-        self.engine._command(command)
-        return result.result(PATIENCE_SECONDS)
+        return self.engine.on_thread(lambda: action(self.engine)).result(PATIENCE_SECONDS)
 
     def session(self, session_id: SessionId) -> Session:
         """An open session, to look at on the engine's thread or while nothing runs."""

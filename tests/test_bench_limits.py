@@ -32,6 +32,7 @@ from benchmarks.limits import (
     best_of,
     decode_step_bytes,
     kv_bytes_per_token,
+    layer_weights,
     measure_limits,
     prefill_flops,
     vision_flops,
@@ -203,7 +204,10 @@ def test_rows_are_held_against_the_bytes_and_flops_of_their_dtype() -> None:
     assert gpu.opening_ms("bfloat16", 1, 30) == pytest.approx(opening)
     turns = [TurnTimes(0, turn, 100.0, 8.0, 4, 0, 30 + 20 * turn, "red") for turn in range(2)]
     table = rows([{"E": [Load(1, 1.0, 1.0, turns)]}], {"E": "engine"})
-    (far,) = distances(table, {"E": "float32"}, ceiling)
+    (far,) = distances(table, {"E": "float32"}, set(), ceiling)
+    (integers,) = distances(table, {"E": "float32"}, {"E"}, ceiling)
+    fewer = layer_weights(text) * 3 / 2e3  # milliseconds: a byte instead of four
+    assert integers.decode_limit_ms == pytest.approx(far.decode_limit_ms - fewer)
     assert far.mean_context == 42
     assert far.decode_share == ceiling.decode_ms("float32", 1, 42) / 8.0
     assert far.opening_share == ceiling.opening_ms("float32", 1, 30) / 100.0

@@ -40,7 +40,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     measured = {(row["way"], row["sessions"]) for row in values["rows"]}
     assert measured == {
         *(("S", 1), ("K", 1), ("E", 1), ("E", 4)),
-        *(("T", 1), ("T", 4), ("E16", 1), ("E16", 4)),
+        *(("T", 1), ("T", 4), ("E16", 1), ("E16", 4), ("E8", 1), ("E8", 4)),
     }
     for row in values["rows"]:
         assert f"{row['way']:4} {row['title']:34}  {row['sessions']:7}" in told
@@ -84,7 +84,8 @@ def test_seven_billion_weights_are_refused_without_a_gpu(
 def test_on_a_gpu_every_way_computes_in_its_half_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     ways = bench.ways_on(torch.device("cuda"))
-    assert {name: way.dtype for name, way in ways.items()} == dict.fromkeys("SKET", "bfloat16")
+    expected = dict.fromkeys(["S", "K", "E", "T", "E8"], "bfloat16")
+    assert {name: way.dtype for name, way in ways.items()} == expected
     assert ways["K"].options == ("--kept",)
     on_cpu = bench.ways_on(torch.device("cpu"))
     assert {name for name, way in on_cpu.items() if way.dtype == "float32"} == set("SKET")

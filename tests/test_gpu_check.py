@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_agreement
-from benchmarks.gpu_agreement import Agreement, Difference
-from benchmarks.gpu_check import STAGES, Check, Stage, server_problem
-from benchmarks.gpu_python import NO_GPU, Pythons, WheelsError
-from benchmarks.gpu_report import ROWS, Outcome, Report
-from benchmarks.gpu_stage import TINY, Findings, Place, read_findings
-from benchmarks.gpu_ways import Answer, joint_tokens_per_second
-from benchmarks.gpu_wheels import NEEDED, pinned, shrink
+from benchmarks.gpu_check import agreement
+from benchmarks.gpu_check.__main__ import STAGES, Check, Stage, server_problem
+from benchmarks.gpu_check.agreement import Agreement, Difference
+from benchmarks.gpu_check.pythons import NO_GPU, Pythons, WheelsError
+from benchmarks.gpu_check.report import ROWS, Outcome, Report
+from benchmarks.gpu_check.stage import TINY, Findings, Place, read_findings
+from benchmarks.gpu_check.ways import Answer, joint_tokens_per_second
+from benchmarks.gpu_check.wheels import NEEDED, pinned, shrink
 from benchmarks.processes import this_process
 from llava_triton.delta import Delta
 from tests.conftest import ROOT
@@ -104,10 +104,10 @@ def test_a_stage_that_breaks_or_hangs_does_not_stop_the_others(
     tmp_path: Path, pythons: Pythons
 ) -> None:
     # No checkpoint was prepared: the rows break in the middle, the findings before stay.
-    rows = Stage("rows", "rows", "gpu_rows", 60, "llava-1.5-7b")
-    hangs = Stage("tests", "hangs", "gpu_tests", 0.2)
-    served = Stage("triton", "served", "gpu_triton", 60, on_server=True)
-    missing = Stage("memory", "missing", "gpu_no_such_stage", 60)
+    rows = Stage("rows", "rows", "rows", 60, "llava-1.5-7b")
+    hangs = Stage("tests", "hangs", "device_tests", 0.2)
+    served = Stage("triton", "served", "triton", 60, on_server=True)
+    missing = Stage("memory", "missing", "no_such_stage", 60)
     report = check(tmp_path, pythons, rows, hangs, served, missing)
     found = outcomes(report)
     results = {name: stage["result"] for name, stage in found.items()}
@@ -129,7 +129,7 @@ def test_a_stage_that_breaks_or_hangs_does_not_stop_the_others(
 
 
 def test_what_the_deadline_leaves_no_time_for_is_said(tmp_path: Path, pythons: Pythons) -> None:
-    report = check(tmp_path, pythons, Stage("tests", "", "gpu_tests", 60), seconds=5)
+    report = check(tmp_path, pythons, Stage("tests", "", "device_tests", 60), seconds=5)
     assert outcomes(report)["tests"]["result"] == "not run"
     assert "the time of the whole check was used up" in report.file.with_suffix(".txt").read_text()
 
@@ -248,13 +248,13 @@ def test_only_differences_within_rounding_are_explained() -> None:
 
 def test_a_wrong_answer_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers hears another question than the engine.
-    answer = gpu_agreement.Reference.answer
+    answer = agreement.Reference.answer
 
     def misheard(self: Any, prompt: Any, pictures: Any, tokens: int) -> Any:
         changed = [*prompt[:-8], *prompt[-9:-1]]
         return answer(self, changed, pictures, tokens)
 
-    monkeypatch.setattr(gpu_agreement.Reference, "answer", misheard)
+    monkeypatch.setattr(agreement.Reference, "answer", misheard)
     with pytest.raises(AssertionError, match="true_gap"):
         check_answers_agree(Place.of(cpu=True), turns=4)
 

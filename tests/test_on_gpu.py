@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_agreement import agree, demo_conversations
-from benchmarks.gpu_stage import ON_A_GPU, Place
+from benchmarks.gpu_check.agreement import agree, demo_conversations
+from benchmarks.gpu_check.stage import ON_A_GPU, Place
 from demo.random_checkpoint import DEMO
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no NVIDIA GPU here; test_gpu_check.py runs the bodies of these tests on the CPU",
+)
 
 MIB = 1 << 20
 AT_ONCE = 16

@@ -40,8 +40,12 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_answers_side_by_side_equal_those_alone(
     start: Start, alone: Alone, shapes: list[int]
 ) -> None:
-    openings = [long_ask("red"), Ask("Hi", max_tokens=40, ignore_eos=True)]
-    openings += [Ask("What is it?", (picture,), 30, ignore_eos=True) for picture in PICTURES[:3]]
+    # Those that begin later end later: the answers beside one another get fewer one by one.
+    openings = [long_ask("red"), Ask("Hi", max_tokens=20, ignore_eos=True)]
+    openings += [
+        Ask("What is it?", (picture,), 30 + 10 * number, ignore_eos=True)
+        for number, picture in enumerate(PICTURES[:3])
+    ]
     question = Ask("And the other one?", max_tokens=12)
     harness = start(record=True)
     with harness.held_device():
@@ -50,8 +54,7 @@ def test_answers_side_by_side_equal_those_alone(
     for number, pending in enumerate([question.submit(harness, str(n)) for n in range(ANSWERS)]):
         texts[number].append(pending.wait()[0])
     assert texts == [alone(opening, question) for opening in openings]
-    assert max(shapes) == ANSWERS
-    assert {1, 3, ANSWERS} <= set(shapes)  # answers end one after the other
+    assert set(shapes) == {1, 2, 3, 4, ANSWERS}
 
 
 def test_drawn_answers_are_the_same(start: Start, checkpoint: Path, shapes: list[int]) -> None:
@@ -113,7 +116,10 @@ def test_a_step_that_was_not_recorded_is_left_alone() -> None:
     assert shapes == [(4, 64), (1, 128)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU here to record CUDA graphs on; the same shapes run unrecorded on the CPU above",
+)
 def test_on_a_gpu_a_recorded_step_equals_one_that_is_not(checkpoint: Path) -> None:
     answers = []
     for record in (True, False):

@@ -126,7 +126,10 @@ def test_without_a_gpu_the_exported_graph_is_chosen(
     assert error(encoding(noise(2, 96)).numpy(), transformers_features(DEMO, noise(2, 96))) < 1e-4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU here; the same encoding is compared on the CPU above, unrecorded",
+)
 def test_with_a_gpu_torch_is_chosen(demo_repository: Path) -> None:
     settings = dataclasses.replace(Settings.of_repository(demo_repository), dtype="float32")
     encoding = vision_encoding(demo_repository, settings)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.engine.block_pool import BlockPool
@@ -27,6 +28,8 @@ from llava_triton.errors import ErrorCode, SessionError, as_session_error, unava
 from llava_triton.settings import Settings
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SWEEP_SECONDS = 1.0
 """How often the engine looks for expired sessions."""
@@ -117,9 +120,21 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
-        answer: Future[Statistics] = Future()
-        self._command(lambda: answer.set_result(self._count()))
-        return answer.result()
+        return self.on_thread(self._count).result()
+
+    def on_thread(self, action: Callable[[], Result]) -> Future[Result]:
+        """Call `action` on the engine's thread, between two of its steps: nothing else changes
+        what the engine holds meanwhile."""
+        result: Future[Result] = Future()
+
+        def command() -> None:
+            try:
+                result.set_result(action())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._command(command)
+        return result
 
     def shutdown(self) -> None:
         """Stop the threads and free all sessions; turns in flight fail with UNAVAILABLE."""

@@ -70,7 +70,7 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
             "add_rms_norm", *[pointer] * 3, ctypes.c_float, pointer, count, count
         ),
         silu_multiply=function("silu_multiply", pointer, pointer, count, count),
-        products=function("products", *[pointer] * 4, *[count] * 3),
+        products=function("products", *[pointer] * 5, *[count] * 3),
         int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
     )
 
@@ -220,49 +220,43 @@ def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [T, outputs]. A row's result does not depend on the others.
     """
-    rows, inputs = x.shape
-    assert 1 <= rows <= MOST_ROWS
-    assert weight.shape[1] == inputs
     assert x.dtype == weight.dtype
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    out = x.new_empty((rows, len(weight)))
-    _kernels(x.dtype).products(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        rows,
-        inputs,
-        len(weight),
-        torch.get_num_threads(),
-    )
-    return out
+    return _products(_kernels(x.dtype).products, x, weight, None, bias)
 
 
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x (scales W)^T + b as fast as the memory gives W.
+    """x (scales W)^T + b, otherwise as `few_rows_product`.
 
     Args:
-        x: float32 or bfloat16 [T, inputs], 1 <= T <= MOST_ROWS, contiguous, as are the others.
+        x: float32 or bfloat16 [T, inputs].
         weight: int8 [outputs, inputs].
         scales: float32 [outputs]: a row of W is its integers times its scale.
         bias: [outputs].
-
-    Returns:
-        [T, outputs]. A row's result does not depend on the others.
     """
-    rows, inputs = x.shape
-    assert 1 <= rows <= MOST_ROWS
-    assert weight.shape == (len(scales), inputs)
     assert weight.dtype == torch.int8
     assert scales.dtype == torch.float32
-    assert all(tensor.is_contiguous() for tensor in (x, weight, scales))
+    assert scales.shape == weight.shape[:1]
+    assert scales.is_contiguous()
+    return _products(_kernels(x.dtype).int8_products, x, weight, scales, bias)
+
+
+def _products(
+    kernel: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    rows, inputs = x.shape
+    assert 1 <= rows <= MOST_ROWS
+    assert weight.shape[1] == inputs
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
     out = x.new_empty((rows, len(weight)))
-    _kernels(x.dtype).int8_products(
+    kernel(
         x.data_ptr(),
         weight.data_ptr(),
-        scales.data_ptr(),
+        None if scales is None else scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,

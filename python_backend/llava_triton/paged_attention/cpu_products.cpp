@@ -50,16 +50,14 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
 
 }  // namespace
 
-#define EXPORT(T, SUFFIX)                                                                        \
-  extern "C" void products_##SUFFIX(const T* x, const T* weight, const T* bias, T* y,            \
-                                    int64_t rows, int64_t inputs, int64_t outputs, int threads) { \
-    products(x, weight, nullptr, bias, y, rows, inputs, outputs, threads);                       \
-  }                                                                                              \
-  extern "C" void int8_products_##SUFFIX(const T* x, const int8_t* weight, const float* scales,  \
-                                         const T* bias, T* y, int64_t rows, int64_t inputs,      \
-                                         int64_t outputs, int threads) {                         \
+#define EXPORT(NAME, T, W, SUFFIX)                                                               \
+  extern "C" void NAME##_##SUFFIX(const T* x, const W* weight, const float* scales, const T* bias, \
+                                  T* y, int64_t rows, int64_t inputs, int64_t outputs,           \
+                                  int threads) {                                                 \
     products(x, weight, scales, bias, y, rows, inputs, outputs, threads);                        \
   }
 
-EXPORT(float, f32)
-EXPORT(BFloat16, bf16)
+EXPORT(products, float, float, f32)
+EXPORT(products, BFloat16, BFloat16, bf16)
+EXPORT(int8_products, float, int8_t, f32)
+EXPORT(int8_products, BFloat16, int8_t, bf16)

@@ -8,15 +8,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.gpu_python import ROOT
-from benchmarks.gpu_stage import (
+from benchmarks.gpu_check.pythons import ROOT
+from benchmarks.gpu_check.stage import (
     MISTRAL,
     Options,
     checkpoint_folder,
     repository_folder,
     run_stage,
 )
-from benchmarks.gpu_ways import geometry_of
+from benchmarks.gpu_check.ways import geometry_of
 from benchmarks.workload import write_checkpoint
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from benchmarks.gpu_openings import Openings
-from benchmarks.gpu_rows import Rows, limits_of
-from benchmarks.gpu_stage import Options, read_findings, repository_folder, run_stage
-from benchmarks.gpu_ways import TritonWay
+from benchmarks.gpu_check.openings import Openings
+from benchmarks.gpu_check.rows import Rows, limits_of
+from benchmarks.gpu_check.stage import Options, read_findings, repository_folder, run_stage
+from benchmarks.gpu_check.ways import TritonWay
 from benchmarks.workload import Workload
 from llava_export.vision import features_shape, llava_config
 from llava_triton.client.grpc import GrpcTransport

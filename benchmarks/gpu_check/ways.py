@@ -9,7 +9,6 @@ import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import MistralConfig
 
-from benchmarks.gpu_stage import Place
+from benchmarks.gpu_check.stage import Place
 from benchmarks.workload import GEOMETRIES, QUICK, Geometry
 from llava_triton.checkpoint import load_checkpoint
 from llava_triton.client.transport import Transport, TurnMessage
@@ -115,29 +114,29 @@ def joint_tokens_per_second(answers: Sequence[Answer]) -> float | None:
     return tokens / (ended - began) if ended > began and tokens else None
 
 
+@dataclass(frozen=True)
+class Ask:
+    """One turn."""
+
+    session: str
+    """Its ID."""
+    picture: bytes | None = None
+    """Encoded."""
+    text: str | None = None
+    """The question; None for an opening that only prepares, or an end."""
+    answer_tokens: int = 1
+    """Exactly so many, greedily."""
+    start: bool = False
+    """Opens the session."""
+    end: bool = False
+    """Closes it."""
+
+
 class Way(Protocol):
     """Takes turns; each answer is waited for by whoever asked."""
 
-    def ask(
-        self,
-        session: str,
-        *,
-        picture: bytes | None = None,
-        text: str | None = None,
-        answer_tokens: int = 0,
-        start: bool = False,
-        end: bool = False,
-    ) -> Answer:
-        """Ask and return at once.
-
-        Args:
-            session: its ID.
-            picture: encoded.
-            text: the question; None for an opening that only prepares.
-            answer_tokens: exactly so many, greedily.
-            start: opens the session.
-            end: closes it.
-        """
+    def ask(self, ask: Ask) -> Answer:
+        """Ask and return at once."""
 
 
 class EngineWay:
@@ -171,33 +170,22 @@ class EngineWay:
         self._features = features
         self._ignore_eos = ignore_eos
 
-    def ask(
-        self,
-        session: str,
-        *,
-        picture: bytes | None = None,
-        text: str | None = None,
-        answer_tokens: int = 0,
-        start: bool = False,
-        end: bool = False,
-    ) -> Answer:
+    def ask(self, ask: Ask) -> Answer:
         """See `Way`. Encoding a picture is part of the answer's time, making features up is not."""
         answer = Answer()
         features = None
-        if picture is not None and self._features is not None:
-            features = self._features(picture)
-        elif picture is not None:
-            features = self._random_features(picture)
+        if ask.picture is not None and self._features is not None:
+            features = self._features(ask.picture)
+        elif ask.picture is not None:
+            features = self._random_features(ask.picture)
             answer.asked_at = time.perf_counter()
         request = TurnRequest(
-            session_id=session,
-            start=start,
-            end=end,
-            text=text,
+            session_id=ask.session,
+            start=ask.start,
+            end=ask.end,
+            text=ask.text,
             image_features=features,
-            sampling=SamplingParameters(
-                max_tokens=max(1, answer_tokens), ignore_eos=self._ignore_eos
-            ),
+            sampling=SamplingParameters(max_tokens=ask.answer_tokens, ignore_eos=self._ignore_eos),
         )
 
         def listener(event: Delta | SessionError) -> None:
@@ -219,17 +207,8 @@ class EngineWay:
         return torch.randn(shape, generator=generator, device=device).mul_(0.02)
 
     def on_engine(self, action: Callable[[Engine], Result]) -> Result:
-        """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
-        result: Future[Result] = Future()
-
-        def command() -> None:
-            try:
-                result.set_result(action(self.engine))
-            except BaseException as error:
-                result.set_exception(error)
-
-        self.engine._command(command)
-        return result.result(PATIENCE_SECONDS)
+        """What `action` returns, called on the engine's own thread."""
+        return self.engine.on_thread(lambda: action(self.engine)).result(PATIENCE_SECONDS)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -247,28 +226,19 @@ class TritonWay:
         self._connect = connect
         self._connections: dict[str, Transport] = {}
 
-    def ask(
-        self,
-        session: str,
-        *,
-        picture: bytes | None = None,
-        text: str | None = None,
-        answer_tokens: int = 0,
-        start: bool = False,
-        end: bool = False,
-    ) -> Answer:
+    def ask(self, ask: Ask) -> Answer:
         """See `Way`."""
-        if session not in self._connections:
-            self._connections[session] = self._connect()
+        if ask.session not in self._connections:
+            self._connections[ask.session] = self._connect()
         message = TurnMessage(
-            session,
-            start=start,
-            end=end,
-            text=text,
-            images=[] if picture is None else [picture],
-            sampling={"max_tokens": max(1, answer_tokens), "ignore_eos": True},
+            ask.session,
+            start=ask.start,
+            end=ask.end,
+            text=ask.text,
+            images=[] if ask.picture is None else [ask.picture],
+            sampling={"max_tokens": ask.answer_tokens, "ignore_eos": True},
         )
-        transport, answer = self._connections[session], Answer()
+        transport, answer = self._connections[ask.session], Answer()
 
         def follow() -> None:
             try:

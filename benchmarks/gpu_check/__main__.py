@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_python import NO_GPU, ROOT, Pythons, WheelsError
-from benchmarks.gpu_report import Outcome, Report
-from benchmarks.gpu_stage import MISTRAL, SEVEN, read_findings
+from benchmarks.gpu_check.pythons import NO_GPU, ROOT, Pythons, WheelsError
+from benchmarks.gpu_check.report import Outcome, Report
+from benchmarks.gpu_check.stage import MISTRAL, SEVEN, read_findings
 
 SECONDS = 530.0
 """For everything: ten minutes less what starting and copying the results take."""
@@ -54,16 +54,18 @@ class Stage:
 
 
 STAGES = (
-    Stage("prepare", "checkpoints and repositories", "gpu_prepare", 240, SEVEN, beside=True),
-    Stage("tests", "tests on the device", "gpu_tests", 150, prepared=False),
-    Stage("rows", f"the engine's speed, {SEVEN}", "gpu_rows", 100, SEVEN),
-    Stage("triton", f"the same through Triton, {SEVEN}", "gpu_triton", 130, SEVEN, on_server=True),
-    Stage("memory", f"sessions that left and came back, {SEVEN}", "gpu_memory", 60, SEVEN),
-    Stage("openings", f"openings on pictures, {SEVEN}", "gpu_openings", 50, SEVEN),
-    Stage("agreement", "answers beside transformers'", "gpu_agreement", 90, SEVEN),
-    Stage("baselines", f"transformers, {SEVEN}", "gpu_baselines", 60, SEVEN),
-    Stage("open", f"open sessions, {SEVEN}", "gpu_open", 120, SEVEN),
-    Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "gpu_rows", 90, MISTRAL),
+    Stage("prepare", "checkpoints and repositories", "prepare", 240, SEVEN, beside=True),
+    Stage("tests", "tests on the device", "device_tests", 150, prepared=False),
+    Stage("rows", f"the engine's speed, {SEVEN}", "rows", 100, SEVEN),
+    Stage(
+        "triton", f"the same through Triton, {SEVEN}", "through_triton", 130, SEVEN, on_server=True
+    ),
+    Stage("memory", f"sessions that left and came back, {SEVEN}", "return_from_host", 60, SEVEN),
+    Stage("openings", f"openings on pictures, {SEVEN}", "openings", 50, SEVEN),
+    Stage("agreement", "answers beside transformers'", "agreement", 90, SEVEN),
+    Stage("baselines", f"transformers, {SEVEN}", "baselines", 60, SEVEN),
+    Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
+    Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "rows", 90, MISTRAL),
 )
 """The most wanted first: whatever the deadline leaves out is at the end."""
 
@@ -147,7 +149,7 @@ class Check:
     def _process(self, stage: Stage, findings: Path, limit: float) -> tuple[int | None, list[str]]:
         """Exit status (None: cut off) and output."""
         python = self._pythons.server if stage.on_server else self._pythons.plain
-        command = [str(python), "-m", f"benchmarks.{stage.module}"]
+        command = [str(python), "-m", f"benchmarks.gpu_check.{stage.module}"]
         command += ["--folder", str(self._folder), "--findings", str(findings)]
         command += ["--geometry", stage.geometry] if stage.geometry else []
         command += ["--cpu"] if self._cpu else []
@@ -196,9 +198,9 @@ def _environment() -> dict[str, str]:
 
 
 def ask_machine(python: Path) -> dict[str, Any]:
-    """What `benchmarks.gpu_machine` says, in the environment of the stages."""
+    """What `benchmarks.gpu_check.machine` says, in the environment of the stages."""
     done = subprocess.run(
-        [str(python), "-m", "benchmarks.gpu_machine"],
+        [str(python), "-m", "benchmarks.gpu_check.machine"],
         cwd=ROOT,
         env=_environment(),
         capture_output=True,

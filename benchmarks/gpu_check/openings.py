@@ -6,8 +6,8 @@ import statistics
 import sys
 
 from benchmarks.engine_load import Encoder
-from benchmarks.gpu_stage import Findings, Options, Sizes, repository_folder, run_stage
-from benchmarks.gpu_ways import EngineWay, Way, large_jpeg
+from benchmarks.gpu_check.stage import Findings, Options, Sizes, repository_folder, run_stage
+from benchmarks.gpu_check.ways import Ask, EngineWay, Way, large_jpeg
 from benchmarks.workload import Workload
 
 PICTURES = 10_001
@@ -47,8 +47,8 @@ class Openings:
         seconds = []
         for number, picture in enumerate(pictures):
             session = f"{name}-{number}"
-            seconds.append(self._way.ask(session, picture=picture, start=True).wait().seconds)
-            self._way.ask(session, end=True).wait()
+            seconds.append(self._way.ask(Ask(session, picture=picture, start=True)).wait().seconds)
+            self._way.ask(Ask(session, end=True)).wait()
         median = statistics.median(seconds[2:]) * 1000  # the first two warm up
         self._findings.add(name, median, f"opening on a {what}: {median:.1f} ms")
 

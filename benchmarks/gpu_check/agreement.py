@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks.accuracy import answers
-from benchmarks.gpu_python import NO_GPU, ROOT
-from benchmarks.gpu_stage import Options, Place, repository_folder, run_stage
-from benchmarks.gpu_ways import EngineWay
+from benchmarks.gpu_check.pythons import NO_GPU, ROOT
+from benchmarks.gpu_check.stage import Options, Place, repository_folder, run_stage
+from benchmarks.gpu_check.ways import Ask, EngineWay
 from benchmarks.workload import Workload
 from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
@@ -172,11 +172,13 @@ def compare(
     for index, question in enumerate(conversation):
         pictures += question.pictures
         answer = way.ask(
-            SESSION,
-            picture=question.pictures[0] if question.pictures else None,
-            text=question.text,
-            answer_tokens=tokens,
-            start=index == 0,
+            Ask(
+                SESSION,
+                picture=question.pictures[0] if question.pictures else None,
+                text=question.text,
+                answer_tokens=tokens,
+                start=index == 0,
+            )
         ).wait()
         history = way.on_engine(lambda engine: list(engine._sessions._sessions[SESSION].history))
         length = answer.done.num_input_tokens
@@ -200,7 +202,7 @@ def compare(
                 reference.model.dtype,
             )
         )
-    way.ask(SESSION, end=True).wait()
+    way.ask(Ask(SESSION, end=True)).wait()
 
 
 def _first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
-from benchmarks.gpu_python import ROOT
-from benchmarks.gpu_stage import Options, run_stage
+from benchmarks.gpu_check.pythons import ROOT
+from benchmarks.gpu_check.stage import Options, run_stage
 
 BY_THEMSELVES = ["tests/test_gpu_attention.py", "tests/test_on_gpu.py"]
 """They need nothing of conftest.py, which needs Triton's client."""

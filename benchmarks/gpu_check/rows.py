@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_stage import Findings, Options, Sizes, read_findings, run_stage
-from benchmarks.gpu_ways import Answer, EngineWay, Way, joint_tokens_per_second
+from benchmarks.gpu_check.stage import Findings, Options, Sizes, read_findings, run_stage
+from benchmarks.gpu_check.ways import Answer, Ask, EngineWay, Way, joint_tokens_per_second
 from benchmarks.limits import Limits, decode_step_bytes, measure_limits, prefill_flops
 from benchmarks.workload import Workload
 
@@ -120,7 +120,7 @@ class Rows:
             session, picture = self._next()
             text = self._workload.text(self._sizes.opening_text_tokens, session)
             answer = self._way.ask(
-                session, picture=picture, text=text, answer_tokens=1, start=True, end=True
+                Ask(session, picture=picture, text=text, answer_tokens=1, start=True, end=True)
             ).wait()
             new = answer.done.num_input_tokens - answer.done.num_cached_tokens
             flops = prefill_flops(self._config, new, answer.done.num_cached_tokens)
@@ -153,15 +153,15 @@ class Rows:
         """A session with a picture and so many tokens in all, about."""
         session, picture = self._next()
         text = self._workload.text(max(4, tokens - self._picture_tokens), session)
-        self._way.ask(session, picture=picture, text=text, answer_tokens=1, start=True).wait()
+        self._way.ask(Ask(session, picture=picture, text=text, answer_tokens=1, start=True)).wait()
         return session
 
     def _question(self, session: str, answer_tokens: int) -> Answer:
         text = self._workload.text(self._sizes.question_tokens, f"{session} again")
-        return self._way.ask(session, text=text, answer_tokens=answer_tokens)
+        return self._way.ask(Ask(session, text=text, answer_tokens=answer_tokens))
 
     def _end(self, session: str) -> None:
-        self._way.ask(session, end=True).wait()
+        self._way.ask(Ask(session, end=True)).wait()
 
     def measure(self, *parts: Callable[[], None]) -> None:
         """One part after the other; one that breaks does not stop the others."""

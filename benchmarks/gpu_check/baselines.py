@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 
-from benchmarks.gpu_stage import Options, run_stage
+from benchmarks.gpu_check.stage import Options, run_stage
 from benchmarks.transformers_baselines import Baseline
 from benchmarks.workload import Workload
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import sys
 
-from benchmarks.gpu_rows import limits_of
-from benchmarks.gpu_stage import Options, run_stage
-from benchmarks.gpu_ways import Answer, EngineWay
+from benchmarks.gpu_check.rows import limits_of
+from benchmarks.gpu_check.stage import Options, run_stage
+from benchmarks.gpu_check.ways import Answer, Ask, EngineWay
 from benchmarks.limits import Limits
 from benchmarks.workload import Workload
 from llava_triton.engine import Engine
@@ -80,13 +80,13 @@ class ComingBack:
         picture = self._workload.picture(PICTURES, number)
         picture_tokens = way.runner.tokens_per_image
         text = self._workload.text(max(4, sizes.context_tokens - picture_tokens), f"m{number}")
-        way.ask(SESSION, picture=picture, text=text, answer_tokens=1, start=True).wait()
+        way.ask(Ask(SESSION, picture=picture, text=text, answer_tokens=1, start=True)).wait()
         size = way.on_engine(lambda engine: _leave(engine, fate))
         # What was planned is done before a step: before this one, not before the one measured.
-        way.ask(OTHER, text=f"Hello {number}", answer_tokens=1, start=True, end=True).wait()
+        way.ask(Ask(OTHER, text=f"Hello {number}", answer_tokens=1, start=True, end=True)).wait()
         question = self._workload.text(sizes.question_tokens, f"q{number}")
-        answer = way.ask(SESSION, text=question, answer_tokens=16).wait()
-        way.ask(SESSION, end=True).wait()
+        answer = way.ask(Ask(SESSION, text=question, answer_tokens=16)).wait()
+        way.ask(Ask(SESSION, end=True)).wait()
         way.on_engine(_forget_free_blocks)
         return answer, size * way.runner.block_bytes
 

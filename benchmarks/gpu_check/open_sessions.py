@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from benchmarks.gpu_stage import Findings, Options, Sizes, run_stage
-from benchmarks.gpu_ways import EngineWay
+from benchmarks.gpu_check.stage import Findings, Options, Sizes, run_stage
+from benchmarks.gpu_check.ways import Ask, EngineWay
 
 OPENING_SECONDS = 75.0
 """For opening as many sessions as are wanted."""
@@ -60,7 +60,7 @@ class OpenSessions:
         self._findings.add("sessions_opened", now.sessions_open, told)
         if now.images_evicted:
             self._findings.fault(f"{now.images_evicted} pictures had to leave the device")
-        answer = self._way.ask("open-0", text="What is it?", answer_tokens=4).wait()
+        answer = self._way.ask(Ask("open-0", text="What is it?", answer_tokens=4)).wait()
         milliseconds = answer.first_token_seconds * 1000
         told = f"the one that was opened first answers after {milliseconds:.1f} ms"
         self._findings.add("oldest_first_token_ms", milliseconds, told)
@@ -70,7 +70,7 @@ class OpenSessions:
         while self._open < wanted and time.perf_counter() < ends_at:
             number = self._open
             picture = number.to_bytes(8, "little")  # features are made of it
-            coming.append(self._way.ask(f"open-{number}", picture=picture, start=True))
+            coming.append(self._way.ask(Ask(f"open-{number}", picture=picture, start=True)))
             self._open += 1
             if len(coming) == AT_ONCE:
                 coming.pop(0).wait()

@@ -1,0 +1,1 @@
+"""`make gpu-check`, what only a GPU can show: `__main__.py` is the command, a module a stage."""
