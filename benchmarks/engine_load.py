@@ -64,7 +64,8 @@ class Encoder:
 
     def features(self, picture: bytes) -> torch.Tensor:
         """One picture -> [1, T, D]."""
-        return self._encode(self._pixels.of_encoded([picture], self._settings))
+        features = self._encode(self._pixels.of_encoded([picture], self._settings))
+        return torch.as_tensor(features)
 
 
 @dataclasses.dataclass

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
-import logging
+import ctypes
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
-import torch
-from torch import Tensor
 
-from llava_export.vision import llava_config, load_vision_encoder
-from llava_export.weights import CheckpointWeights
 from llava_triton import protocol
-from llava_triton.device import compute_dtype, cuda_graph, default_device
 from llava_triton.settings import Settings
-
-log = logging.getLogger(__name__)
 
 
 class VisionEncoding(Protocol):
@@ -29,9 +20,16 @@ class VisionEncoding(Protocol):
     name: str
     """What runs it and where, for people."""
 
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Pixel values float32 [N, 3, H, W] -> features float32 [N, T, D], on the device that
-        computed them, complete."""
+    def __call__(self, pixels: np.ndarray) -> Any:
+        """Encode pictures.
+
+        Args:
+            pixels: float32 [N, 3, H, W].
+
+        Returns:
+            Features float32 [N, T, D], complete: an array of NumPy's, or a tensor of torch's on the
+            device that computed it.
+        """
 
 
 def vision_encoding(repository: Path, settings: Settings) -> VisionEncoding:
@@ -41,15 +39,29 @@ def vision_encoding(repository: Path, settings: Settings) -> VisionEncoding:
         repository: the exported model repository.
         settings: its settings.
     """
-    device = default_device()
-    if device.type == "cpu":
-        return OnnxEncoding(repository / "vision_encoder" / "1" / "model.onnx")
-    return TorchEncoding(
-        repository / "language_model" / "1" / "checkpoint",
-        device,
-        compute_dtype(settings.dtype, device),
-        settings.vision_max_batch,
-    )
+    if _has_driver():
+        # torch and transformers take seconds and 300 MiB, for nothing where there is no GPU.
+        from llava_triton.device import compute_dtype, default_device
+        from llava_triton.torch_encoding import TorchEncoding
+
+        device = default_device()
+        if device.type == "cuda":
+            return TorchEncoding(
+                repository / "language_model" / "1" / "checkpoint",
+                device,
+                compute_dtype(settings.dtype, device),
+                settings.vision_max_batch,
+            )
+    return OnnxEncoding(repository / "vision_encoder" / "1" / "model.onnx")
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is installed; torch knows whether there is a GPU behind it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 class OnnxEncoding:
@@ -69,62 +81,7 @@ class OnnxEncoding:
         )
         self.name = f"ONNX Runtime {onnxruntime.__version__} on the CPU"
 
-    def __call__(self, pixels: np.ndarray) -> Tensor:
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """See `VisionEncoding`."""
-        return torch.from_numpy(self._session.run(None, {protocol.PIXEL_VALUES: pixels})[0])
-
-
-class TorchEncoding:
-    """The checkpoint's vision tower and projector, in batches of a few sizes.
-
-    On a GPU each size is a CUDA graph. A batch between two sizes is filled up; one above the
-    largest is computed in parts.
-
-    Args:
-        checkpoint: its directory; the language model's weights are not read.
-        device: where to compute.
-        dtype: in what; the features of a half type are exact in the float32 that is returned.
-        max_batch: pictures at once at the most.
-    """
-
-    def __init__(
-        self, checkpoint: Path, device: torch.device, dtype: torch.dtype, max_batch: int
-    ) -> None:
-        config = llava_config(checkpoint)
-        encoder = load_vision_encoder(config, CheckpointWeights(checkpoint)).to(device, dtype)
-        side = int(config.vision_config.image_size)
-        self._sizes = [1 << power for power in range(max_batch.bit_length())]
-        # One memory for all sizes: only one runs at a time.
-        self._pixels = torch.zeros(self._sizes[-1], 3, side, side, dtype=dtype, device=device)
-
-        def run(size: int) -> Callable[[], Tensor]:
-            return lambda: encoder(self._pixels[:size]).float()
-
-        self._runs = {size: run(size) for size in self._sizes}
-        where = "the CPU"
-        if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
-            try:
-                self._record(device)
-            except RuntimeError as error:  # slower is better than not at all
-                log.warning("the vision encoder runs unrecorded: %s", error)
-        self.name = f"torch {torch.__version__} on {where} ({str(dtype).removeprefix('torch.')})"
-
-    @torch.inference_mode()
-    def _record(self, device: torch.device) -> None:
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):  # the others' memory fits into the largest's
-            self._runs[size] = cuda_graph(self._runs[size], device, pool)
-
-    @torch.inference_mode()
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """See `VisionEncoding`."""
-        parts = []
-        for part in torch.from_numpy(pixels).split(self._sizes[-1]):
-            size = self._sizes[bisect.bisect_left(self._sizes, len(part))]
-            self._pixels[: len(part)].copy_(part)
-            parts.append(self._runs[size]()[: len(part)].clone())
-        features = torch.cat(parts)
-        if features.is_cuda:  # another process is going to read them
-            torch.cuda.current_stream(features.device).synchronize()
+        features: np.ndarray = self._session.run(None, {protocol.PIXEL_VALUES: pixels})[0]
         return features

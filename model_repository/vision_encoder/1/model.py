@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,22 @@ class TritonPythonModel:
                 for request in requests
             ]
             batch = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-            features = self._encode(batch).split([len(each) for each in pixels])
+            features = self._encode(batch)
+            ends = accumulate(len(each) for each in pixels)
             return [
-                pb_utils.InferenceResponse(
-                    [pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, part)]
-                )
-                for part in features
+                _response(features[end - len(each) : end])
+                for each, end in zip(pixels, ends, strict=True)
             ]
         except Exception as failure:  # an answer for every request, whatever happens
             error = pb_utils.TritonError(
                 f"INTERNAL: the vision encoder failed: {failure}", pb_utils.TritonError.INTERNAL
             )
             return [pb_utils.InferenceResponse(error=error) for _ in requests]
+
+
+def _response(features: Any) -> Any:
+    # By DLPack only what may lie on a GPU: Triton's process dies of NumPy's.
+    on_host = isinstance(features, np.ndarray)
+    make = pb_utils.Tensor if on_host else pb_utils.Tensor.from_dlpack
+    tensor = make(protocol.IMAGE_FEATURES, features)
+    return pb_utils.InferenceResponse([tensor])
