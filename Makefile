@@ -55,10 +55,10 @@ lint: .venv/development ## Style and types
 	$(python) -m mypy $(wildcard $(sources))
 	for model in model_repository/*/1/model.py; do $(python) -m mypy --no-error-summary "$$model"; done
 
-bench: .venv/bench compiler ## Speed beside plain transformers and the hardware's limits (20 minutes)
+bench: .venv/bench compiler ## Speed beside plain transformers and the hardware's limits (25 minutes)
 	$(python) -m benchmarks.bench
 
-accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (6 minutes)
+accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (4 minutes)
 	$(python) -m benchmarks.accuracy
 
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)

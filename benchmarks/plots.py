@@ -68,7 +68,7 @@ def draw(results: Path) -> list[Path]:
     with mpl.rc_context(STYLE):
         for name, drawing in drawings.items():
             figure = drawing(values)
-            figure.text(0.99, 0.01, under, ha="right", va="bottom", fontsize=9, color="#555555")
+            figure.suptitle(f"{figure.get_suptitle()}\n{under}", fontsize=13)
             files.append(results.with_name(f"{results.stem}-{name}.png"))
             figure.savefig(files[-1], dpi=150)
     return files
@@ -90,7 +90,7 @@ def _read(results: Path) -> dict[str, Any]:
 
 def _figure(title: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """Of 8 inches' width, so that its text can be read at 800 pixels."""
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, 0.05, 1, 0.95))  # below it goes a line about the run
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
