@@ -38,11 +38,6 @@ class Fairness:
     largest_piece_tokens: int
     """Tokens in one piece at most; above 1, an interval is one of several tokens."""
 
-    @property
-    def ratio(self) -> float:
-        """The largest interval over the usual one."""
-        return self.stalled_largest_ms / self.usual_ms
-
 
 def measure_fairness(engine: Engine, workload: Workload) -> Fairness:
     """`workload.streams` long answers run; then a session with one long prompt comes.

@@ -134,7 +134,7 @@ QUIET_SHARE = 0.05
 """Other programs may use this share of the machine; more spoils the figures, those of threads that
 spin while they wait (transformers') most of all."""
 FAIRNESS_BOUND = 2.0
-"""The largest interval between tokens while a long prompt is computed, over the usual one."""
+"""By which a long prompt may delay a running stream's next token, in its usual intervals."""
 
 
 def _figure(loads: Mapping[str, Sequence[Load]], side: Side, metric: str) -> float | None:
@@ -207,9 +207,9 @@ def verdicts(
         if values:
             made.append(_verdict(target.text, values, target.bound, target.at_most))
     for way, measured in fairness.items():
-        ratio = measured["stalled_largest_ms"] / measured["usual_ms"]
-        text = f"largest / usual interval of {way} during a long prompt"
-        made.append(_verdict(text, [ratio], FAIRNESS_BOUND, True))
+        delay = measured["stalled_largest_ms"] / measured["usual_ms"] - 1.0
+        text = f"largest delay of {way} by a long prompt / interval"
+        made.append(_verdict(text, [delay], FAIRNESS_BOUND, True))
     return made
 
 

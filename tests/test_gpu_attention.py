@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_triton import paged_attention
-from llava_triton.engine.weight_quantization import Int8Weight
 from llava_triton.paged_attention.interface import AttentionGeometry, Rows
 from llava_triton.paged_attention.reference import ReferenceAttention
+from llava_triton.paged_attention.weight_quantization import Int8Weight
 from tests.test_paged_attention import Step
 
 ON_GPU = torch.cuda.is_available()

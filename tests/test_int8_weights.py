@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
-from llava_triton.engine.text_model import Linear
-from llava_triton.engine.weight_quantization import Int8Weight
-from llava_triton.paged_attention import kernels_for
+from llava_triton.paged_attention.weight_quantization import Int8Weight
 from llava_triton.settings import Settings
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Ask
 
-CPU = torch.device("cpu")
 LAYERS = ("self_attn.", "mlp.")
 ASKS = [
     Ask("What colour is it?", (PICTURES[2],), 24, ignore_eos=True),
@@ -41,23 +37,6 @@ def test_a_row_of_zeros_stays_one() -> None:
     again = Int8Weight.of(weight).dequantized(torch.float32)
     assert torch.equal(again[1], torch.zeros(8))
     assert torch.isfinite(again).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 3, 17])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (72, 33), (5, 7)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_products_are_those_of_the_rounded_weights(
-    dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool
-) -> None:
-    torch.manual_seed(rows)
-    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(rows, inputs).to(dtype)
-    bias = torch.randn(outputs).to(dtype) if biased else None
-    result = Linear([weight], [bias], kernels_for(CPU), int8=True)(x)
-    rounded = Int8Weight.of(weight).dequantized(torch.float32).double()
-    expected = functional.linear(x.double(), rounded, None if bias is None else bias.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(result.double(), expected, atol=tolerance * 8, rtol=tolerance)
 
 
 @pytest.fixture(scope="module")

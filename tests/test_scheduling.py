@@ -1,12 +1,14 @@
-"""What steps are made of: long prompts in small pieces beside running answers, questions whole."""
+"""What steps are made of: long prompts in pieces beside running answers, questions whole."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 
 from llava_triton.engine import scheduler
 from llava_triton.engine.step import Step, StepResult
-from tests.engine_harness import EngineHarness
+from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 
 STREAM = Ask("Go on", max_tokens=300, ignore_eos=True)
@@ -30,17 +32,51 @@ class Recorder:
         return [sum(step) - step.count(1) for step in self.steps if step.count(1) >= 3]
 
 
-@pytest.mark.parametrize("text", ["Why so?", "Why so, and what of the circle on the left of it?"])
-def test_a_question_is_computed_in_one_step_beside_running_answers(start: Start, text: str) -> None:
-    harness = start()
+def streams_and_recorder(harness: EngineHarness) -> tuple[list[Pending], Recorder]:
+    """A session to ask, answers that stream beside it, and what their steps are made of."""
     long_ask("red").wait(harness, "asked", start=True)
     streams = [STREAM.submit(harness, name, start=True) for name in ("a", "b", "c", "d")]
     for stream in streams:
         next(stream.deltas())
-    recorder = Recorder(harness)
+    return streams, Recorder(harness)
+
+
+@pytest.mark.parametrize("text", ["Why so?", "Why so, and what of the circle on the left of it?"])
+def test_a_question_is_computed_in_one_step_of_its_own(start: Start, text: str) -> None:
+    harness = start()
+    streams, recorder = streams_and_recorder(harness)
     _, final = Ask(text, max_tokens=4).wait(harness, "asked")
     computed = final.num_input_tokens - final.num_cached_tokens
-    assert scheduler.LEAST_CHUNK < computed <= scheduler.QUESTION_TOKENS
+    assert computed <= scheduler.QUESTION_TOKENS
+    assert [step for step in recorder.steps if max(step) > 1] == [[computed]]
+    for stream in streams:
+        stream.wait()
+
+
+def test_running_answers_advance_between_two_steps_of_questions(start: Start) -> None:
+    harness = start()
+    names = [f"asked {number}" for number in range(6)]
+    for name in names:
+        long_ask(name).wait(harness, name, start=True)
+    streams, recorder = streams_and_recorder(harness)
+    asked = [Ask("Why so?", max_tokens=1).submit(harness, name) for name in names]
+    for pending in [*asked, *streams]:
+        pending.wait()
+    kinds = ["questions" if min(step) > 1 else "answers" for step in recorder.steps]
+    assert kinds.count("questions") > 1
+    assert ("questions", "questions") not in itertools.pairwise(kinds)
+    most = max(sum(step) for step in recorder.steps if min(step) > 1)
+    assert most <= scheduler.QUESTION_TOKENS
+
+
+def test_where_a_question_costs_little_it_is_computed_beside_running_answers(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = start()
+    monkeypatch.setattr(harness.engine._scheduler, "_questions_alone", False)  # as on a GPU
+    streams, recorder = streams_and_recorder(harness)
+    _, final = Ask("Why so?", max_tokens=4).wait(harness, "asked")
+    computed = final.num_input_tokens - final.num_cached_tokens
     assert [count for count in recorder.beside_answers if count] == [computed]
     for stream in streams:
         stream.wait()

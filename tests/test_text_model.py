@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from torch.nn import functional
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
@@ -20,8 +18,7 @@ from transformers import (
 
 from demo.random_checkpoint import write_random_llava
 from llava_triton.checkpoint import load_checkpoint
-from llava_triton.engine.text_model import Linear, TextModel
-from llava_triton.paged_attention import kernels_for
+from llava_triton.engine.text_model import TextModel
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
 
@@ -115,23 +112,3 @@ def test_what_is_not_computed_here_is_refused(
     checkpoint = write_random_llava(tmp_path / "model", VISION, config, TEXT | options)
     with pytest.raises(ValueError, match=sentence):
         TextModel(load_checkpoint(checkpoint).model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 3, 17])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (72, 33), (5, 7)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_products_of_any_number_of_rows(
-    dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool
-) -> None:
-    torch.manual_seed(rows)
-    weights = [torch.randn(outputs, inputs).to(dtype), torch.randn(3, inputs).to(dtype)]
-    biases = [torch.randn(len(weight)).to(dtype) if biased else None for weight in weights]
-    x = torch.randn(rows, inputs).to(dtype)
-    result = Linear(list(weights), list(biases), kernels_for(torch.device("cpu")))(x)
-    whole_bias = torch.cat([bias for bias in biases if bias is not None]) if biased else None
-    expected = functional.linear(
-        x.double(), torch.cat(weights).double(), None if whole_bias is None else whole_bias.double()
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(result.double(), expected, atol=tolerance * 8, rtol=tolerance)

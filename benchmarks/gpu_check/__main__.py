@@ -65,6 +65,7 @@ STAGES = (
     Stage("agreement", "answers beside transformers'", "agreement", 90, SEVEN),
     Stage("baselines", f"transformers, {SEVEN}", "baselines", 60, SEVEN),
     Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
+    Stage("rows-int8", f"the same with 8-bit weights, {SEVEN}", "rows_int8", 60, SEVEN),
     Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "rows", 90, MISTRAL),
 )
 """The most wanted first: whatever the deadline leaves out is at the end."""

@@ -84,6 +84,8 @@ ROWS = (
     Row("  between tokens", "baselines", "K_between_ms", "ms"),
     Row("the engine: first token of a later turn", "rows", "later_ms", "ms"),
     Row("  between tokens", "rows", "decode_one_ms", "ms"),
+    Row("8-bit weights: decode, 1 session, times as fast", "rows-int8", "decode_one_ms_gain", "x"),
+    Row("  many sessions", "rows-int8", "decode_many_tokens_per_second_gain", "x"),
     _share("grouped-query: decode, 1 session, of the limit", "rows-mistral", "decode_one_share"),
     _share("  many sessions", "rows-mistral", "decode_many_share"),
     _share("  prefill, of the matrix rate", "rows-mistral", "prefill_share"),

@@ -190,21 +190,27 @@ def limits_of(options: Options) -> Limits:
     return limits
 
 
-def measure(options: Options) -> None:
-    """The stage."""
+def engine_rows(options: Options, **limits: Any) -> tuple[Rows, EngineWay]:
+    """An engine on the stage's checkpoint, and what is measured of it; `limits` as for the way."""
     place = options.place
-    limits = limits_of(options)
-    way = EngineWay(options.checkpoint, place, max_sessions=place.sizes.many_sessions)
+    known = limits_of(options)  # before the engine takes the memory
+    way = EngineWay(options.checkpoint, place, max_sessions=place.sizes.many_sessions, **limits)
     rows = Rows(
         way,
         Workload(str(options.checkpoint), "none"),
         way.text_config,
-        limits,
+        known,
         place.dtype.itemsize,
         way.runner.tokens_per_image,
         place.sizes,
         options.findings,
     )
+    return rows, way
+
+
+def measure(options: Options) -> None:
+    """The stage."""
+    rows, way = engine_rows(options)
     rows.measure(rows.warm_up, rows.decode_one, rows.later_turn, rows.prefill, rows.decode_many)
     way.close()
 

@@ -17,7 +17,7 @@ class InstallationError(ServerError):
     """No usable Triton server on this machine; the sentence says what to install."""
 
 
-CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}
+CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
 """How torch uses CPUs and their memory.
 
 Its threads wait for each other spinning for some tens of microseconds, then asleep. Spinning

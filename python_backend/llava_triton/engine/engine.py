@@ -83,7 +83,10 @@ class Engine:
         self._running: dict[str, RunningTurn] = {}
         """By the turn's ID, in the order they began."""
         self._scheduler = Scheduler(
-            self._memory, self._idle_sessions, settings.prefill_chunk_tokens
+            self._memory,
+            self._idle_sessions,
+            settings.prefill_chunk_tokens,
+            questions_alone=runner.device.type == "cpu",
         )
         self._in_flight = False
         """Whether the device computes a step."""
@@ -94,6 +97,7 @@ class Engine:
         self._next_sweep_at = 0.0
         self._stopping = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        runner.leave_threads()
         self._device = ThreadPoolExecutor(1, "device", initializer=runner.use_threads)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

@@ -10,14 +10,14 @@ from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.turn import RunningTurn
 
 STALL = 1.4
-"""A step that also computes prompts may take this many times as long as one that only advances
-running answers: a stream's pause stays below twice its usual interval, also where the estimate of
-the time is somewhat wrong."""
-LEAST_CHUNK = 8
-"""Prompt tokens of a step at the least, so that every prompt goes on."""
-QUESTION_TOKENS = 48
-"""A prompt of no more tokens than this is computed in one step, one of them a step: a question's
-answer begins a step earlier, for one pause that may be a little longer."""
+"""A step that also computes prompts is planned to take this many times as long as one that only
+advances running answers. Estimates are somewhat wrong, and the least chunk may take longer."""
+LEAST_CHUNK = 16
+"""Prompt tokens of a step at the least, so that every prompt goes on: beside few answers so many
+cost next to nothing, because the weights have to be read anyway."""
+QUESTION_TOKENS = 32
+"""Prompts of no more tokens than this together are computed whole in one step: a question's answer
+begins some steps earlier, for one pause that may be a little longer."""
 SMOOTHING = 0.3
 """Weight of the newest measurement of how long steps take."""
 
@@ -73,6 +73,9 @@ class Scheduler:
         memory: the sessions' blocks.
         idle_sessions: sessions without a turn, longest unused first.
         chunk_tokens: prompt tokens of a step at the most.
+        questions_alone: compute questions in a step of their own, after which the running answers
+            advance first. For devices on which a question's tokens take as long as a step of
+            answers: its first token does not wait for theirs, and they wait as long either way.
     """
 
     def __init__(
@@ -80,11 +83,17 @@ class Scheduler:
         memory: SessionMemory,
         idle_sessions: Callable[[], Iterable[Session]],
         chunk_tokens: int,
+        *,
+        questions_alone: bool = False,
     ) -> None:
         self.clock = StepClock()
         self._memory = memory
         self._idle_sessions = idle_sessions
         self._chunk_tokens = chunk_tokens
+        self._most_question_tokens = min(QUESTION_TOKENS, chunk_tokens)
+        self._questions_alone = questions_alone
+        self._answers_waited = False
+        """Whether the last step was one of questions alone."""
 
     def plan(self, turns: Sequence[RunningTurn]) -> list[Work]:
         """The next step's work.
@@ -94,23 +103,37 @@ class Scheduler:
         """
         going = [turn for turn in turns if not turn.finish_reason]
         decoding = sum(turn.decoding for turn in going)
+        questions_alone = self._questions_alone and decoding > 0
+        if questions_alone and not self._answers_waited:
+            questions = self._questions(going)
+            if questions:
+                self._answers_waited = True
+                return questions
+        self._answers_waited = False
         budget = self.clock.prompt_tokens_beside(decoding, self._chunk_tokens)
-        whole = min(QUESTION_TOKENS, self._chunk_tokens)
+        whole = 0 if questions_alone else self._most_question_tokens
         works: list[Work] = []
         for index, turn in enumerate(going):
             is_decoding = turn.decoding
-            if not is_decoding and budget == 0:
+            is_question = _is_question(turn, whole)
+            if budget == 0 and not (is_decoding or is_question):
                 continue
             if not self._make_room(turn, going[index + 1 :]):
                 continue
-            if is_decoding:
-                count = 1
-            else:
-                prompt_tokens = len(turn.prompt) - turn.cached_tokens
-                is_question = max(turn.uncomputed, prompt_tokens) <= whole
+            count = 1
+            if not is_decoding:
                 count = turn.uncomputed if is_question else min(budget, turn.uncomputed)
-                budget, whole = max(0, budget - count), 0
+                budget, whole = max(0, budget - count), whole - count
             works.append(Work(turn, turn.next_ids(count), is_decoding))
+        return works
+
+    def _questions(self, going: Sequence[RunningTurn]) -> list[Work]:
+        works: list[Work] = []
+        left = self._most_question_tokens
+        for index, turn in enumerate(going):
+            if _is_question(turn, left) and self._make_room(turn, going[index + 1 :]):
+                works.append(Work(turn, turn.next_ids(turn.uncomputed), decoding=False))
+                left -= turn.uncomputed
         return works
 
     def _make_room(self, turn: RunningTurn, younger: Sequence[RunningTurn]) -> bool:
@@ -142,3 +165,10 @@ class Scheduler:
                 turn.admitted = False
                 return turn.session
         return None
+
+
+def _is_question(turn: RunningTurn, most: int) -> bool:
+    """Whether a turn has a prompt to compute of at most so many tokens."""
+    if turn.decoding:
+        return False
+    return max(turn.uncomputed, len(turn.prompt) - turn.cached_tokens) <= most

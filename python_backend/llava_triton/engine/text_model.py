@@ -2,7 +2,7 @@
 
 transformers' own modules cost 12 to 15 ms of Python and small operations per decode step of 12
 layers on two CPU cores, as much as the arithmetic; so the weights are taken out of them and the
-layers computed here: the projections of a layer joined, their weights packed for the CPU,
+layers computed here: the projections of a layer joined, their weights laid out for the device,
 normalization, rotation and gating in one operation each.
 """
 
@@ -13,80 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from llava_triton.engine.weight_quantization import Int8Weight
 from llava_triton.paged_attention import Kernels, kernels_for
-from llava_triton.paged_attention.interface import AttentionGeometry, PagedAttention, Rows
+from llava_triton.paged_attention.interface import AttentionGeometry, Linear, PagedAttention, Rows
 
 FAMILIES = ("llama", "mistral", "qwen2")
-
-
-class Linear:
-    """A matrix that tokens are multiplied by: y = x W^T + b.
-
-    On a CPU it is kept twice: in oneDNN's layout, which is 1.5 to 3 times faster here than the
-    plain one, and plainly for one or two rows, where reading it in order is faster still. As
-    integers it is read for few rows; many get it as floats.
-
-    Args:
-        weights: [outputs, inputs] each; joined one below the other.
-        biases: one for each weight or None for all.
-        kernels: of the device.
-        int8: round the weights to 8-bit integers.
-    """
-
-    def __init__(
-        self,
-        weights: list[Tensor],
-        biases: list[Tensor | None],
-        kernels: Kernels,
-        *,
-        int8: bool = False,
-    ) -> None:
-        weight = torch.cat([each.detach() for each in weights]).contiguous()
-        given = [bias.detach() for bias in biases if bias is not None]
-        if given and len(given) != len(weights):
-            raise ValueError("some projections of a layer have a bias and others have none")
-        self._bias = torch.cat(given) if given else None
-        self._kernels, self._dtype = kernels, weight.dtype
-        self._int8 = Int8Weight.of(weight) if int8 else None
-        if self._int8 is not None:
-            weight = self._int8.dequantized(self._dtype)
-        self._packed: Tensor | None = None
-        if _can_be_packed(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._weight = weight if self._int8 is None else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, inputs] -> [T, outputs]."""
-        kernels, int8, weight = self._kernels, self._int8, self._weight
-        if int8 is not None and len(x) <= kernels.int8_rows:
-            return kernels.int8_product(x, int8.integers, int8.scales, self._bias)
-        if (
-            weight is not None
-            and kernels.few_rows_product is not None
-            and len(x) <= kernels.few_rows
-        ):
-            return kernels.few_rows_product(x, weight, self._bias)
-        if self._packed is not None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, "none", [], ""
-            )
-            return y
-        if weight is None:
-            assert int8 is not None
-            weight = int8.dequantized(self._dtype)
-        return functional.linear(x, weight, self._bias)
-
-
-def _can_be_packed(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout of its own for the matrix."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +119,12 @@ def _layer(layer: Any, attention: PagedAttention, kernels: Kernels, int8: bool) 
 
 
 def _linear(kernels: Kernels, int8: bool, *modules: Any) -> Linear:
-    weights, biases = zip(*((module.weight, module.bias) for module in modules), strict=True)
-    return Linear(list(weights), list(biases), kernels, int8=int8)
+    """The modules' products in one: their outputs side by side."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    biases = [module.bias.detach() for module in modules if module.bias is not None]
+    if biases and len(biases) != len(modules):
+        raise ValueError("some projections of a layer have a bias and others have none")
+    return kernels.make_linear(weight, torch.cat(biases) if biases else None, int8)
 
 
 def _check(config: Any) -> None:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llava_triton.paged_attention.interface import AttentionGeometry, PagedAttention
+from llava_triton.paged_attention.interface import AttentionGeometry, Linear, PagedAttention
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations of a text model's layer that are not matrix products."""
+    """The operations of a text model's layer."""
 
     make_attention: Callable[[AttentionGeometry], PagedAttention]
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
@@ -24,12 +24,9 @@ class Kernels:
     residual, normalized, times weight [W]."""
     silu_multiply: Callable[[Tensor], Tensor]
     """[T, 2 * I], gates then values -> silu(gates) * values, [T, I]."""
-    int8_product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """(x, weight, scales, bias): x (scales W)^T + b for at most `int8_rows` rows."""
-    int8_rows: int
-    few_rows_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    """(x, weight, bias): x W^T + b for at most `few_rows` rows, where the device has it."""
-    few_rows: int = 0
+    make_linear: Callable[[Tensor, Tensor | None, bool], Linear]
+    """(weight [outputs, inputs], bias [outputs] or None, int8: round the weights to 8-bit integers)
+    -> the product with them. The weight is not used any more afterwards."""
 
     def attention(self, geometry: AttentionGeometry, window: int | None) -> PagedAttention:
         """Attention of layers whose tokens see `window` tokens back, or all."""
@@ -39,23 +36,9 @@ class Kernels:
 def kernels_for(device: torch.device) -> Kernels:
     """The fast operations for a device."""
     if device.type == "cuda":
-        from llava_triton.paged_attention import gpu
+        from llava_triton.paged_attention import gpu, gpu_linear
 
-        return Kernels(
-            gpu.GpuAttention,
-            gpu.add_rms_norm,
-            gpu.silu_multiply,
-            gpu.int8_product,
-            gpu.INT8_ROWS,
-        )
-    from llava_triton.paged_attention import cpu
+        return Kernels(gpu.GpuAttention, gpu.add_rms_norm, gpu.silu_multiply, gpu_linear.GpuLinear)
+    from llava_triton.paged_attention import cpu, cpu_linear
 
-    return Kernels(
-        cpu.CpuAttention,
-        cpu.add_rms_norm,
-        cpu.silu_multiply,
-        cpu.int8_product,
-        cpu.MOST_ROWS,
-        cpu.few_rows_product,
-        cpu.MOST_ROWS,
-    )
+    return Kernels(cpu.CpuAttention, cpu.add_rms_norm, cpu.silu_multiply, cpu_linear.CpuLinear)

@@ -41,7 +41,7 @@ class _Batch(ctypes.Structure):
     )
 
 
-class _Kernels(NamedTuple):
+class CpuKernels(NamedTuple):
     """The functions for one dtype."""
 
     rotate_and_store: Callable[..., None]
@@ -53,7 +53,12 @@ class _Kernels(NamedTuple):
 
 
 @functools.cache
-def _kernels(dtype: torch.dtype) -> _Kernels:
+def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
+    """Compiled and bound; their last argument is a number of threads.
+
+    Raises:
+        KernelBuildError: they cannot be compiled here.
+    """
     library = load_kernels()
     pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -63,7 +68,7 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
         found.restype = None
         return found
 
-    return _Kernels(
+    return CpuKernels(
         rotate_and_store=function("rotate_and_store", *[pointer] * 7),
         attend=function("attend", *[pointer] * 6),
         add_rms_norm=function(
@@ -73,6 +78,11 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
         products=function("products", *[pointer] * 5, *[count] * 3),
         int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
     )
+
+
+def release_workers() -> None:
+    """End the OpenMP workers of the calling thread, torch's and the kernels'."""
+    load_kernels().release_workers()
 
 
 class CpuAttention:
@@ -99,7 +109,7 @@ class CpuAttention:
         self._rows: Rows | None = None
         self._batch = _Batch()
         self._batch_address = ctypes.addressof(self._batch)
-        _kernels(torch.float32)  # what cannot be built should be known at once
+        cpu_kernels(torch.float32)  # what cannot be built should be known at once
 
     def rotate_and_store(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, rows: Rows
@@ -108,7 +118,7 @@ class CpuAttention:
         self._check(qkv, keys, values)
         assert cos.dtype == sin.dtype == torch.float32
         assert all(tensor.is_contiguous() for tensor in (cos, sin))
-        _kernels(qkv.dtype).rotate_and_store(
+        cpu_kernels(qkv.dtype).rotate_and_store(
             self._geometry_address,
             qkv.data_ptr(),
             cos.data_ptr(),
@@ -123,7 +133,7 @@ class CpuAttention:
         """See `PagedAttention.attend`."""
         self._check(qkv, keys, values)
         out = qkv.new_empty((len(qkv), self._out_width))
-        _kernels(qkv.dtype).attend(
+        cpu_kernels(qkv.dtype).attend(
             self._geometry_address,
             qkv.data_ptr(),
             keys.data_ptr(),
@@ -178,7 +188,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
         assert delta.shape == residual.shape
         assert delta.is_contiguous()
     out = torch.empty_like(residual)
-    _kernels(residual.dtype).add_rms_norm(
+    cpu_kernels(residual.dtype).add_rms_norm(
         residual.data_ptr(),
         None if delta is None else delta.data_ptr(),
         weight.data_ptr(),
@@ -199,69 +209,7 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     assert gate_up.is_contiguous()
     rows, width = gate_up.shape
     out = gate_up.new_empty((rows, width // 2))
-    _kernels(gate_up.dtype).silu_multiply(
+    cpu_kernels(gate_up.dtype).silu_multiply(
         gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
-    )
-    return out
-
-
-MOST_ROWS = 2
-"""Rows that `few_rows_product` and `int8_product` take."""
-
-
-def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b as fast as the memory gives W, for the few rows of a decode step.
-
-    Args:
-        x: float32 or bfloat16 [T, inputs], 1 <= T <= MOST_ROWS, contiguous, as are the others.
-        weight: [outputs, inputs].
-        bias: [outputs].
-
-    Returns:
-        [T, outputs]. A row's result does not depend on the others.
-    """
-    assert x.dtype == weight.dtype
-    return _products(_kernels(x.dtype).products, x, weight, None, bias)
-
-
-def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x (scales W)^T + b, otherwise as `few_rows_product`.
-
-    Args:
-        x: float32 or bfloat16 [T, inputs].
-        weight: int8 [outputs, inputs].
-        scales: float32 [outputs]: a row of W is its integers times its scale.
-        bias: [outputs].
-    """
-    assert weight.dtype == torch.int8
-    assert scales.dtype == torch.float32
-    assert scales.shape == weight.shape[:1]
-    assert scales.is_contiguous()
-    return _products(_kernels(x.dtype).int8_products, x, weight, scales, bias)
-
-
-def _products(
-    kernel: Callable[..., None],
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    rows, inputs = x.shape
-    assert 1 <= rows <= MOST_ROWS
-    assert weight.shape[1] == inputs
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    out = x.new_empty((rows, len(weight)))
-    kernel(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if scales is None else scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        rows,
-        inputs,
-        len(weight),
-        torch.get_num_threads(),
     )
     return out

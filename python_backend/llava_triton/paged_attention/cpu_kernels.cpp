@@ -1,16 +1,17 @@
 // Paged attention and the small layers around it, for CPUs; interface.py says what lies where.
 //
 // Compiled at run time for the CPU at hand (cpu_build.py). Storage is float32 or bfloat16,
-// arithmetic is float32. Every function takes its number of threads from the caller and runs serially when waking a thread (10 to 50 us) would cost more than it saves.
+// arithmetic is float32. Every function takes its number of threads from the caller and runs
+// serially when waking a thread (10 to 50 us) would cost more than it saves.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <vector>
+
+#include <omp.h>
 
 #include "cpu_vectors.h"
 
@@ -49,18 +50,6 @@ inline Vector exponential(Vector x) {
   p = p * (r * r) + (r + 1.0f);
   const Bits exponent = bit_cast<Bits>(__builtin_convertvector(n, Integers)) << 23;
   return x < lowest ? splat(0.0f) : bit_cast<Vector>(bit_cast<Bits>(p) + exponent);
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-typedef std::unique_ptr<float[], Free> Buffer;
-
-inline int64_t up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Uninitialised; aligned so that no vector straddles two cache lines.
-Buffer allocate(int64_t floats) {
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, up_to_lanes(floats) * sizeof(float))));
 }
 
 struct Geometry {
@@ -396,3 +385,6 @@ void silu_multiply(const T* gate_up, T* out, int64_t rows, int64_t width, int th
 
 EXPORT(float, f32)
 EXPORT(BFloat16, bf16)
+
+// Ends the OpenMP workers of the calling thread; its next parallel region makes new ones.
+extern "C" void release_workers() { omp_pause_resource_all(omp_pause_soft); }

@@ -1,11 +1,13 @@
-// Sixteen floats at a time, from storage as float32, bfloat16 or int8: GCC's portable vectors, one register
-// of AVX-512, two of AVX2, four of NEON.
+// Sixteen floats at a time, from storage as float32, bfloat16 or int8: GCC's portable vectors, one
+// register of AVX-512, two of AVX2, four of NEON.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -118,6 +120,18 @@ inline float maximum(Vector v) {
   std::memcpy(q, &a, sizeof(q));
   const Quarter b = q[0] > q[1] ? q[0] : q[1];
   return std::max(std::max(b[0], b[1]), std::max(b[2], b[3]));
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+typedef std::unique_ptr<float[], Free> Buffer;
+
+inline int64_t up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Uninitialised; aligned so that no vector straddles two cache lines.
+Buffer allocate(int64_t floats) {
+  return Buffer(static_cast<float*>(std::aligned_alloc(64, up_to_lanes(floats) * sizeof(float))));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""What every implementation of paged attention does, and how keys and values lie in the pages."""
+"""What every implementation does, and how keys and values lie in the pages."""
 
 from __future__ import annotations
 
@@ -84,4 +84,18 @@ class PagedAttention(Protocol):
         Returns:
             [T, H * D], of the dtype of `qkv`. A sequence's result does not depend on which other
             sequences are in the batch.
+        """
+
+
+class Linear(Protocol):
+    """Tokens times a matrix of weights, plus a bias."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x W^T + b.
+
+        Args:
+            x: [T, inputs], of the weights' dtype, contiguous.
+
+        Returns:
+            [T, outputs].
         """

@@ -1,0 +1,66 @@
+"""Products with the weights, in the layout that the device reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llava_triton.paged_attention import kernels_for
+from llava_triton.paged_attention.interface import Linear
+from llava_triton.paged_attention.weight_quantization import Int8Weight
+
+ROWS = [1, 2, 3, 4, 13, 14, 15, 29, 71]
+"""Around the sizes at which the kernel goes another way."""
+SHAPES = [(768, 2304), (64, 48), (72, 33), (5, 7), (2047, 31), (1, 1)]
+"""Inputs and outputs; of whole panels and pairs, and not."""
+
+
+def make(weight: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> Linear:
+    return kernels_for(torch.device("cpu")).make_linear(weight, bias, int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_are_those_of_torch(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool, int8: bool
+) -> None:
+    torch.manual_seed(rows)
+    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(rows, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if biased else None
+    result = make(weight, bias, int8=int8)(x)
+    exact = Int8Weight.of(weight).dequantized(torch.float32) if int8 else weight
+    shift = None if bias is None else bias.double()
+    expected = functional.linear(x.double(), exact.double(), shift)
+    # Of the size of a sum's terms together: they may cancel out.
+    tolerance = (1e-6 if dtype == torch.float32 else 1e-2) * max(inputs, 4) ** 0.5
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_does_not_depend_on_those_beside_it(
+    dtype: torch.dtype, rows: int, threads: int
+) -> None:
+    torch.manual_seed(rows)
+    product = make(torch.randn(2304, 768).to(dtype))
+    x = torch.randn(rows, 768).to(dtype)
+    usual = torch.get_num_threads()
+    alone = torch.cat([product(row[None]) for row in x])
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(product(x), alone)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_what_cannot_be_multiplied_is_refused() -> None:
+    product = make(torch.randn(8, 16))
+    for wrong in (torch.randn(2, 15), torch.randn(2, 16).bfloat16(), torch.randn(16, 2).T):
+        with pytest.raises(AssertionError):
+            product(wrong)
