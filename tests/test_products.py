@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,3 +70,21 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
     for wrong in (torch.randn(2, 15), torch.randn(2, 16).bfloat16(), torch.randn(16, 2).T):
         with pytest.raises(AssertionError):
             product(wrong)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instructions of x86-64")
+@pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-amx-bf16 -mno-avx512f"])
+def test_a_cpu_that_has_fewer_instructions_multiplies_the_same(
+    tmp_path: Path, without: str
+) -> None:
+    # With options of its own, a compiler has a build of its own.
+    environment = os.environ | {"CXX": f"c++ {without}", "XDG_CACHE_HOME": str(tmp_path)}
+    only = "products_are_those or does_not_depend"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", only],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

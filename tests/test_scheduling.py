@@ -59,9 +59,14 @@ def test_running_answers_advance_between_two_steps_of_questions(start: Start) ->
     for name in names:
         long_ask(name).wait(harness, name, start=True)
     streams, recorder = streams_and_recorder(harness)
-    asked = [Ask("Why so?", max_tokens=1).submit(harness, name) for name in names]
-    for pending in [*asked, *streams]:
-        pending.wait()
+    question = Ask("Why so, and what of the circle on the left?", max_tokens=1)
+    # All at once, between two steps.
+    asked = harness.on_engine(lambda _: [question.submit(harness, name) for name in names])
+    answers = [pending.wait() for pending in asked]
+    computed = sum(final.num_input_tokens - final.num_cached_tokens for _, final in answers)
+    assert computed > 2 * scheduler.QUESTION_TOKENS
+    for stream in streams:
+        stream.wait()
     kinds = ["questions" if min(step) > 1 else "answers" for step in recorder.steps]
     assert kinds.count("questions") > 1
     assert ("questions", "questions") not in itertools.pairwise(kinds)

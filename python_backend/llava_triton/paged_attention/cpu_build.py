@@ -18,7 +18,7 @@ import torch  # noqa: F401
 
 _FOLDER = Path(__file__).parent
 SOURCES = (_FOLDER / "cpu_kernels.cpp", _FOLDER / "cpu_products.cpp")
-_HEADERS = (_FOLDER / "cpu_vectors.h",)
+_HEADERS = (_FOLDER / "cpu_vectors.h", _FOLDER / "cpu_tiles.h")
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "cpu_tiles.h"
 #include "cpu_vectors.h"
 
 namespace {
@@ -113,9 +114,28 @@ void with_constant(int64_t rows, const Visit& visit) {
   if constexpr (Rows > 1) with_constant<Rows - 1>(rows, visit);
 }
 
+#ifdef __AMX_BF16__
+void products_in_tiles(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
+                       int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+  const int64_t panels = (outputs + kPanelOutputs - 1) / kPanelOutputs;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    tile_products(x, weight, bias, y, rows, inputs, outputs, thread * panels / team,
+                  (thread + 1) * panels / team);
+  }
+}
+#endif
+
 template <typename T, typename W>
 void products(const T* x, const W* weight, const float* scales, const T* bias, T* y, int64_t rows,
               int64_t inputs, int64_t outputs, int threads) {
+  if (double(rows) * inputs * outputs < kSerialOperations) threads = 1;
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<W, BFloat16>)
+    if (inputs % kTileInputs == 0 && may_use_tiles())
+      return products_in_tiles(x, weight, bias, y, rows, inputs, outputs, threads);
+#endif
   typedef typename Step<W>::Input Input;
   constexpr int64_t kInputs = Step<W>::kInputs;
   static_assert(sizeof(Input) == sizeof(float), "they share an allocation");
@@ -127,7 +147,6 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
   const auto first_row = [&](int64_t block) { return block * rows / blocks; };
   const Buffer buffer = allocate(rows * steps);
   Input* const packed = reinterpret_cast<Input*>(buffer.get());  // [blocks][steps][rows of it]
-  if (double(rows) * inputs * outputs < kSerialOperations) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
