@@ -281,5 +281,7 @@ def test_next_server_cleans_up_when_parent_and_guard_were_killed(
     family.parents[0].suspend()  # so that it cannot clean up
     command.process.kill()
     family.parents[0].kill()
+    while living(family.parents):  # until then it holds its lock, and is none of the next one's
+        time.sleep(0.01)
     with TritonServer(repository, *free_ports(3)):
         family.assert_gone(within=1.0)
