@@ -115,6 +115,8 @@ void with_constant(int64_t rows, const Visit& visit) {
 }
 
 #ifdef __AMX_BF16__
+static_assert(kTilePanelOutputs == kPanelOutputs, "a panel is two tiles wide");
+
 void products_in_tiles(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
                        int64_t rows, int64_t inputs, int64_t outputs, int threads) {
   const int64_t panels = (outputs + kPanelOutputs - 1) / kPanelOutputs;

@@ -47,9 +47,9 @@ inline void shape_tiles(int64_t rows) {
 }
 
 // Sums [kBlockRows][kTilePanelOutputs] of one panel and, as the tiles are shaped, up to so many rows.
-// Meanwhile the memory is asked for what comes `ahead` bytes later.
+// Meanwhile the memory is asked for what comes kTileAhead bytes later.
 template <bool Two>
-void sum_tiles(const BFloat16* w, const BFloat16* x, int64_t inputs, int64_t ahead, float* sums) {
+void sum_tiles(const BFloat16* w, const BFloat16* x, int64_t inputs, float* sums) {
   constexpr int64_t kWeightStride = 2 * kTileBytes;
   const int64_t stride = inputs * sizeof(BFloat16);
   const char* weights = reinterpret_cast<const char*>(w);
@@ -59,7 +59,7 @@ void sum_tiles(const BFloat16* w, const BFloat16* x, int64_t inputs, int64_t ahe
   if (Two) _tile_zero(3);
   for (int64_t first = 0; first < inputs; first += kTileInputs) {
     for (int64_t line = 0; line < kTileRows * kWeightStride; line += kTileBytes)
-      __builtin_prefetch(weights + ahead + line, 0, 2);
+      __builtin_prefetch(weights + kTileAhead + line, 0, 2);
     _tile_loadd(6, weights, kWeightStride);
     _tile_loadd(7, weights + kTileBytes, kWeightStride);
     _tile_loadd(4, x + first, stride);
@@ -91,9 +91,9 @@ void tile_products(const BFloat16* x, const BFloat16* weight, const BFloat16* bi
       const BFloat16* w = weight + panel * inputs * kTilePanelOutputs;
       const BFloat16* block = x + first * inputs;
       if (count > kTileRows)
-        sum_tiles<true>(w, block, inputs, kTileAhead, sums);
+        sum_tiles<true>(w, block, inputs, sums);
       else
-        sum_tiles<false>(w, block, inputs, kTileAhead, sums);
+        sum_tiles<false>(w, block, inputs, sums);
       for (int64_t half = 0; half < kTilePanelOutputs; half += kLanes) {
         const int64_t n = panel * kTilePanelOutputs + half, left = outputs - n;
         if (left <= 0) break;
