@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +66,52 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: torch finds no NVIDIA GPU on this machine")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    output = tmp_path / "results"
+    stages = ["prepare", "tests"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--cpu", "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, "--wheels", str(tmp_path / "none"), "--stages", *stages],
+        cwd=ROOT,
+        env=os.environ | NO_GPU | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    told = ""
+    while not all(f"--- {name}: " in told for name in stages):
+        line = process.stdout.readline()
+        assert line, "it ended by itself"
+        told += line
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, told + rest + errors
+    report = output / "gpu-check.json"
+    assert f"stopped; what was found is in {report}" in errors
+    assert "Traceback" not in errors
+    found = {stage["name"]: stage for stage in json.loads(report.read_text())["stages"]}
+    assert {name: found[name]["result"] for name in stages} == dict.fromkeys(stages, "cut off")
+    assert {found[name]["why"] for name in stages} == {"the check was stopped"}
+    assert list(scratch.iterdir()) == []
+    assert processes_with(f"TMPDIR={scratch}") == []
+
+
+def processes_with(variable: str) -> list[str]:
+    """Command lines of the processes that have a variable of the environment."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # no process, another's, or ended
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 # Stages.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llava_triton.device import host_bytes
 from llava_triton.engine.memory_size import blocks_for, features_budget
 from llava_triton.settings import Settings
 
@@ -47,3 +48,9 @@ def test_what_an_operator_names_is_taken(device: torch.device) -> None:
 def test_a_cpu_leaves_half_to_others() -> None:
     features, cache = shares(Settings(max_sessions=6000), CPU)
     assert features + cache <= FREE / 2
+
+
+def test_a_copy_in_pinned_memory_is_counted_with_what_torch_rounds_it_up_by() -> None:
+    assert host_bytes(BLOCK, CPU) == BLOCK
+    assert host_bytes(BLOCK, GPU) == BLOCK == 8 << 20
+    assert host_bytes(BLOCK + 1, GPU) == 2 * BLOCK

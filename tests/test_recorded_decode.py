@@ -125,7 +125,10 @@ def test_on_a_gpu_a_recorded_step_equals_one_that_is_not(checkpoint: Path) -> No
     for record in (True, False):
         harness = EngineHarness(checkpoint, record=record, dtype="bfloat16", device="cuda")
         try:
-            asked = [long_ask(word).submit(harness, word, start=True) for word in ("red", "blue")]
+            with harness.held_device():  # so that both share the same steps, recorded or not
+                asked = [
+                    long_ask(word).submit(harness, word, start=True) for word in ("red", "blue")
+                ]
             answers.append([each.wait()[0] for each in asked])
         finally:
             harness.shutdown()

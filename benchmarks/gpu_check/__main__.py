@@ -7,6 +7,7 @@ is written anew after each: what is cut off leaves what was found before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -91,6 +92,8 @@ class Check:
         self._cpu = cpu
         self._ends_at = ends_at
         self._running: set[subprocess.Popen[str]] = set()
+        self._beside: list[threading.Thread] = []
+        self._stopped = False
 
     def run(self, stages: Sequence[Stage], no_server: str | None) -> None:
         """All stages in their order.
@@ -99,27 +102,30 @@ class Check:
             stages: to be run.
             no_server: why no Triton server can run, if so.
         """
-        beside: list[threading.Thread] = []
         for stage in stages:
             if stage.prepared and not stage.beside:
-                for thread in beside:
-                    thread.join()
-                beside = []
+                self._wait_beside()
             if stage.on_server and no_server is not None:
                 self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=no_server))
             elif stage.beside:
                 thread = threading.Thread(target=self._run, args=(stage,))
                 thread.start()
-                beside.append(thread)
+                self._beside.append(thread)
             else:
                 self._run(stage)
-        for thread in beside:
-            thread.join()
+        self._wait_beside()
 
     def stop(self) -> None:
-        """End what still runs."""
+        """End what still runs; what it has found is in the report when this returns."""
+        self._stopped = True
         for process in list(self._running):
             _end(process)
+        self._wait_beside()
+
+    def _wait_beside(self) -> None:
+        while self._beside:
+            self._beside[-1].join()
+            self._beside.pop()
 
     def _run(self, stage: Stage) -> None:
         began = time.monotonic()
@@ -132,11 +138,31 @@ class Check:
         limit = min(stage.seconds, left)
         print(f"--- {stage.name}: {stage.title} (at most {limit:.0f} s)", flush=True)
         findings = self._folder / f"findings-{stage.name}.json"
-        code, lines = self._process(stage, findings, limit)
+        lines: list[str] = []
+        try:
+            code = self._process(stage, findings, limit, lines)
+        except KeyboardInterrupt:
+            self._stopped = True
+            self._tell(outcome, began, findings, None, lines, limit)
+            raise
+        self._tell(outcome, began, findings, code, lines, limit)
+
+    def _tell(
+        self,
+        outcome: Outcome,
+        began: float,
+        findings: Path,
+        code: int | None,
+        lines: list[str],
+        limit: float,
+    ) -> None:
+        """Report how a stage ended: with an exit status, or (None) before its end."""
         found = read_findings(findings)
         outcome = replace(outcome, seconds=time.monotonic() - began, **found)
         if code == 0:
             outcome = replace(outcome, result="passed")
+        elif self._stopped:
+            outcome = replace(outcome, result="cut off", why="the check was stopped")
         elif code is None:
             outcome = replace(outcome, result="cut off", why=f"it took more than {limit:.0f} s")
         else:
@@ -144,11 +170,11 @@ class Check:
             outcome = replace(outcome, result="failed", why=why)
         if code != 0:
             outcome = replace(outcome, output_end=lines[-TAIL_LINES:])
-        print(f"--- {stage.name}: {outcome.result} after {outcome.seconds:.1f} s", flush=True)
+        print(f"--- {outcome.name}: {outcome.result} after {outcome.seconds:.1f} s", flush=True)
         self._report.add(outcome)
 
-    def _process(self, stage: Stage, findings: Path, limit: float) -> tuple[int | None, list[str]]:
-        """Exit status (None: cut off) and output."""
+    def _process(self, stage: Stage, findings: Path, limit: float, lines: list[str]) -> int | None:
+        """Exit status (None: cut off); the output is appended to `lines`."""
         python = self._pythons.server if stage.on_server else self._pythons.plain
         command = [str(python), "-m", f"benchmarks.gpu_check.{stage.module}"]
         command += ["--folder", str(self._folder), "--findings", str(findings)]
@@ -166,23 +192,25 @@ class Check:
             start_new_session=True,
         )
         self._running.add(process)
-        lines: list[str] = []
+        if self._stopped:  # since `stop` looked
+            _end(process)
         reader = threading.Thread(target=_show, args=(process, stage.name, lines), daemon=True)
         reader.start()
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
+            return None
+        finally:  # also when this command is stopped
             _end(process)
-            return None, lines
-        finally:
             self._running.discard(process)
         reader.join(5.0)  # a grandchild may keep the pipe open
-        return code, lines
+        return code
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """With its children; a Triton server has a guard in a session of its own, which notices."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # they have all ended
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -239,6 +267,10 @@ def server_problem(machine: dict[str, Any], wheels: Path) -> str | None:
     return None
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command.
 
@@ -256,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=names, default=names)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="llava-gpu-check-") as scratch:
         folder = Path(scratch)
         try:
@@ -281,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             check.run(chosen, server_problem(machine, options.wheels))
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            print(f"stopped; what was found is in {report.file}", file=sys.stderr)
             return 1
         finally:
             check.stop()

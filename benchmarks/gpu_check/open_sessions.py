@@ -40,12 +40,14 @@ class OpenSessions:
         """How many fit, from the memory that the first ones took."""
         before = self._used_bytes()
         self._open_until(self._sizes.opened_sessions, time.perf_counter() + OPENING_SECONDS)
-        each = (self._used_bytes() - before) / self._open
-        told = f"{self._open} sessions opened: {each / 1e6:.2f} MB of the device for each one's "
-        self._findings.add("bytes_a_session", each, f"{told}picture")
         runner = self._way.runner
         numbers = runner.tokens_per_image * runner.hidden_size
-        fit = runner.image_bytes_on_device // (numbers * self._way.place.dtype.itemsize)
+        picture = numbers * self._way.place.dtype.itemsize
+        # Some may have found room in what was reserved before.
+        each = max(picture, (self._used_bytes() - before) / self._open)
+        told = f"{self._open} sessions opened: {each / 1e6:.2f} MB of the device for each one's "
+        self._findings.add("bytes_a_session", each, f"{told}picture")
+        fit = runner.image_bytes_on_device // picture
         if self._device.type == "cuda":  # what the allocator loses between pictures counts, too
             free = torch.cuda.mem_get_info()[0]
             fit = min(fit, self._open + int(free / each))
@@ -80,6 +82,7 @@ class OpenSessions:
     def _used_bytes(self) -> int:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
             return torch.cuda.memory_reserved()
         return self._way.on_engine(lambda engine: engine._images.device_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,24 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: itself where it lies there.
+
+    Of a GPU's a copy in pinned memory, made in the order of the current stream without waiting for
+    it. It is for `to` on that stream only; whoever reads it otherwise waits for the stream.
+    """
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def host_bytes(size: int, device: torch.device) -> int:
+    """Bytes of host memory that `to_host` takes for so many of a device's: torch hands out pinned
+    memory in powers of two."""
+    return 1 << (size - 1).bit_length() if device.type == "cuda" else size
+
+
 def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
     """Record a computation, so that it costs one launch instead of some hundreds.
 
@@ -40,7 +59,7 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Ca
     """
     # Before it is recorded, on a stream of its own: libraries make their workspaces and kernels
     # are compiled when they are first used.
-    stream = torch.cuda.Stream(device)
+    stream = _warming_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
@@ -54,3 +73,9 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Ca
         return result
 
     return replay
+
+
+@functools.cache
+def _warming_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: libraries keep workspaces for every stream that they have seen."""
+    return torch.cuda.Stream(device)

@@ -76,6 +76,8 @@ class EncodedImages:
             raise
         # Copies: a row of a batch would keep the whole batch in memory.
         copies = [each.clone() for each in features]
+        if features.is_cuda:  # they are only begun, and `features` is another's when this returns
+            torch.cuda.current_stream(features.device).synchronize()
         with self._lock:
             coming = [self._coming.pop(digest) for digest in pictures]
             for digest, copy in zip(pictures, copies, strict=True):

@@ -70,7 +70,6 @@ class Engine:
         self._memory = SessionMemory(
             BlockPool(runner.pages.blocks),
             runner.pages,
-            runner.block_bytes,
             runner.host_bytes,
             runner.image_token_id,
             runner.tokens_per_image,
@@ -85,7 +84,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._memory,
             self._idle_sessions,
-            settings.prefill_chunk_tokens,
+            runner.prefill_chunk_tokens,
             questions_alone=runner.device.type == "cpu",
         )
         self._in_flight = False

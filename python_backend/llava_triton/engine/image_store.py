@@ -19,8 +19,9 @@ Digest = bytes
 def digest_of(features: Tensor) -> Digest:
     """The identity of one picture's features [T, D]: shape, type and every bit of them."""
     content = features.detach().cpu().contiguous()
-    head = f"{tuple(content.shape)} {content.dtype} ".encode()
-    return hashlib.sha256(head + content.view(torch.uint8).numpy().tobytes()).digest()
+    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype} ".encode())
+    digest.update(content.view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 @dataclass(eq=False)

@@ -23,6 +23,8 @@ image features: other processes live there too."""
 def device_memory(device: torch.device) -> int:
     """Free bytes of the device."""
     if device.type == "cuda":
+        # What torch keeps of freed tensors is free, too: packing leaves the weights' old pieces.
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return host_memory()
 

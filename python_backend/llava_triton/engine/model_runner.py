@@ -31,6 +31,8 @@ from llava_triton.settings import Settings
 log = logging.getLogger(__name__)
 
 SMALL_MODEL_PARAMETERS = 30_000_000
+PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
+"""By the device's type."""
 
 
 class ModelRunner:
@@ -62,6 +64,9 @@ class ModelRunner:
         self.context_length = self._text_model.context_length
         geometry, layers = self._text_model.geometry, len(self._text_model.layers)
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
+        self.prefill_chunk_tokens = (
+            settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]
+        )
         free = device_memory(self.device)
         picture_bytes = self.tokens_per_image * self.hidden_size * self._text_model.dtype.itemsize
         self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
@@ -79,10 +84,17 @@ class ModelRunner:
         self.host_bytes = settings.host_cache_bytes or host_memory() // 4
         self._recorded: RecordedDecode | None = None
         if record if record is not None else self.device.type == "cuda":
+            self._warm_up()
             try:
                 self._recorded = self._record(settings.max_sessions)
             except RuntimeError as error:  # slower is better than not at all
                 log.warning("decode steps are computed unrecorded: %s", error)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compute a prompt: a GPU's kernels are compiled now, not while the first client waits."""
+        parts = [StepPart([0, 0], 0, [self.pages.spare])]
+        self._logits(self._embeddings(parts), self._rows(parts))
 
     @torch.inference_mode()
     def _record(self, sequences: int) -> RecordedDecode:
@@ -132,12 +144,12 @@ class ModelRunner:
         Raises:
             TransferError: a move failed; nothing was computed.
         """
-        began = time.perf_counter()
         try:
             for transfer in step.transfers:
                 transfer()
         except Exception as error:
             raise TransferError(f"blocks could not be moved: {error}") from error
+        began = time.perf_counter()
         parts = step.parts
         if self._first_touch is not None:
             self._first_touch.used(max(part.blocks[-1] for part in parts))

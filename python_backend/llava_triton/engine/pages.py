@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llava_triton.device import host_bytes, to_host
 from llava_triton.paged_attention.interface import BLOCK_TOKENS, AttentionGeometry
 
 
@@ -51,16 +52,25 @@ class Pages:
         self.values[:, target] = self.values[:, source]
 
     def to_host(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of blocks in host memory: keys and values, [layers, len(blocks), G, ...]."""
+        """Copies of blocks in host memory: keys and values, [layers, len(blocks), G, ...].
+
+        For `from_host` only: on a GPU they are still being made when this returns.
+        """
         index = torch.tensor(blocks, device=self.keys.device)
-        # Not the index's dtype nor the pages': a copy, also where the device is the host.
-        return self.keys[:, index].cpu(), self.values[:, index].cpu()
+        # An index makes a copy, also where the device is the host.
+        return to_host(self.keys[:, index]), to_host(self.values[:, index])
+
+    def host_bytes(self, blocks: int) -> int:
+        """Bytes of host memory that copies of so many blocks take."""
+        return sum(
+            host_bytes(blocks * each[:, 0].nbytes, each.device) for each in (self.keys, self.values)
+        )
 
     def from_host(self, keys: Tensor, values: Tensor, blocks: Sequence[int]) -> None:
         """Write what `to_host` gave, block by block, to other blocks."""
         index = torch.tensor(blocks, device=self.keys.device)
-        self.keys[:, index] = keys.to(self.keys.device)
-        self.values[:, index] = values.to(self.values.device)
+        self.keys[:, index] = keys.to(self.keys.device, non_blocking=True)
+        self.values[:, index] = values.to(self.values.device, non_blocking=True)
 
 
 def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:

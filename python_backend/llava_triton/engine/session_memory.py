@@ -48,7 +48,6 @@ class SessionMemory:
     Args:
         pool: the blocks.
         pages: their content.
-        block_bytes: of one block over all layers.
         host_bytes: budget for copies in host memory.
         image_token_id: the placeholder in token IDs.
         tokens_per_image: placeholders of one picture.
@@ -58,7 +57,6 @@ class SessionMemory:
         self,
         pool: BlockPool,
         pages: Pages,
-        block_bytes: int,
         host_bytes: int,
         image_token_id: int,
         tokens_per_image: int,
@@ -68,7 +66,6 @@ class SessionMemory:
         self.host_bytes = 0
         """In use by copies."""
         self._pages = pages
-        self._block_bytes = block_bytes
         self._host_budget = host_bytes
         self._image_token_id = image_token_id
         self._tokens_per_image = tokens_per_image
@@ -151,7 +148,7 @@ class SessionMemory:
         """Free a session's blocks; what they held goes to host memory, if that is large enough."""
         kv = session.key_values
         used = kv.blocks[: _blocks_for(len(kv.ids))]
-        wanted = len(used) * self._block_bytes
+        wanted = self._pages.host_bytes(len(used))
         if used and wanted <= self._host_budget:
             while self.host_bytes + wanted > self._host_budget:
                 oldest = next(iter(self._on_host.values()))

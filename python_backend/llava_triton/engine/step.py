@@ -51,7 +51,7 @@ class StepResult:
     tokens: list[int]
     """Their IDs, one for each part; of no meaning where a part's prompt goes on."""
     seconds: float
-    """The device's time."""
+    """The device's time, without the moves."""
 
 
 class TransferError(RuntimeError):

@@ -100,7 +100,7 @@ def repository_to_serve(
         return kept
     if needs_tensorrt:
         raise ContainerError("the TensorRT engine could not be built; the lines above say why")
-    print("warning: serving without TensorRT: the encoder runs in ONNX Runtime", flush=True)
+    print("warning: serving without TensorRT: the encoder runs in torch on the GPU", flush=True)
     return model
 
 
