@@ -106,8 +106,10 @@ def alone(quiet: EngineHarness) -> Alone:
     return hold
 
 
-@pytest.fixture
-def start(checkpoint: Path, quiet: EngineHarness) -> Iterator[Start]:
+@pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])
+def start(
+    checkpoint: Path, quiet: EngineHarness, request: pytest.FixtureRequest
+) -> Iterator[Start]:
     """Starts engines; `blocks`, `pictures` and `host_pictures` limit their memories."""
     started: list[EngineHarness] = []
 
@@ -129,7 +131,7 @@ def start(checkpoint: Path, quiet: EngineHarness) -> Iterator[Start]:
             limits["image_features_bytes"] = pictures * one
         if host_pictures is not None:
             limits["host_cache_bytes"] = host_pictures * one
-        started.append(EngineHarness(checkpoint, **limits))
+        started.append(EngineHarness(checkpoint, steps_at_once=request.param, **limits))
         return started[-1]
 
     yield make

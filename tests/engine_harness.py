@@ -23,7 +23,7 @@ from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.step import Step, StepResult
+from llava_triton.engine.step import LaunchedStep, Step
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
@@ -77,10 +77,24 @@ class Pending:
 
 
 class EngineHarness:
-    """An engine on a checkpoint, with transformers' own vision tower in front."""
+    """An engine on a checkpoint, with transformers' own vision tower in front.
+
+    Args:
+        checkpoint: its folder.
+        record: as for ModelRunner.
+        steps_at_once: of the runner, if not its own.
+        device: where it computes.
+        **limits: settings.
+    """
 
     def __init__(
-        self, checkpoint: Path, *, record: bool | None = None, device: str = "cpu", **limits: Any
+        self,
+        checkpoint: Path,
+        *,
+        record: bool | None = None,
+        steps_at_once: int | None = None,
+        device: str = "cpu",
+        **limits: Any,
     ) -> None:
         self.clock = Clock()
         self._checkpoint = checkpoint
@@ -89,6 +103,7 @@ class EngineHarness:
         loaded = load_checkpoint(checkpoint, dtype=dtype, device=device)
         self._tokenizer = loaded.tokenizer
         self.runner = ModelRunner(loaded, self.settings, record)
+        self.runner.steps_at_once = steps_at_once or self.runner.steps_at_once
         self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
 
     def features(self, images: Sequence[Image]) -> torch.Tensor | None:
@@ -213,42 +228,42 @@ class EngineHarness:
     @contextmanager
     def held_device(self) -> Iterator[HeldDevice]:
         """The device stops before its next step and goes on when the block ends, or when told."""
-        device = HeldDevice(self.runner.compute)
-        self.runner.compute = device.compute  # type: ignore[method-assign]
+        device = HeldDevice(self.runner.launch)
+        self.runner.launch = device.launch  # type: ignore[method-assign]
         try:
             yield device
         finally:
-            del self.runner.compute
+            del self.runner.launch
             device.go_on()
 
     @contextmanager
     def failing_step(self, turns: int = 1) -> Iterator[FailingStep]:
         """The next step of at least so many turns fails when it has been computed."""
         step = FailingStep(self.runner, turns)
-        self.runner.compute = step.compute  # type: ignore[method-assign]
+        self.runner.launch = step.launch  # type: ignore[method-assign]
         try:
             yield step
         finally:
-            del self.runner.compute
+            del self.runner.launch
 
 
 class HeldDevice:
     """A device that waits before each step.
 
     Args:
-        compute: what it does then.
+        launch: what it does then.
     """
 
-    def __init__(self, compute: Callable[[Step], StepResult]) -> None:
-        self._compute = compute
+    def __init__(self, launch: Callable[[Step], LaunchedStep]) -> None:
+        self._launch = launch
         self._has_work = threading.Event()
         self._may_go_on = threading.Event()
 
-    def compute(self, step: Step) -> StepResult:
-        """In the place of `ModelRunner.compute`."""
+    def launch(self, step: Step) -> LaunchedStep:
+        """In the place of `ModelRunner.launch`."""
         self._has_work.set()
         assert self._may_go_on.wait(PATIENCE_SECONDS)
-        return self._compute(step)
+        return self._launch(step)
 
     def wait_until_busy(self) -> None:
         """Return when a step waits."""
@@ -274,14 +289,14 @@ class FailingStep:
 
     def __init__(self, runner: ModelRunner, turns: int) -> None:
         self._pages = runner.pages
-        self._compute = runner.compute
+        self._launch = runner.launch
         self._least = turns
         self.turns = 0
         """Of the step that failed; 0 before."""
 
-    def compute(self, step: Step) -> StepResult:
-        """In the place of `ModelRunner.compute`."""
-        result = self._compute(step)  # blocks that were to be moved are moved
+    def launch(self, step: Step) -> LaunchedStep:
+        """In the place of `ModelRunner.launch`."""
+        result = self._launch(step)  # blocks that were to be moved are moved
         if self.turns or len(step.parts) < self._least:
             return result
         self.turns = len(step.parts)

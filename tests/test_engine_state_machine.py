@@ -293,7 +293,9 @@ class EngineMachine(RuleBasedStateMachine):
         if step is not None:
             failed = [flight for flight in flights if isinstance(flight, Flight)]
             failed = [flight for flight in failed if flight.result is ErrorCode.INTERNAL]
-            assert len(failed) == step.turns, "the step of one turn fails that turn"
+            # A step ahead may have computed a token of a turn that had ended with the one before.
+            in_vain = self._harness.runner.steps_at_once > 1 and not failed
+            assert len(failed) == step.turns or in_vain, "the step of one turn fails that turn"
         limits = Limits(self._sessions, flights)
         for flight in flights:
             if isinstance(flight, Closing):
@@ -384,9 +386,9 @@ class EngineMachine(RuleBasedStateMachine):
         return Reply("", "closed" if flight.end else "prefilled", length, 0)
 
 
-@pytest.fixture
+@pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])
 def engines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[tuple[EngineHarness, EngineHarness]]:
     """One with little room for anything, and a quiet one for right answers."""
     monkeypatch.setattr(tests.engine_harness, "PATIENCE_SECONDS", HANG_SECONDS)
@@ -403,6 +405,7 @@ def engines(
     quiet = EngineHarness(checkpoint, **pool)
     tight = EngineHarness(
         checkpoint,
+        steps_at_once=request.param,
         **pool,
         max_sessions=MAX_SESSIONS,
         session_idle_seconds=IDLE_SECONDS,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from llava_triton.engine import Engine
 from llava_triton.engine import engine as engine_module
 from llava_triton.engine import step as step_module
 from llava_triton.engine.session import Session
-from llava_triton.engine.step import StepPart
+from llava_triton.engine.step import LaunchedStep, Step, StepPart
 from llava_triton.errors import ErrorCode
 from tests.small_engine import (
     HANG_SECONDS,
@@ -53,6 +55,39 @@ def test_a_failing_step_of_one_turn_fails_it(start: Start, alone: Alone) -> None
         == alone(opening, Ask("?", (PICTURES[2],)))[-1]
     )
     assert harness.engine.statistics().images == 2
+
+
+def test_nothing_is_built_on_a_lost_step(start: Start, alone: Alone) -> None:
+    """The step behind the lost one is still computed when the engine plans again."""
+    harness = start()
+    names = ("red", "green")
+    for name in names:
+        long_ask(name).wait(harness, name, start=True)
+    launch, launches = harness.runner.launch, itertools.count()
+
+    def planned(engine: Engine) -> bool:
+        return len(engine._under_way) == harness.runner.steps_at_once
+
+    def noticed(engine: Engine) -> bool:
+        return engine._lost > 0 or len(engine._to_try_alone) > 0
+
+    def losing(step: Step) -> LaunchedStep:
+        number = next(launches)
+        if number == 5:
+            while not harness.on_engine(planned):
+                pass
+            raise RuntimeError("the device lost a bit")
+        while number == 6 and not harness.on_engine(noticed):
+            pass
+        harness.on_engine(lambda _: None)  # it has planned meanwhile what it wanted to
+        return launch(step)
+
+    harness.runner.launch = losing  # type: ignore[method-assign]
+    going_on = Ask("Go on", max_tokens=60, ignore_eos=True)
+    turns = {name: going_on.submit(harness, name) for name in names}
+    answers = {name: turn.wait()[0] for name, turn in turns.items()}
+    assert answers == {name: alone(long_ask(name), going_on)[-1] for name in names}
+    assert next(launches) > 6
 
 
 # Turns of one session among one another.

@@ -131,13 +131,14 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Alone(checkpoint, said, harness.runner.block_bytes)
 
 
-@pytest.fixture
-def start(alone: Alone) -> Iterator[Callable[..., EngineHarness]]:
+@pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])
+def start(alone: Alone, request: pytest.FixtureRequest) -> Iterator[Callable[..., EngineHarness]]:
     """Starts an engine on the checkpoint."""
     started: list[EngineHarness] = []
 
     def make(**limits: Any) -> EngineHarness:
-        started.append(EngineHarness(alone.checkpoint, **limits))
+        harness = EngineHarness(alone.checkpoint, steps_at_once=request.param, **limits)
+        started.append(harness)
         return started[-1]
 
     yield make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,12 @@ def test_kept_tokens_are_those_of_the_slow_reference(
         assert np.abs(probabilities - top_p).min() < 1e-6 or expected.min() < 1e-12
 
 
+def chosen(logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
+    """The tokens as numbers."""
+    tokens: list[int] = next_tokens(logits, draws).tolist()
+    return tokens
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -187,7 +194,7 @@ def test_kept_tokens_are_those_of_the_slow_reference(
 def test_draws_follow_the_probabilities(parameters: SamplingParameters) -> None:
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -float("inf"), 1.4])
     turn, draws = Draws(parameters), 20_000
-    counts = Counter(next_tokens(logits.expand(draws, -1), [turn.at(n) for n in range(draws)]))
+    counts = Counter(chosen(logits.expand(draws, -1), [turn.at(n) for n in range(draws)]))
     expected = slow_probabilities(logits.double().numpy(), parameters) * draws
     observed = np.array([counts[token] for token in range(len(logits))])
     assert (observed[expected == 0] == 0).all()
@@ -201,7 +208,7 @@ def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
     dtype: torch.dtype,
 ) -> None:
     logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(1)).to(dtype)
-    greedy = next_tokens(logits, [None] * 20)
+    greedy = chosen(logits, [None] * 20)
     for parameters in (
         SamplingParameters(temperature=2.0, top_k=1),
         SamplingParameters(temperature=2.0, top_p=1e-9),
@@ -209,7 +216,7 @@ def test_one_likeliest_token_or_hardly_any_probability_is_as_good_as_greedy(
         SamplingParameters(temperature=5e-324),
     ):
         # Of several likeliest tokens, any may be drawn.
-        drawn = next_tokens(logits, [Draws(parameters).at(0)] * 20)
+        drawn = chosen(logits, [Draws(parameters).at(0)] * 20)
         assert [float(row[token]) for row, token in zip(logits, drawn, strict=True)] == [
             float(row[token]) for row, token in zip(logits, greedy, strict=True)
         ]
@@ -219,7 +226,7 @@ def test_greedy_takes_the_likeliest_token() -> None:
     logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     assert Draws(SamplingParameters()).at(5) is None
     drawn = Draws(SamplingParameters(temperature=2.0, seed=0)).at(0)
-    first, _, third = next_tokens(logits, [None, drawn, None])
+    first, _, third = chosen(logits, [None, drawn, None])
     assert [first, third] == [int(logits[0].argmax()), int(logits[2].argmax())]
 
 
@@ -227,14 +234,14 @@ def test_a_seed_gives_the_same_answer_whatever_else_is_drawn() -> None:
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     parameters = SamplingParameters(temperature=1.0, seed=2**63 - 1)
     alone = Draws(parameters)
-    first = next_tokens(logits, [alone.at(number) for number in range(50)])
+    first = chosen(logits, [alone.at(number) for number in range(50)])
     again, other = Draws(parameters), Draws(SamplingParameters(temperature=2.0))
     second = []
     for number, row in enumerate(logits):
         torch.rand(3)
         # Computed twice, as after a step that failed.
         for _ in range(2):
-            _, token = next_tokens(torch.stack([-row, row]), [other.at(number), again.at(number)])
+            _, token = chosen(torch.stack([-row, row]), [other.at(number), again.at(number)])
         second.append(token)
     assert first == second
 
@@ -242,7 +249,7 @@ def test_a_seed_gives_the_same_answer_whatever_else_is_drawn() -> None:
 def test_without_a_seed_answers_differ() -> None:
     logits = torch.zeros(1000)
     turns = [Draws(SamplingParameters(temperature=1.0)) for _ in range(2)]
-    answers = [next_tokens(logits.expand(8, -1), [turn.at(n) for n in range(8)]) for turn in turns]
+    answers = [chosen(logits.expand(8, -1), [turn.at(n) for n in range(8)]) for turn in turns]
     assert answers[0] != answers[1]
 
 
@@ -253,4 +260,4 @@ def test_extreme_temperatures_and_logits_give_a_possible_token(
 ) -> None:
     parameters = SamplingParameters(temperature=temperature, seed=seed)
     logits = torch.tensor([[-float("inf"), 3e38, -3e38, 0.0]])
-    assert next_tokens(logits, [Draws(parameters).at(0)]) == [1]
+    assert chosen(logits, [Draws(parameters).at(0)]) == [1]

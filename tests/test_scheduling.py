@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from llava_triton.engine import scheduler
-from llava_triton.engine.step import Step, StepResult
+from llava_triton.engine.step import LaunchedStep, Step
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 
@@ -18,13 +18,13 @@ class Recorder:
     """Keeps every step's numbers of tokens, part by part."""
 
     def __init__(self, harness: EngineHarness) -> None:
-        self._compute = harness.runner.compute
+        self._launch = harness.runner.launch
         self.steps: list[list[int]] = []
-        harness.runner.compute = self.compute  # type: ignore[method-assign]
+        harness.runner.launch = self.launch  # type: ignore[method-assign]
 
-    def compute(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> LaunchedStep:
         self.steps.append([len(part.ids) for part in step.parts])
-        return self._compute(step)
+        return self._launch(step)
 
     @property
     def beside_answers(self) -> list[int]:

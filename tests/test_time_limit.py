@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llava_triton.engine.step import Step, StepResult
+from llava_triton.engine.step import LaunchedStep, Step
 from llava_triton.errors import ErrorCode, SessionError
 from tests.engine_harness import EngineHarness, Pending
 from tests.test_engine import DEMO, QUESTIONS, picture
@@ -34,13 +34,13 @@ def refused(pending: Pending) -> SessionError:
 def test_an_answer_is_cut_and_the_conversation_goes_on(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = harness.runner.compute
+    launch = harness.runner.launch
 
-    def slow(step: Step) -> StepResult:
+    def slow(step: Step) -> LaunchedStep:
         time.sleep(0.02)  # the device's own time, not a wait: the context must last for the limit
-        return compute(step)
+        return launch(step)
 
-    monkeypatch.setattr(harness.runner, "compute", slow)
+    monkeypatch.setattr(harness.runner, "launch", slow)
     limits: dict[str, Any] = {"max_tokens": 10_000, "ignore_eos": True, "max_seconds": 0.5}
     text, final = harness.ask("s", QUESTIONS[1], [picture("red")], start=True, **limits)
     assert final.finish_reason == "time_limit"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,43 @@ def to_host(tensor: Tensor) -> Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def to_device(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, copied in the order of the current stream without waiting
+    for it. On a CPU they share the array's memory."""
+    tensor = torch.from_numpy(numbers)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class DeviceTimer:
+    """Measures a piece of a device's work, which may be done long after it was asked for.
+
+    It begins when it is made, in the order of the current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """The piece ends here, in the order of the current stream."""
+        if self._events:
+            self._events[1].record()
+        self._ended = time.perf_counter()
+
+    def wait(self) -> float:
+        """Seconds that it took; returns when it is done. For any thread."""
+        if not self._events:
+            return self._ended - self._began
+        begin, end = self._events
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000.0
 
 
 def host_bytes(size: int, device: torch.device) -> int:

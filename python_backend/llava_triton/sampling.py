@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llava_triton.device import to_device
 from llava_triton.sampling_parameters import SamplingParameters
 
 __all__ = ["Draw", "Draws", "SamplingParameters", "next_tokens"]
@@ -59,8 +61,8 @@ class Draws:
         )
 
 
-def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[int]:
-    """One token ID a row; waits for the device once.
+def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
+    """One token ID a row, int64 [N] where the logits are; waits for nothing.
 
     Args:
         logits: [N, V], any float dtype; -inf rules a token out.
@@ -69,10 +71,9 @@ def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[int]:
     tokens = logits.argmax(-1)
     drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
     if drawn:
-        rows = torch.tensor([row for row, _ in drawn], device=logits.device)
+        rows = to_device(np.array([row for row, _ in drawn]), logits.device)
         tokens[rows] = _drawn(logits[rows], [draw for _, draw in drawn])
-    ids: list[int] = tokens.tolist()
-    return ids
+    return tokens
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -115,4 +116,4 @@ def kept_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
     """float64 [N, 1] on the device of `like`."""
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return to_device(np.array(values, dtype=np.float64), like.device)[:, None]

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.engine.block_pool import BlockPool
+from llava_triton.engine.device_threads import DeviceThreads
 from llava_triton.engine.image_store import Image, ImageStore
 from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
@@ -87,8 +88,10 @@ class Engine:
             runner.prefill_chunk_tokens,
             questions_alone=runner.device.type == "cpu",
         )
-        self._in_flight = False
-        """Whether the device computes a step."""
+        self._under_way: deque[list[Work]] = deque()
+        """The works of the steps that the device has, oldest first."""
+        self._lost = 0
+        """Of those, how many are of no use: they built on a step that failed."""
         self._with_new_tokens: list[RunningTurn] = []
         """Turns of the last step whose listeners have not heard of it yet."""
         self._to_try_alone: deque[RunningTurn] = deque()
@@ -97,7 +100,7 @@ class Engine:
         self._stopping = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         runner.leave_threads()
-        self._device = ThreadPoolExecutor(1, "device", initializer=runner.use_threads)
+        self._device = DeviceThreads(runner)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -170,7 +173,7 @@ class Engine:
 
     def _obey(self, wait: bool = False) -> None:
         """Do what callers and the device asked for; wait for it where there is nothing else."""
-        busy = bool(self._running) and not self._in_flight
+        busy = bool(self._running) and not self._under_way
         try:
             command = self._commands.get(
                 block=wait and not busy,
@@ -261,61 +264,70 @@ class Engine:
     # ... advance ...
 
     def _launch(self) -> None:
-        """Give the device its next step, unless it has one."""
-        if self._in_flight:
-            return
-        turns = list(self._running.values())
-        while self._to_try_alone:
-            suspect = self._to_try_alone.popleft()
-            if self._is_running(suspect):
-                turns = [suspect]
-                break
-        try:
-            works = self._scheduler.plan(turns)
-            if not works:
+        """Give the device its next step, and one more to go on with where it takes two."""
+        # Behind a lost step nothing is planned: it would build on tokens that nobody knows.
+        while not self._lost and len(self._under_way) < self._runner.steps_at_once:
+            turns = list(self._running.values())
+            while self._to_try_alone and not self._under_way:
+                suspect = self._to_try_alone.popleft()
+                if self._is_running(suspect):
+                    turns = [suspect]
+                    break
+            try:
+                if self._under_way:
+                    works = self._scheduler.plan_ahead(turns, self._under_way[-1])
+                else:
+                    works = self._scheduler.plan(turns)
+                if not works:
+                    return
+                step = Step([self._part(work) for work in works], self._memory.take_transfers())
+            except Exception as error:  # a fault of ours: planned again, it would only come again
+                log.exception("a step could not be planned")
+                self._step_failed(turns, error)
                 return
-            step = Step([self._part(work) for work in works], self._memory.take_transfers())
-        except Exception as error:  # a fault of ours: planned again, it would only come again
-            log.exception("a step could not be planned")
-            self._step_failed(turns, error)
-            return
-        self._in_flight = True
-        future = self._device.submit(self._runner.compute, step)
-        future.add_done_callback(lambda done: self._commands.put(lambda: self._land(works, done)))
+            self._under_way.append(works)
+            self._device.compute(step, lambda done: self._commands.put(lambda: self._land(done)))
 
     def _part(self, work: Work) -> StepPart:
         running, runner = work.running, self._runner
         return step_part(
             work.ids,
             running.session,
-            running.draws.at(len(running.answer)),
+            work.tokens_under_way,
+            running.draws.at(work.answer_tokens_before),
             runner.image_token_id,
             runner.tokens_per_image,
         )
 
-    def _land(self, works: list[Work], done: Future[StepResult]) -> None:
-        """The device has computed a step."""
-        self._in_flight = False
+    def _land(self, done: Future[StepResult]) -> None:
+        """The device has computed the oldest step under way."""
+        works = self._under_way.popleft()
+        lost, self._lost = self._lost > 0, max(0, self._lost - 1)
         try:
             result = done.result()
         except Exception as error:
-            self._step_failed([work.running for work in works], error)
+            if not lost or isinstance(error, TransferError):
+                self._lost = len(self._under_way)
+                self._step_failed([work.running for work in works], error)
+            return
+        if lost:
             return
         decoding = sum(work.decoding for work in works)
-        prompt_tokens = sum(len(work.ids) for work in works if not work.decoding)
+        prompt_tokens = sum(work.count for work in works if not work.decoding)
         self._scheduler.clock.observe(decoding, prompt_tokens, result.seconds)
-        for index, work in enumerate(works):
+        for work, token in zip(works, result.tokens, strict=True):
             running = work.running
-            if not self._is_running(running):
-                continue  # cancelled meanwhile: its session has forgotten these tokens already
-            self._memory.extend(running.session, work.ids)
+            # Ended meanwhile, its session has forgotten these tokens or never hears of them.
+            if not self._is_running(running) or running.finish_reason:
+                continue
+            self._memory.extend(running.session, running.next_ids(work.count))
             if running.uncomputed:
                 continue
             self._with_new_tokens.append(running)
             if running.max_tokens == 0:
                 running.finish_reason = "closed" if running.turn.request.end else "prefilled"
                 continue
-            self._take_token(running, result.tokens[index])
+            self._take_token(running, token)
 
     def _take_token(self, running: RunningTurn, token: int) -> None:
         now = time.monotonic()
@@ -350,10 +362,7 @@ class Engine:
             if not self._is_running(running):
                 continue
             try:
-                text = "".join(running.detokenizer.push(token) for token in running.unread)
-                running.unread.clear()
-                if running.detokenizer.stopped:
-                    running.finish_reason = "stop"
+                text = running.read()
                 if running.finish_reason:
                     self._complete(running, text)
                 elif text:

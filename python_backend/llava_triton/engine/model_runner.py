@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.checkpoint import Checkpoint
+from llava_triton.device import DeviceTimer, to_device, to_host
 from llava_triton.engine.first_touch import FirstTouch
 from llava_triton.engine.memory_size import (
     blocks_for,
@@ -21,7 +21,7 @@ from llava_triton.engine.memory_size import (
 )
 from llava_triton.engine.pages import Pages, block_bytes
 from llava_triton.engine.recorded_decode import RecordedDecode
-from llava_triton.engine.step import Step, StepPart, StepResult, TransferError
+from llava_triton.engine.step import LaunchedStep, Step, StepPart, StepResult, TransferError
 from llava_triton.engine.text_model import TextModel
 from llava_triton.paged_attention.cpu import release_workers
 from llava_triton.paged_attention.interface import Rows
@@ -82,6 +82,12 @@ class ModelRunner:
         tensors = (self.pages.keys, self.pages.values)
         self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
         self.host_bytes = settings.host_cache_bytes or host_memory() // 4
+        self.steps_at_once = 2 if self.device.type == "cuda" else 1
+        """Steps that the engine may launch before it has the first one's tokens. A GPU is never
+        idle between two then; a CPU's cores have nothing to gain from it, and a new turn would wait
+        for one step more."""
+        self._latest = torch.zeros(settings.max_sessions, dtype=torch.int64, device=self.device)
+        """What followed each row of the step launched last."""
         self._recorded: RecordedDecode | None = None
         if record if record is not None else self.device.type == "cuda":
             self._warm_up()
@@ -99,7 +105,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _record(self, sequences: int) -> RecordedDecode:
         return RecordedDecode(
-            lambda ids, rows: self._logits(self._text_model.embedding[ids], rows),
+            lambda ids, rows: self._logits(self._text_model.embedding[self._known(ids)], rows),
             self.device,
             self.pages.spare,
             sequences,
@@ -138,18 +144,19 @@ class ModelRunner:
             release_workers()
 
     @torch.inference_mode()
-    def compute(self, step: Step) -> StepResult:
-        """Do a step's moves of blocks, then compute its tokens.
+    def launch(self, step: Step) -> LaunchedStep:
+        """Do a step's moves of blocks, then compute its tokens; a GPU may not have begun when this
+        returns.
 
         Raises:
-            TransferError: a move failed; nothing was computed.
+            TransferError: a move failed; nothing is computed.
         """
         try:
             for transfer in step.transfers:
                 transfer()
         except Exception as error:
             raise TransferError(f"blocks could not be moved: {error}") from error
-        began = time.perf_counter()
+        timer = DeviceTimer(self.device)
         parts = step.parts
         if self._first_touch is not None:
             self._first_touch.used(max(part.blocks[-1] for part in parts))
@@ -157,10 +164,18 @@ class ModelRunner:
             logits = self._recorded.logits(parts)
         else:
             ends = np.cumsum([len(part.ids) for part in parts]) - 1
-            last = torch.from_numpy(ends).to(self.device)
+            last = to_device(ends, self.device)
             logits = self._logits(self._embeddings(parts), self._rows(parts), last)
         tokens = next_tokens(logits, [part.draw for part in parts])
-        return StepResult(tokens, time.perf_counter() - began)
+        self._latest[: len(parts)] = tokens
+        told = to_host(tokens)
+        timer.end()
+
+        def wait() -> StepResult:
+            seconds = timer.wait()
+            return StepResult(told.tolist(), seconds)
+
+        return LaunchedStep(wait)
 
     def _logits(self, embeddings: Tensor, rows: Rows, last: Tensor | None = None) -> Tensor:
         """What follows the rows `last` (None: all of them), float32 [N, V]."""
@@ -171,19 +186,22 @@ class ModelRunner:
         logits[:, self.image_token_id] = -torch.inf
         return logits
 
+    def _known(self, ids: Tensor) -> Tensor:
+        """Token IDs in the place of what `token_after` gave."""
+        return torch.where(ids < 0, self._latest[(-1 - ids).clamp(min=0)], ids)
+
     def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
         ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])
         is_image = ids == self.image_token_id
         ids[is_image] = 0
-        index = torch.from_numpy(ids).to(self.device)
-        embeddings = self._text_model.embedding[index]
+        embeddings = self._text_model.embedding[self._known(to_device(ids, self.device))]
         pictures = [
             rows.image.features[rows.first : rows.last].to(self.device, non_blocking=True)
             for part in parts
             for rows in part.image_rows
         ]
         if pictures:
-            places = torch.from_numpy(np.flatnonzero(is_image)).to(self.device)
+            places = to_device(np.flatnonzero(is_image), self.device)
             embeddings[places] = torch.cat(pictures)
         return embeddings
 
@@ -197,8 +215,8 @@ class ModelRunner:
             row[: len(part.blocks)] = part.blocks
         first_positions = np.repeat(contexts - starts[:-1], lengths)
         positions = first_positions.astype(np.int64) + np.arange(starts[-1])
-        tensors = (torch.from_numpy(array) for array in (starts, contexts, tables, positions))
-        return Rows(*(tensor.to(self.device) for tensor in tensors))
+        arrays = (starts, contexts, tables, positions)
+        return Rows(*(to_device(array, self.device) for array in arrays))
 
 
 def cpu_threads(model: Any) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import host_bytes, to_host
+from llava_triton.device import host_bytes, to_device, to_host
 from llava_triton.paged_attention.interface import BLOCK_TOKENS, AttentionGeometry
 
 
@@ -56,7 +57,7 @@ class Pages:
 
         For `from_host` only: on a GPU they are still being made when this returns.
         """
-        index = torch.tensor(blocks, device=self.keys.device)
+        index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
         # An index makes a copy, also where the device is the host.
         return to_host(self.keys[:, index]), to_host(self.values[:, index])
 
@@ -68,7 +69,7 @@ class Pages:
 
     def from_host(self, keys: Tensor, values: Tensor, blocks: Sequence[int]) -> None:
         """Write what `to_host` gave, block by block, to other blocks."""
-        index = torch.tensor(blocks, device=self.keys.device)
+        index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
         self.keys[:, index] = keys.to(self.keys.device, non_blocking=True)
         self.values[:, index] = values.to(self.values.device, non_blocking=True)
 

@@ -10,11 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import cuda_graph
+from llava_triton.device import cuda_graph, to_device
 from llava_triton.engine.step import StepPart
 from llava_triton.paged_attention.interface import BLOCK_TOKENS, Rows
 
@@ -26,17 +28,16 @@ NARROWEST = 64
 """Blocks of the narrowest tables; each next ones are twice as wide."""
 
 Decode = Callable[[Tensor, Rows], Tensor]
-"""Token IDs int64 [S] and where they belong -> logits [S, V]; waits for nothing."""
+"""Token IDs (or what `token_after` gives) int64 [S] and where they belong -> logits [S, V]; waits
+for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Record:
     """One shape of a step: S sequences with tables of B blocks."""
 
-    staged: Tensor
-    """int32 [S * (2 + B)] in host memory: token IDs, contexts, tables."""
     given: Tensor
-    """The same on the device, where the step reads it."""
+    """int32 [S * (2 + B)] on the device, where the step reads it: token IDs, contexts, tables."""
     run: Callable[[], Tensor]
     """Computes the step; its logits hold until any record runs again."""
 
@@ -94,27 +95,26 @@ class RecordedDecode:
         size = _first_from(self._sizes, len(parts))
         width = _first_from(self._widths, max(len(part.blocks) for part in parts))
         record = self._records[size, width]
-        self._fill(record.staged, size, parts)
-        record.given.copy_(record.staged, non_blocking=True)
+        # Not waited for: the step before may read `given` at this moment.
+        record.given.copy_(to_device(self._numbers(size, width, parts), self._device))
         return record.run()[: len(parts)]
 
-    def _fill(self, staged: Tensor, size: int, parts: Sequence[StepPart]) -> None:
-        numbers = staged.numpy()
+    def _numbers(
+        self, size: int, width: int, parts: Sequence[StepPart]
+    ) -> np.ndarray[Any, np.dtype[np.int32]]:
+        numbers = np.zeros(size * (2 + width), dtype=np.int32)
         ids, contexts = numbers[:size], numbers[size : 2 * size]
         tables = numbers[2 * size :].reshape(size, -1)
         for index, part in enumerate(parts):
             ids[index] = part.ids[0]
             contexts[index] = part.context
             tables[index, : len(part.blocks)] = part.blocks
-        ids[len(parts) :] = 0
-        contexts[len(parts) :] = 0
         tables[len(parts) :, 0] = self._spare_block
+        return numbers
 
     def _record(self, size: int, width: int) -> _Record:
         on_gpu = self._device.type == "cuda"
-        staged = torch.zeros(size * (2 + width), dtype=torch.int32, pin_memory=on_gpu)
-        self._fill(staged, size, ())
-        given = staged.to(self._device, copy=True)
+        given = to_device(self._numbers(size, width, ()), self._device)
         ids, contexts = given[:size], given[size : 2 * size]
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         tables = given[2 * size :].view(size, width)
@@ -122,7 +122,7 @@ class RecordedDecode:
         def run() -> Tensor:
             return self._decode(ids.long(), Rows(starts, contexts, tables, contexts.long()))
 
-        return _Record(staged, given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
+        return _Record(given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
 
 
 def _up_to(ascending: Iterable[int], most: int) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.step import token_after
 from llava_triton.engine.turn import RunningTurn
 
 STALL = 1.4
@@ -24,11 +25,31 @@ SMOOTHING = 0.3
 
 @dataclass(frozen=True)
 class Work:
-    """A turn and the tokens that the next step computes for it."""
+    """A turn and how many of its next tokens a step computes."""
 
     running: RunningTurn
-    ids: list[int]
+    count: int
     decoding: bool
+    follows: tuple[int, Work] | None = None
+    """Where the token to be computed is not known yet: the row of the step under way whose token it
+    will be, and what that row computes."""
+
+    @property
+    def ids(self) -> list[int]:
+        """What the step is given."""
+        if self.follows is None:
+            return self.running.next_ids(self.count)
+        return [token_after(self.follows[0])]
+
+    @property
+    def tokens_under_way(self) -> int:
+        """Tokens behind those that the session remembers which the step under way computes."""
+        return 0 if self.follows is None else self.follows[1].count
+
+    @property
+    def answer_tokens_before(self) -> int:
+        """Tokens of the answer when the step begins."""
+        return len(self.running.answer) + (self.follows is not None)
 
 
 class StepClock:
@@ -124,7 +145,34 @@ class Scheduler:
             if not is_decoding:
                 count = turn.uncomputed if is_question else min(budget, turn.uncomputed)
                 budget, whole = max(0, budget - count), whole - count
-            works.append(Work(turn, turn.next_ids(count), is_decoding))
+            works.append(Work(turn, count, is_decoding))
+        return works
+
+    def plan_ahead(self, turns: Sequence[RunningTurn], under_way: Sequence[Work]) -> list[Work]:
+        """The work of a step that begins when the one under way ends, whatever its tokens are.
+
+        A turn that ends with one of them is computed in vain: its session keeps nothing of it.
+
+        Args:
+            turns: all running ones, in the order they began.
+            under_way: the works of the only step that the device has.
+
+        Returns:
+            Nothing where another plan will be better when that step is done: where turns wait to
+            be computed, or blocks are scarce.
+        """
+        works: list[Work] = []
+        rows = {work.running.turn.id: row for row, work in enumerate(under_way)}
+        for turn in turns:
+            if turn.finish_reason:
+                continue
+            row = rows.get(turn.turn.id)
+            if row is None or under_way[row].count < turn.uncomputed:
+                return []
+            if len(turn.answer) + 1 < turn.max_tokens:
+                if not self._make_room(turn, (), coming=1):
+                    return []
+                works.append(Work(turn, 1, decoding=True, follows=(row, under_way[row])))
         return works
 
     def _questions(self, going: Sequence[RunningTurn]) -> list[Work]:
@@ -132,20 +180,22 @@ class Scheduler:
         left = self._most_question_tokens
         for index, turn in enumerate(going):
             if _is_question(turn, left) and self._make_room(turn, going[index + 1 :]):
-                works.append(Work(turn, turn.next_ids(turn.uncomputed), decoding=False))
+                works.append(Work(turn, turn.uncomputed, decoding=False))
                 left -= turn.uncomputed
         return works
 
-    def _make_room(self, turn: RunningTurn, younger: Sequence[RunningTurn]) -> bool:
-        while not self._has_room(turn):
+    def _make_room(
+        self, turn: RunningTurn, younger: Sequence[RunningTurn], coming: int = 0
+    ) -> bool:
+        while not self._has_room(turn, coming):
             victim = self._victim(younger)
             if victim is None:
                 return False
             self._memory.evict(victim)
         return True
 
-    def _has_room(self, turn: RunningTurn) -> bool:
-        tokens = len(turn.prompt) + len(turn.answer)
+    def _has_room(self, turn: RunningTurn, coming: int) -> bool:
+        tokens = len(turn.prompt) + len(turn.answer) + coming
         if turn.admitted:
             return self._memory.reserve(turn.session, tokens)
         if not self._memory.admit(turn.session, turn.prompt, tokens):

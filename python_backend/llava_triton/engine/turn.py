@@ -131,6 +131,18 @@ class RunningTurn:
             return self.answer[behind : behind + count]
         return [*self.prompt[done : done + count], *self.answer[: max(0, behind + count)]]
 
+    def read(self) -> str:
+        """Text of the tokens not detokenized yet, up to a stop string; that ends the turn."""
+        text = ""
+        while self.unread and not self.detokenizer.stopped:
+            text += self.detokenizer.push(self.unread.pop(0))
+        if self.detokenizer.stopped:
+            self.finish_reason = "stop"
+            if self.unread:  # computed ahead, they were never said
+                del self.answer[-len(self.unread) :]
+                self.unread.clear()
+        return text
+
     def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
         """A piece of the answer with the turn's numbers as they are now."""
         first = self.first_token_at
