@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -19,8 +22,12 @@ from transformers import (
 from demo.random_checkpoint import write_random_llava
 from llava_triton.checkpoint import load_checkpoint
 from llava_triton.engine.text_model import TextModel
+from llava_triton.paged_attention import kernels_for
+from llava_triton.paged_attention.cpu import add_rms_norm, silu_multiply
+from llava_triton.paged_attention.layers import HiddenStates, OneByOne, Stack
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
+from tests.test_paged_attention import Step
 
 VISION = CLIPVisionConfig(
     hidden_size=48,
@@ -77,6 +84,43 @@ def test_conversations_equal_transformers(name: str, tmp_path: Path) -> None:
             assert final.num_output_tokens == len(expected)
     finally:
         harness.shutdown()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", ["llama with biases", "llama with wide heads", "qwen2"])
+def test_all_layers_in_one_call_equal_one_operation_after_another(
+    name: str, dtype: torch.dtype, int8: bool, tmp_path: Path
+) -> None:
+    config, options = SHAPES[name]
+    checkpoint = write_random_llava(tmp_path / "model", VISION, config, TEXT | options, seed=5)
+    kernels = kernels_for(torch.device("cpu"))
+    ways: list[HiddenStates] = []
+
+    def both(stack: Stack) -> HiddenStates:
+        ways.extend([kernels.join(stack), OneByOne(stack, add_rms_norm, silu_multiply)])
+        return ways[0]
+
+    with patch("llava_triton.engine.text_model.kernels_for") as made:
+        made.return_value = replace(kernels, join=both)
+        loaded = load_checkpoint(checkpoint, dtype=dtype).model
+        torch.manual_seed(0)
+        for part, parameter in loaded.named_parameters():
+            if "norm" in part:  # else they are all 1
+                parameter.data.uniform_(0.5, 1.5)
+        model = TextModel(loaded, int8_weights=int8)
+    # A prompt, answers under way, and again fewer tokens: what is kept between steps is larger.
+    for sequences in ([(0, 40), (17, 1), (64, 1)], [(30, 1), (5, 2)]):
+        results = []
+        for way in ways:
+            step = Step.make(model.geometry, sequences, dtype)
+            torch.manual_seed(0)
+            keys, values = (torch.stack([each] * model.layers) for each in (step.keys, step.values))
+            embeddings = torch.randn(len(step.qkv), TEXT["hidden_size"]).to(dtype)
+            results.append((way(embeddings, keys, values, step.rows), keys, values))
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert not results[0][0].isnan().any()
 
 
 def test_bfloat16_agrees_roughly(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class ModelRunner:
         model.model.multi_modal_projector = None
         self._text_model = TextModel(model, int8_weights=settings.weights == "int8")
         self.context_length = self._text_model.context_length
-        geometry, layers = self._text_model.geometry, len(self._text_model.layers)
+        geometry, layers = self._text_model.geometry, self._text_model.layers
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
         self.prefill_chunk_tokens = (
             settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]

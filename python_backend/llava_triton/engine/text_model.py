@@ -8,29 +8,16 @@ normalization, rotation and gating in one operation each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_triton.paged_attention import Kernels, kernels_for
-from llava_triton.paged_attention.interface import AttentionGeometry, Linear, PagedAttention, Rows
+from llava_triton.paged_attention.interface import AttentionGeometry, Linear, PagedAttention
+from llava_triton.paged_attention.layers import HiddenStates, Layer, Stack
 
 FAMILIES = ("llama", "mistral", "qwen2")
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """The weights of one layer."""
-
-    attention_norm: Tensor
-    qkv: Linear
-    attention: PagedAttention
-    output: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
 
 
 class TextModel:
@@ -61,44 +48,22 @@ class TextModel:
         self.device = self.embedding.device
         self.dtype = self.embedding.dtype
         self.context_length = int(config.max_position_embeddings)
-        self._kernels: Kernels = kernels_for(self.device)
-        self._epsilon = float(config.rms_norm_eps)
-        self._cos, self._sin = _rotation(text.rotary_emb, self.context_length, self.device)
+        kernels = kernels_for(self.device)
         attentions: dict[int | None, PagedAttention] = {}
-        self.layers: list[Layer] = []
+        layers: list[Layer] = []
         for index in range(len(text.layers)):
             window = _window(config, index)
             if window not in attentions:
-                attentions[window] = self._kernels.attention(self.geometry, window)
-            self.layers.append(
-                _layer(text.layers[index], attentions[window], self._kernels, int8_weights)
-            )
+                attentions[window] = kernels.attention(self.geometry, window)
+            layers.append(_layer(text.layers[index], attentions[window], kernels, int8_weights))
             text.layers[index] = None  # its weights live once, packed
-        self._norm = text.norm.weight.detach()
-        self._head = _linear(self._kernels, False, model.lm_head)
-
-    def hidden_states(self, embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
-        """Compute a step's tokens; their keys and values are written to the pages.
-
-        Args:
-            embeddings: [T, W] of tokens and image features; overwritten.
-            keys: of all layers, see `Pages`.
-            values: likewise.
-            rows: which token belongs where.
-
-        Returns:
-            [T, W], normalized.
-        """
-        norm, gate = self._kernels.add_rms_norm, self._kernels.silu_multiply
-        residual, delta = embeddings, None
-        for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(norm(residual, delta, layer.attention_norm, self._epsilon))
-            attention = layer.attention
-            attention.rotate_and_store(qkv, self._cos, self._sin, keys[index], values[index], rows)
-            delta = layer.output(attention.attend(qkv, keys[index], values[index], rows))
-            hidden = norm(residual, delta, layer.mlp_norm, self._epsilon)
-            delta = layer.down(gate(layer.gate_up(hidden)))
-        return norm(residual, delta, self._norm, self._epsilon)
+        self.layers = len(layers)
+        cos, sin = _rotation(text.rotary_emb, self.context_length, self.device)
+        epsilon = float(config.rms_norm_eps)
+        self.hidden_states: HiddenStates = kernels.join(
+            Stack(layers, text.norm.weight.detach(), epsilon, cos, sin)
+        )
+        self._head = _linear(kernels, False, model.lm_head)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[N, W] -> float32 [N, V]."""

@@ -50,6 +50,7 @@ class CpuKernels(NamedTuple):
     silu_multiply: Callable[..., None]
     products: Callable[..., None]
     int8_products: Callable[..., None]
+    hidden_states: Callable[..., None]
 
 
 @functools.cache
@@ -77,6 +78,9 @@ def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
         silu_multiply=function("silu_multiply", pointer, pointer, count, count),
         products=function("products", *[pointer] * 5, *[count] * 3),
         int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
+        hidden_states=function(
+            "hidden_states", *[pointer] * 4, count, pointer, count, pointer, pointer
+        ),
     )
 
 
@@ -102,7 +106,7 @@ class CpuAttention:
             geometry.scale,
             geometry.window or 0,
         )
-        self._geometry_address = ctypes.addressof(self._geometry)
+        self.geometry_address = ctypes.addressof(self._geometry)
         self._out_width = geometry.heads * geometry.head_dim
         self._qkv_width = geometry.qkv_width
         self._page_elements = geometry.kv_heads * geometry.head_dim * BLOCK_TOKENS
@@ -119,13 +123,13 @@ class CpuAttention:
         assert cos.dtype == sin.dtype == torch.float32
         assert all(tensor.is_contiguous() for tensor in (cos, sin))
         cpu_kernels(qkv.dtype).rotate_and_store(
-            self._geometry_address,
+            self.geometry_address,
             qkv.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            self._bind(rows),
+            self.bind(rows),
             torch.get_num_threads(),
         )
 
@@ -134,17 +138,17 @@ class CpuAttention:
         self._check(qkv, keys, values)
         out = qkv.new_empty((len(qkv), self._out_width))
         cpu_kernels(qkv.dtype).attend(
-            self._geometry_address,
+            self.geometry_address,
             qkv.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            self._bind(rows),
+            self.bind(rows),
             out.data_ptr(),
             torch.get_num_threads(),
         )
         return out
 
-    def _bind(self, rows: Rows) -> int:
+    def bind(self, rows: Rows) -> int:
         """The address of the kernels' view of `rows`, made once for all layers of a step."""
         if rows is not self._rows:
             for tensor in (rows.starts, rows.contexts, rows.block_tables):
@@ -162,9 +166,16 @@ class CpuAttention:
 
     def _check(self, qkv: Tensor, keys: Tensor, values: Tensor) -> None:
         """What would otherwise read or write past a tensor."""
-        assert qkv.dtype == keys.dtype == values.dtype
-        assert all(tensor.is_contiguous() for tensor in (qkv, keys, values))
+        assert qkv.dtype == keys.dtype
+        assert qkv.is_contiguous()
         assert qkv.shape[1] == self._qkv_width
+        self.check_pages(keys, values)
+
+    def check_pages(self, keys: Tensor, values: Tensor) -> None:
+        """Whether they are a layer's: what would otherwise be read or written past their end."""
+        assert keys.dtype == values.dtype
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
         assert keys.stride(0) == values.stride(0) == self._page_elements
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401
 
 _FOLDER = Path(__file__).parent
-SOURCES = (_FOLDER / "cpu_kernels.cpp", _FOLDER / "cpu_products.cpp")
+SOURCES = tuple(_FOLDER / f"cpu_{name}.cpp" for name in ("kernels", "products", "layers"))
 _HEADERS = (_FOLDER / "cpu_vectors.h", _FOLDER / "cpu_tiles.h")
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (

@@ -26,36 +26,36 @@ class CpuLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, int8: bool) -> None:
-        self._outputs, self._inputs = weight.shape
-        self._bias = bias
-        self._integers: Tensor | None = None
-        self._scales: Tensor | None = None
+        self.outputs, self.inputs = weight.shape
+        self.bias = bias
+        self.integers: Tensor | None = None
+        self.scales: Tensor | None = None
         if int8:
             rounded = Int8Weight.of(weight)
-            self._integers, self._scales = in_panels(rounded.integers), rounded.scales
+            self.integers, self.scales = in_panels(rounded.integers), rounded.scales
             weight = rounded.dequantized(weight.dtype)
-        self._weight = in_panels(weight)
+        self.weight = in_panels(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        assert x.dtype == self._weight.dtype
+        assert x.dtype == self.weight.dtype
         assert x.is_contiguous()
         rows, inputs = x.shape
-        assert inputs == self._inputs
+        assert inputs == self.inputs
         kernels = cpu_kernels(x.dtype)
-        kernel, weight, scales = kernels.products, self._weight, None
-        if self._integers is not None and rows <= INT8_ROWS[x.dtype]:
-            kernel, weight, scales = kernels.int8_products, self._integers, self._scales
-        out = x.new_empty((rows, self._outputs))
+        kernel, weight, scales = kernels.products, self.weight, None
+        if self.integers is not None and rows <= INT8_ROWS[x.dtype]:
+            kernel, weight, scales = kernels.int8_products, self.integers, self.scales
+        out = x.new_empty((rows, self.outputs))
         kernel(
             x.data_ptr(),
             weight.data_ptr(),
             None if scales is None else scales.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
             out.data_ptr(),
             rows,
             inputs,
-            self._outputs,
+            self.outputs,
             torch.get_num_threads(),
         )
         return out
