@@ -18,7 +18,7 @@ import torch  # noqa: F401
 
 _FOLDER = Path(__file__).parent
 SOURCES = tuple(_FOLDER / f"cpu_{name}.cpp" for name in ("kernels", "products", "layers"))
-_HEADERS = (_FOLDER / "cpu_vectors.h", _FOLDER / "cpu_tiles.h")
+_HEADERS = tuple(_FOLDER / f"cpu_{name}.h" for name in ("vectors", "tiles", "sharing"))
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

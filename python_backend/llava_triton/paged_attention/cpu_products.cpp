@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "cpu_sharing.h"
 #include "cpu_tiles.h"
 #include "cpu_vectors.h"
 
@@ -119,12 +120,14 @@ static_assert(kTilePanelOutputs == kPanelOutputs, "a panel is two tiles wide");
 
 void products_in_tiles(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
                        int64_t rows, int64_t inputs, int64_t outputs, int threads) {
-  const int64_t panels = (outputs + kPanelOutputs - 1) / kPanelOutputs;
+  Shares panels((outputs + kPanelOutputs - 1) / kPanelOutputs, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    tile_products(x, weight, bias, y, rows, inputs, outputs, thread * panels / team,
-                  (thread + 1) * panels / team);
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    panels.begin(thread, team);
+#pragma omp barrier
+    tile_products(x, weight, bias, y, rows, inputs, outputs,
+                  [&] { return panels.take(thread, team); });
   }
 }
 #endif
@@ -149,8 +152,11 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
   const auto first_row = [&](int64_t block) { return block * rows / blocks; };
   const Buffer buffer = allocate(rows * steps);
   Input* const packed = reinterpret_cast<Input*>(buffer.get());  // [blocks][steps][rows of it]
+  Shares shares(panels, threads);
 #pragma omp parallel num_threads(threads)
   {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    shares.begin(thread, team);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = first_row(block), count = first_row(block + 1) - first;
@@ -159,16 +165,13 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
         for (int64_t r = 0; r < count; ++r)
           *to++ = Step<W>::pack(x + (first + r) * inputs + step * kInputs, inputs - step * kInputs);
     }
-    // Every thread reads a stretch of its own.
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t end = (thread + 1) * panels / team;
-    for (int64_t panel = thread * panels / team; panel < end; ++panel) {
+    for (int64_t panel; (panel = shares.take(thread, team)) >= 0;) {
       const W* w = weight + panel * panel_weights;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = first_row(block), count = first_row(block + 1) - first;
         // Few rows wait for memory alone: it is asked shortly before. Otherwise all blocks of rows
         // together ask for the next panel, so that it comes while this one is computed.
-        const bool last = panel + 1 == end;
+        const bool last = panel + 1 == panels;
         const int64_t bytes = panel_weights * sizeof(W);
         const char* here = reinterpret_cast<const char*>(w);
         const char* ahead =

@@ -79,12 +79,13 @@ void sum_tiles(const BFloat16* w, const BFloat16* x, int64_t inputs, float* sums
   if (Two) _tile_stored(3, sums + kTileRows * kTilePanelOutputs + kLanes, kSumStride);
 }
 
-// One thread's panels of a product; see `products` in cpu_products.cpp.
+// One thread's panels of a product, those that `take` gives it; see `products` in cpu_products.cpp.
+template <typename Take>
 void tile_products(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
-                   int64_t rows, int64_t inputs, int64_t outputs, int64_t panel, int64_t end) {
+                   int64_t rows, int64_t inputs, int64_t outputs, const Take& take) {
   alignas(64) float sums[kBlockRows * kTilePanelOutputs];
   int64_t shaped = 0;
-  for (; panel < end; ++panel) {
+  for (int64_t panel; (panel = take()) >= 0;) {
     for (int64_t first = 0; first < rows; first += kBlockRows) {
       const int64_t count = std::min(kBlockRows, rows - first);
       if (count != shaped) shape_tiles(shaped = count);
