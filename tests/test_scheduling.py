@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
 from llava_triton.engine import scheduler
-from llava_triton.engine.step import LaunchedStep, Step
+from llava_triton.engine.step import LaunchedStep, Step, StepResult
+from llava_triton.engine.step_clock import StepClock
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 
@@ -91,7 +94,7 @@ def test_a_long_prompt_comes_in_small_pieces_to_its_end(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The machine's own speed must not choose the pieces.
-    monkeypatch.setattr(scheduler.StepClock, "prompt_tokens_beside", lambda *_: 16)
+    monkeypatch.setattr(StepClock, "plan", lambda *_: 16)
     harness = start()
     streams = [STREAM.submit(harness, name, start=True) for name in ("a", "b", "c", "d")]
     for stream in streams:
@@ -104,3 +107,25 @@ def test_a_long_prompt_comes_in_small_pieces_to_its_end(
     assert max(pieces) == 16  # also the last ones, which are short enough for a question
     for stream in streams:
         stream.wait()
+
+
+def test_a_first_token_is_on_its_way_before_a_cpu_is_given_the_next_step(start: Start) -> None:
+    harness = start()
+    happened: list[str] = []  # on the engine's thread, so in its order
+    device = harness.engine._device
+    compute = device.compute
+
+    def record(step: Step, done: Callable[[Future[StepResult]], None]) -> None:
+        happened.append("step")
+        compute(step, done)
+
+    device.compute = record  # type: ignore[method-assign]
+    harness.submit(
+        "asked",
+        "Why so?",
+        start=True,
+        ignore_eos=True,
+        listen=lambda event: happened.append(f"token {event.num_output_tokens}"),
+    ).wait()
+    one_ahead = harness.runner.steps_at_once > 1  # as on a GPU, which does not send
+    assert happened[:2] == ["step", "step" if one_ahead else "token 1"]

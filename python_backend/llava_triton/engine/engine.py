@@ -37,6 +37,11 @@ SWEEP_SECONDS = 1.0
 SIGN_OF_LIFE_SECONDS = 0.25
 """A turn without a token yet gets an empty piece this often: sending one is how a caller notices
 that its client has gone."""
+FIRST_TOKEN_PAUSE_SECONDS = 0.002
+"""So long a CPU's cores are left to what brings a first token to its client, before they compute
+the next step. Computing, they delay it by more: through Triton a later turn's first token came
+after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has to be sent
+at some time anyway."""
 
 
 class Engine:
@@ -160,6 +165,7 @@ class Engine:
         while not self._stopping:
             try:
                 self._obey(wait=True)
+                self._let_first_tokens_go()
                 self._launch()
                 self._tell_new_tokens()  # while the device computes the next ones
                 self._sweep()
@@ -187,6 +193,14 @@ class Engine:
                 command = self._commands.get_nowait()
         except queue.Empty:
             return
+
+    def _let_first_tokens_go(self) -> None:
+        """Where the device computes on the cores that also send, let it wait for first tokens."""
+        computes_on_our_cores = self._runner.steps_at_once == 1
+        if computes_on_our_cores and any(len(turn.answer) == 1 for turn in self._with_new_tokens):
+            self._tell_new_tokens()
+            time.sleep(FIRST_TOKEN_PAUSE_SECONDS)
+            self._obey()
 
     def _stop(self) -> None:
         self._stopping = True

@@ -8,19 +8,12 @@ from dataclasses import dataclass
 from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.step import token_after
+from llava_triton.engine.step_clock import StepClock
 from llava_triton.engine.turn import RunningTurn
 
-STALL = 1.4
-"""A step that also computes prompts is planned to take this many times as long as one that only
-advances running answers. Estimates are somewhat wrong, and the least chunk may take longer."""
-LEAST_CHUNK = 16
-"""Prompt tokens of a step at the least, so that every prompt goes on: beside few answers so many
-cost next to nothing, because the weights have to be read anyway."""
 QUESTION_TOKENS = 32
 """Prompts of no more tokens than this together are computed whole in one step: a question's answer
 begins some steps earlier, for one pause that may be a little longer."""
-SMOOTHING = 0.3
-"""Weight of the newest measurement of how long steps take."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +43,6 @@ class Work:
     def answer_tokens_before(self) -> int:
         """Tokens of the answer when the step begins."""
         return len(self.running.answer) + (self.follows is not None)
-
-
-class StepClock:
-    """How long steps take, learned from those that were done.
-
-    A step is taken for the time of its running answers plus a time per prompt token.
-    """
-
-    def __init__(self) -> None:
-        self._decode_seconds: float | None = None
-        self._seconds_per_prompt_token: float | None = None
-
-    def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """A step with so many running answers and prompt tokens took so long."""
-        if not prompt_tokens:
-            self._decode_seconds = _smoothed(self._decode_seconds, seconds)
-            return
-        rest = seconds - (self._decode_seconds or 0.0 if decoding else 0.0)
-        per_token = max(rest, 0.1 * seconds) / prompt_tokens
-        self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, per_token)
-
-    def prompt_tokens_beside(self, decoding: int, most: int) -> int:
-        """How many prompt tokens a step may compute beside so many running answers."""
-        decode, per_token = self._decode_seconds, self._seconds_per_prompt_token
-        if not decoding or decode is None or per_token is None:
-            return most
-        return min(most, max(LEAST_CHUNK, int((STALL - 1.0) * decode / per_token)))
-
-
-def _smoothed(before: float | None, now: float) -> float:
-    return now if before is None else (1.0 - SMOOTHING) * before + SMOOTHING * now
 
 
 class Scheduler:
@@ -131,7 +93,7 @@ class Scheduler:
                 self._answers_waited = True
                 return questions
         self._answers_waited = False
-        budget = self.clock.prompt_tokens_beside(decoding, self._chunk_tokens)
+        budget = self.clock.plan(decoding, self._chunk_tokens)
         whole = 0 if questions_alone else self._most_question_tokens
         works: list[Work] = []
         for index, turn in enumerate(going):
