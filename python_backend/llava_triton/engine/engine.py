@@ -38,10 +38,13 @@ SIGN_OF_LIFE_SECONDS = 0.25
 """A turn without a token yet gets an empty piece this often: sending one is how a caller notices
 that its client has gone."""
 FIRST_TOKEN_PAUSE_SECONDS = 0.002
-"""So long a CPU's cores are left to what brings a first token to its client, before they compute
-the next step. Computing, they delay it by more: through Triton a later turn's first token came
-after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has to be sent
-at some time anyway."""
+"""So long at the most a CPU's cores are left to what brings a first token to its client, before
+they compute the next step. Computing, they delay it by more: through Triton a later turn's first
+token came after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has
+to be sent at some time anyway."""
+FIRST_TOKEN_PAUSE_SHARE = 0.15
+"""Of a step's time, at the most: beside short steps the whole pause would cost more than it
+gives."""
 
 
 class Engine:
@@ -199,7 +202,8 @@ class Engine:
         computes_on_our_cores = self._runner.steps_at_once == 1
         if computes_on_our_cores and any(len(turn.answer) == 1 for turn in self._with_new_tokens):
             self._tell_new_tokens()
-            time.sleep(FIRST_TOKEN_PAUSE_SECONDS)
+            share = FIRST_TOKEN_PAUSE_SHARE * self._scheduler.clock.decode_seconds
+            time.sleep(min(FIRST_TOKEN_PAUSE_SECONDS, share))
             self._obey()
 
     def _stop(self) -> None:

@@ -26,13 +26,18 @@ class StepClock:
         self._seconds_per_prompt_token: float | None = None
         self._planned_since_a_look = 0
 
+    @property
+    def decode_seconds(self) -> float:
+        """What a step takes that only advances running answers; 0 where none was seen yet."""
+        return self._decode_seconds or 0.0
+
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """A step with so many running answers and prompt tokens took so long."""
         if not prompt_tokens:
             self._decode_seconds = _smoothed(self._decode_seconds, seconds)
             self._planned_since_a_look = 0
             return
-        rest = seconds - (self._decode_seconds or 0.0 if decoding else 0.0)
+        rest = seconds - (self.decode_seconds if decoding else 0.0)
         per_token = max(rest, 0.1 * seconds) / prompt_tokens
         self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, per_token)
 
