@@ -41,16 +41,22 @@ int main(int, char** argv) {
 """
 
 
-@pytest.mark.parametrize("items", [0, 1, 2, 3, 1000])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_item_is_taken_once_and_none_waits_for_a_slow_thread(
-    tmp_path: Path, items: int, threads: int
-) -> None:
-    source, program = tmp_path / "shares.cpp", tmp_path / "shares"
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shares")
+    source, program = folder / "shares.cpp", folder / "shares"
     source.write_text(PROGRAM)
     headers = Path(kernels.__file__).parent
     flags = ["-std=c++17", "-O2", "-fopenmp", f"-I{headers}"]
     subprocess.run(["c++", *flags, str(source), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("items", [0, 1, 2, 3, 1000])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_item_is_taken_once_and_none_waits_for_a_slow_thread(
+    program: Path, items: int, threads: int
+) -> None:
     done = subprocess.run(
         [str(program), str(items), str(threads)],
         capture_output=True,

@@ -42,7 +42,7 @@ FIRST_TOKEN_PAUSE_SECONDS = 0.002
 they compute the next step. Computing, they delay it by more: through Triton a later turn's first
 token came after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has
 to be sent at some time anyway."""
-FIRST_TOKEN_PAUSE_SHARE = 0.15
+FIRST_TOKEN_PAUSE_SHARE = 0.25
 """Of a step's time, at the most: beside short steps the whole pause would cost more than it
 gives."""
 
