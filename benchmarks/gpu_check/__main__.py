@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,34 +94,42 @@ class Check:
         self._ends_at = ends_at
         self._running: set[subprocess.Popen[str]] = set()
         self._beside: list[threading.Thread] = []
-        self._stopped = False
+        self.stopped = False
+        """Whether `stop` was called."""
 
     def run(self, stages: Sequence[Stage], no_server: str | None) -> None:
-        """All stages in their order.
+        """All stages in their order; after `stop` those that run are reported and no other begins.
+
+        Not for the main thread, where a signal's handler calls `stop`: it could fall between a
+        process' start and its being known here, and the process would outlive the check.
 
         Args:
             stages: to be run.
             no_server: why no Triton server can run, if so.
         """
-        for stage in stages:
-            if stage.prepared and not stage.beside:
-                self._wait_beside()
-            if stage.on_server and no_server is not None:
-                self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=no_server))
-            elif stage.beside:
-                thread = threading.Thread(target=self._run, args=(stage,))
-                thread.start()
-                self._beside.append(thread)
-            else:
-                self._run(stage)
-        self._wait_beside()
+        try:
+            for stage in stages:
+                if stage.prepared and not stage.beside:
+                    self._wait_beside()
+                if self.stopped:
+                    return
+                if stage.on_server and no_server is not None:
+                    why = no_server
+                    self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=why))
+                elif stage.beside:
+                    thread = threading.Thread(target=self._run, args=(stage,))
+                    thread.start()
+                    self._beside.append(thread)
+                else:
+                    self._run(stage)
+        finally:
+            self._wait_beside()
 
     def stop(self) -> None:
-        """End what still runs; what it has found is in the report when this returns."""
-        self._stopped = True
+        """End what still runs, so that `run` returns; from any thread."""
+        self.stopped = True
         for process in list(self._running):
             _end(process)
-        self._wait_beside()
 
     def _wait_beside(self) -> None:
         while self._beside:
@@ -139,29 +148,12 @@ class Check:
         print(f"--- {stage.name}: {stage.title} (at most {limit:.0f} s)", flush=True)
         findings = self._folder / f"findings-{stage.name}.json"
         lines: list[str] = []
-        try:
-            code = self._process(stage, findings, limit, lines)
-        except KeyboardInterrupt:
-            self._stopped = True
-            self._tell(outcome, began, findings, None, lines, limit)
-            raise
-        self._tell(outcome, began, findings, code, lines, limit)
-
-    def _tell(
-        self,
-        outcome: Outcome,
-        began: float,
-        findings: Path,
-        code: int | None,
-        lines: list[str],
-        limit: float,
-    ) -> None:
-        """Report how a stage ended: with an exit status, or (None) before its end."""
+        code = self._process(stage, findings, limit, lines)
         found = read_findings(findings)
         outcome = replace(outcome, seconds=time.monotonic() - began, **found)
         if code == 0:
             outcome = replace(outcome, result="passed")
-        elif self._stopped:
+        elif self.stopped:
             outcome = replace(outcome, result="cut off", why="the check was stopped")
         elif code is None:
             outcome = replace(outcome, result="cut off", why=f"it took more than {limit:.0f} s")
@@ -192,7 +184,7 @@ class Check:
             start_new_session=True,
         )
         self._running.add(process)
-        if self._stopped:  # since `stop` looked
+        if self.stopped:  # since `stop` looked
             _end(process)
         reader = threading.Thread(target=_show, args=(process, stage.name, lines), daemon=True)
         reader.start()
@@ -200,7 +192,7 @@ class Check:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also when this command is stopped
+        finally:
             _end(process)
             self._running.discard(process)
         reader.join(5.0)  # a grandchild may keep the pipe open
@@ -311,13 +303,16 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [stage for stage in STAGES if stage.name in options.stages]
         if any(stage.prepared for stage in chosen):
             chosen = [stage for stage in STAGES if stage in chosen or stage.beside]
-        try:
-            check.run(chosen, server_problem(machine, options.wheels))
-        except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: check.stop())
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(check.run, chosen, server_problem(machine, options.wheels))
+            while not run.done():  # a signal just before a wait is handled only after it
+                wait([run], timeout=0.5)
+            run.result()
+        if check.stopped:
             print(f"stopped; what was found is in {report.file}", file=sys.stderr)
             return 1
-        finally:
-            check.stop()
     print(f"\n{report.text()}\nwritten to {report.file} and {report.file.with_suffix('.txt').name}")
     return 0 if report.complete else 1
 
