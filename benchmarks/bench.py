@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,8 +152,8 @@ class Bench:
         self._repositories: dict[str, Path] = {}
         self._checkpoint = folder / "checkpoint"
         self._limits: list[dict[str, Limits]] = []
-        self.fairness: dict[str, Any] = {}
-        """By the way's name: fields of `Fairness`."""
+        self.fairness: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        """By the way's name: fields of `Fairness`, for each round."""
         self.disturbances: list[tuple[str, float]] = []
         """Every part's name, and the share of the machine that other programs used meanwhile."""
 
@@ -241,13 +242,13 @@ class Bench:
         command = ["-m", f"benchmarks.{way.module}", *way.options, "--workload", str(workload)]
         command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
         fairness = self._folder / f"fairness-{name}-{number}.json"
-        if way.module == "engine_load" and number == 0:
+        if way.module == "engine_load":
             command += ["--fairness", str(fairness)]
         others = OtherPrograms()
         self._run(command, environment(way), show=True)
         self._note(f"{name} in round {number + 1}", others)
         if fairness.exists():
-            self.fairness[name] = json.loads(fairness.read_text())
+            self.fairness[name].append(json.loads(fairness.read_text()))
         return read_loads(output)
 
     def _note(self, part: str, others: OtherPrograms) -> None:

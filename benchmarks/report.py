@@ -197,7 +197,7 @@ def _first_token_by_turn(loads: Sequence[Load]) -> list[float]:
 
 def verdicts(
     rounds: Rounds,
-    fairness: Mapping[str, Mapping[str, Any]],
+    fairness: Mapping[str, Sequence[Mapping[str, Any]]],
     targets: Sequence[Target] = CPU_TARGETS,
 ) -> list[Verdict]:
     """Every target that can be judged by what was measured."""
@@ -207,9 +207,9 @@ def verdicts(
         if values:
             made.append(_verdict(target.text, values, target.bound, target.at_most))
     for way, measured in fairness.items():
-        delay = measured["stalled_largest_ms"] / measured["usual_ms"] - 1.0
+        delays = [each["stalled_largest_ms"] / each["usual_ms"] - 1.0 for each in measured]
         text = f"largest delay of {way} by a long prompt / interval"
-        made.append(_verdict(text, [delay], FAIRNESS_BOUND, True))
+        made.append(_verdict(text, delays, FAIRNESS_BOUND, True))
     return made
 
 
@@ -241,7 +241,7 @@ def equal_answers(rounds: Rounds) -> dict[str, str]:
 def report(
     rounds: Rounds,
     titles: Mapping[str, str],
-    fairness: Mapping[str, Mapping[str, Any]],
+    fairness: Mapping[str, Sequence[Mapping[str, Any]]],
     disturbances: Sequence[tuple[str, float]] = (),
     targets: Sequence[Target] = CPU_TARGETS,
 ) -> tuple[str, dict[str, Any]]:
@@ -250,7 +250,7 @@ def report(
     Args:
         rounds: what was measured.
         titles: the ways' titles, by their names.
-        fairness: fields of `Fairness`, by the way's name.
+        fairness: fields of `Fairness`, for each round, by the way's name.
         disturbances: every part's name, and the share of the machine that others used meanwhile.
         targets: to judge by.
     """
@@ -311,15 +311,24 @@ that is in use at the end. One-session answers that are the same as K's: {answer
 """
 
 
-def _fairness_text(fairness: Mapping[str, Mapping[str, Any]]) -> str:
-    return "\n".join(
-        f"{way}: {values['streams']} answers stream when a prompt of {values['prompt_tokens']:,} "
-        f"tokens comes.\n  Time between pieces: usually {values['usual_ms']:.1f} ms (largest "
-        f"{values['usual_largest_ms']:.1f}); until its first token, after "
-        f"{values['prompt_first_token_ms']:.0f} ms, {values['stalled_median_ms']:.1f} ms (largest "
-        f"{values['stalled_largest_ms']:.1f}).\n"
-        for way, values in fairness.items()
-    )
+def _fairness_text(fairness: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    texts = []
+    for way, rounds in fairness.items():
+        usual, usual_largest, stalled, stalled_largest, first_token = (
+            _median([each[name] for each in rounds])
+            for name in (
+                *("usual_ms", "usual_largest_ms", "stalled_median_ms", "stalled_largest_ms"),
+                "prompt_first_token_ms",
+            )
+        )
+        texts.append(
+            f"{way}: {rounds[0]['streams']} answers stream when a prompt of "
+            f"{rounds[0]['prompt_tokens']:,} tokens comes.\n"
+            f"  Time between pieces: usually {usual:.1f} ms (largest {usual_largest:.1f}); until "
+            f"its first token, after {first_token:.0f} ms, {stalled:.1f} ms (largest "
+            f"{stalled_largest:.1f}).\n"
+        )
+    return "\n".join(texts)
 
 
 def _verdict_text(judged: Sequence[Verdict]) -> str:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import bench
-from benchmarks.fairness import summarize_fairness
+from benchmarks.fairness import Fairness, summarize_fairness
 from benchmarks.measurement import Load, TurnTimes, check_complete
 from benchmarks.processes import device_memory_mib
 from benchmarks.report import report, rows, verdicts
@@ -50,7 +50,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     # Greedy in float32: every way computes the same.
     equal = values["equal_answers"]
     assert {way: equal[way] for way in "SKET"} == dict.fromkeys("SKET", "3 of 3")
-    assert values["fairness"]["E"]["prompt_tokens"] >= 500
+    assert values["fairness"]["E"][0]["prompt_tokens"] >= 500
     texts = [target["text"] for target in values["targets"]]
     assert "later first token, E / K" in texts
     assert "later first token of T, around engine, ms" in texts
@@ -246,6 +246,29 @@ def test_fairness_looks_at_the_time_of_the_long_prompt_alone() -> None:
     assert measured.stalled_largest_ms == pytest.approx(840.0)  # it began in that time
     with pytest.raises(RuntimeError, match="make them longer"):
         summarize_fairness(streams, came=0.035, computed=0.6, prompt_tokens=1, largest_piece=1)
+
+
+def test_one_disturbed_round_does_not_judge_fairness() -> None:
+    fair = Fairness(
+        streams=16,
+        prompt_tokens=2000,
+        usual_ms=20.0,
+        usual_largest_ms=22.0,
+        stalled_median_ms=30.0,
+        stalled_largest_ms=50.0,
+        prompt_first_token_ms=4000.0,
+        largest_piece_tokens=1,
+    )
+    disturbed = dataclasses.replace(fair, stalled_largest_ms=90.0)
+    measured = {"E": [dataclasses.asdict(each) for each in (fair, disturbed, fair)]}
+    (judged,) = verdicts([{}], measured)
+    assert (judged.value, judged.least, judged.most, judged.met) == (1.5, 1.5, 3.5, True)
+    told, values = report([{"E": [load(1, 100, 20, 10, 1)]}], {"E": ""}, measured)
+    assert "after 4000 ms, 30.0 ms (largest 50.0).\n" in told
+    assert values["fairness"] == measured
+    measured["E"].append(measured["E"][1])
+    measured["E"].append(measured["E"][1])
+    assert not verdicts([{}], measured)[0].met
 
 
 def memory_of(values: list[float]) -> Any:
