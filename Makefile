@@ -5,7 +5,10 @@ PYTHON ?= python3
 MODEL ?= demo/checkpoint
 # The whole name, so that no two models share a repository.
 NAME = $(if $(filter demo/checkpoint,$(MODEL)),demo,model-$(subst /,-,$(subst $() ,-,$(MODEL))))
+# One that is named is served as it is; else MODEL's, exported when it is missing or outdated.
 REPOSITORY ?= build/repositories/$(NAME)
+EXPORT_OPTIONS ?=
+HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
@@ -24,6 +27,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 python := .venv/bin/python
 sources := python_backend export sagemaker demo benchmarks examples tests
 demo_repository := build/repositories/demo/settings.json
+# Whether REPOSITORY was named, by the command line or the environment.
+named := $(filter-out file,$(origin REPOSITORY))
 export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
     model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
     python_backend/llava_triton/settings.py)
@@ -33,11 +38,11 @@ export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
 demo: .venv/runtime compiler $(demo_repository) ## Show a picture to a real server and ask about it
 	$(python) -m demo.run --repository build/repositories/demo
 
-serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY= or MODEL=, HTTP_PORT= ...)
+serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY= or MODEL=, HOST=, HTTP_PORT= ...)
 	exec $(python) -m llava_triton.server --repository '$(REPOSITORY)' --log build/serve.log \
-	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+	    --host '$(HOST)' --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
-export: .venv/runtime ## Fill build/repositories/NAME from MODEL= (a directory or a hub name)
+export: .venv/runtime ## Fill build/repositories/NAME from MODEL=, a directory or a hub name (EXPORT_OPTIONS=)
 	$(call export_model,$(MODEL),build/repositories/$(NAME))
 
 sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint (INSTANCES=2, SAGEMAKER_PORT=8090)
@@ -104,17 +109,15 @@ help: ## This list
 # ---- model repositories ----
 
 # $(call export_model,MODEL,REPOSITORY)
-export_model = echo "exporting $(1) to $(2)"; $(python) -m llava_export --model '$(1)' --output '$(2)'
+export_model = echo "exporting $(1) to $(2)"; $(python) -m llava_export --model '$(1)' --output '$(2)' $(EXPORT_OPTIONS)
 
 $(demo_repository): $(export_inputs) | .venv/runtime
 	$(call export_model,demo/checkpoint,$(@D))
 	touch $@
 
-# The repository that `serve` serves: exported when it is missing (the demo's: also when outdated).
-repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_repository)) | .venv/runtime
-	# The export looks by itself whether there is anything to do.
-	case '$(REPOSITORY)' in build/repositories/demo) ;; \
-	    build/repositories/*) $(call export_model,$(MODEL),$(REPOSITORY));; esac
+# The repository that `serve` serves. (The export looks by itself whether there is anything to do.)
+repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .venv/runtime
+	$(if $(named)$(filter demo,$(NAME)),,$(call export_model,$(MODEL),$(REPOSITORY)))
 
 # ---- what must be installed ----
 
@@ -134,8 +137,8 @@ repository: $(if $(filter build/repositories/demo,$(REPOSITORY)),$(demo_reposito
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
 unmoved := $(shell [ -x .venv/bin/python ] && [ "$$(cat .venv/checkout 2>/dev/null)" = "$$(pwd)" ] && echo yes)
 .venv/checkout: $(if $(unmoved),,force)
-	'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "error: '$(PYTHON)' must be a Python 3.11 or later; name one with PYTHON=" >&2; exit 1; }
+	'$(PYTHON)' -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+	    echo "error: '$(PYTHON)' must be a Python 3.11 or 3.12; name one with PYTHON=" >&2; exit 1; }
 	'$(PYTHON)' -c 'import ensurepip' 2>/dev/null || { $(call debian,python3-venv); }
 	echo "making .venv with $$('$(PYTHON)' --version)"
 	'$(PYTHON)' -m venv --clear .venv

@@ -51,6 +51,7 @@ def test_the_whole_check_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
     text = (output / "gpu-check.txt").read_text()
     assert text in done.stdout
     assert values["run_without_a_gpu"] is True
+    assert values["complete"] is True
     assert text.startswith("THIS WAS A RUN WITHOUT A GPU")
     assert [stage["result"] for stage in values["stages"]] == ["passed"] * len(STAGES)
     assert {row["verdict"] for row in values["rows"]} == {"measured"}, text
@@ -100,8 +101,18 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
     found = {stage["name"]: stage for stage in json.loads(report.read_text())["stages"]}
     assert {name: found[name]["result"] for name in stages} == dict.fromkeys(stages, "cut off")
     assert {found[name]["why"] for name in stages} == {"the check was stopped"}
+    assert not json.loads(report.read_text())["complete"]
     assert list(scratch.iterdir()) == []
     assert processes_with(f"TMPDIR={scratch}") == []
+
+
+def test_a_few_stages_do_not_replace_a_whole_report(tmp_path: Path) -> None:
+    report = tmp_path / "gpu-check.json"
+    report.write_text("{}")
+    done = run("--cpu", "--output", str(tmp_path), "--stages", "rows-mistral")
+    assert done.returncode == 2
+    assert f"would replace {report}; name another --output" in done.stderr
+    assert report.read_text() == "{}"
 
 
 def processes_with(variable: str) -> list[str]:

@@ -19,7 +19,7 @@ from transformers.image_utils import load_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.images import PixelValues, decode_image, decode_images, encoded_image
+from llava_triton.images import PixelValues, decode_image, encoded_image, iterate_images
 from llava_triton.settings import Settings
 from tests.properties import given
 
@@ -165,7 +165,8 @@ def test_a_picture_keeps_twice_the_pixels_that_are_made_of_it(
 
 
 def test_several_pictures_of_different_sizes_make_one_batch(pixel_values: PixelValues) -> None:
-    images = decode_images([FILES["PNG"](), FILES["tall"](), FILES["1 pixel"]()], SETTINGS)
+    files = [FILES["PNG"](), FILES["tall"](), FILES["1 pixel"]()]
+    images = list(iterate_images(files, SETTINGS))
     together = pixel_values.pixel_values(images)
     alone = [pixel_values.pixel_values([image]) for image in images]
     np.testing.assert_array_equal(together, np.concatenate(alone))
@@ -229,7 +230,7 @@ def png_of_size(width: int, height: int) -> bytes:
 
 def refusal(items: list[bytes], settings: Settings = SETTINGS) -> str:
     with pytest.raises(SessionError) as caught:
-        decode_images(items, settings)
+        list(iterate_images(items, settings))
     assert caught.value.code is ErrorCode.INVALID_ARG
     assert len(caught.value.sentence) < 400
     return caught.value.sentence
@@ -308,7 +309,7 @@ def test_a_file_cut_anywhere_is_refused_unless_every_pixel_is_there(kind: str) -
     near_the_end = range(max(0, len(data) - 40), len(data))
     for length in [*range(0, len(data), max(1, len(data) // 60)), *near_the_end]:
         try:
-            [image] = decode_images([data[:length]], SETTINGS)
+            [image] = iterate_images([data[:length]], SETTINGS)
         except SessionError:
             continue
         # Only what follows the pixels is missing: checksums, padding, an animation's other frames.
@@ -328,7 +329,7 @@ def test_a_damaged_file_is_decoded_or_refused(kind: str, flips: int, seed: int) 
     for _ in range(flips):
         data[chance.randrange(len(data))] = chance.randrange(256)
     try:
-        [image] = decode_images([bytes(data)], Settings(max_image_pixels=10**6))
+        [image] = iterate_images([bytes(data)], Settings(max_image_pixels=10**6))
     except SessionError:
         refusal([bytes(data)], Settings(max_image_pixels=10**6))
     else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_triton.device import host_bytes
-from llava_triton.engine.memory_size import blocks_for, features_budget
+from llava_triton.engine.memory_size import blocks_for, features_budget, host_budgets
 from llava_triton.settings import Settings
 
 PICTURE = 576 * 4096 * 2
@@ -46,8 +46,15 @@ def test_what_an_operator_names_is_taken(device: torch.device) -> None:
 
 
 def test_a_cpu_leaves_half_to_others() -> None:
-    features, cache = shares(Settings(max_sessions=6000), CPU)
-    assert features + cache <= FREE / 2
+    settings = Settings(max_sessions=6000)
+    used = sum(shares(settings, CPU)) + sum(host_budgets(settings, FREE, CPU))
+    assert 0.4 * FREE < used <= 0.5 * FREE
+
+
+def test_beside_a_gpu_half_of_the_host_is_for_what_leaves_it() -> None:
+    assert host_budgets(Settings(), FREE, GPU) == (FREE // 4, FREE // 4)
+    assert host_budgets(Settings(host_cache_bytes=1), FREE, GPU) == (1, 1)
+    assert host_budgets(Settings(host_cache_bytes=1), FREE, CPU) == (1, 1)
 
 
 def test_a_copy_in_pinned_memory_is_counted_with_what_torch_rounds_it_up_by() -> None:

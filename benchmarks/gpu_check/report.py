@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+FILE_NAME = "gpu-check.json"
 CPU_WARNING = """\
 THIS WAS A RUN WITHOUT A GPU, of a tiny model on a CPU. It tests the command; its figures say
 nothing about any GPU, and its targets were not judged.
@@ -68,6 +69,7 @@ ROWS = (
     Row("brought back from the host / the copy's own time", "memory", "over_copy", "x", 1.3),
     Row("  the same / computing it again", "memory", "over_computing", "x", 1.0),
     Row("answers changed by leaving and coming back", "memory", "changed_answers", "", 0),
+    Row("  by being computed again (rounding)", "memory", "changed_by_computing", ""),
     Row(
         "open sessions with their features that fit",
         "open",
@@ -97,7 +99,7 @@ class Report:
     """Written anew with every outcome.
 
     Args:
-        folder: for `gpu-check.json` and `gpu-check.txt`.
+        folder: for `FILE_NAME`, and the same as text.
         facts: machine, versions, date, commit.
         cpu: whether this is a run without a GPU.
         stages: names of all there are, in their order.
@@ -107,7 +109,7 @@ class Report:
         self, folder: Path, facts: Mapping[str, Any], *, cpu: bool, stages: Sequence[str]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "gpu-check.json"
+        self.file = folder / FILE_NAME
         self._facts = dict(facts)
         self._cpu = cpu
         self._stages = stages
@@ -123,9 +125,13 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether every stage that was begun has passed, and none was left out for want of time or
-        of a server."""
-        return all(outcome.result == "passed" for outcome in self._outcomes.values())
+        """Whether every stage there is has passed."""
+        return self.passed(self._stages)
+
+    def passed(self, stages: Iterable[str]) -> bool:
+        """Whether these have."""
+        found = self._outcomes
+        return all(name in found and found[name].result == "passed" for name in stages)
 
     def text(self) -> str:
         """For people."""

@@ -21,7 +21,7 @@ def measure(options: Options) -> None:
     ):
         rounded, unrounded = options.findings.values.get(name), floats.get(name)
         if rounded is None or unrounded is None:
-            options.findings.leave_out(f"{name}_gain", "one of the two was not measured")
+            options.findings.leave_out(f"{name}_gain", "stage rows or this one has not measured it")
             continue
         gain = unrounded / rounded if name.endswith("_ms") else rounded / unrounded
         options.findings.add(f"{name}_gain", gain, f"{told}: {gain:.2f} times as fast")

@@ -62,11 +62,6 @@ def iterate_images(
         yield image
 
 
-def decode_images(items: Sequence[bytes], settings: Settings) -> list[Image.Image]:
-    """All of `iterate_images` at once."""
-    return list(iterate_images(items, settings))
-
-
 def encoded_image(item: bytes) -> bytes:
     """An element of the input `image` -> the bytes of an encoded picture file.
 
@@ -164,7 +159,7 @@ class PixelValues:
         decoded at a smaller one, see `decode_image`.
 
         Raises:
-            SessionError: as `decode_images`.
+            SessionError: as `iterate_images`.
         """
         images = iterate_images(items, settings, self._side)
         return np.concatenate([self.pixel_values([image]) for image in images])

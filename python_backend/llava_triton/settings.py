@@ -1,4 +1,4 @@
-"""Every limit of the system, in one place.
+"""Every limit that an operator may want to set, in one place.
 
 The export writes one `settings.json` into the model repository, generates the numbers in Triton's
 `config.pbtxt` files from the same object, and the Python models read it when they load.
@@ -38,10 +38,11 @@ class Settings:
     (a quarter where the CPU is the device)."""
     host_cache_bytes: int | None = None
     """Host memory for keys and values of sessions that had to leave the device, and as much again
-    for image features; null: a quarter of what is free when the server starts."""
+    for image features; null: a quarter of what is free when the server starts (where the CPU is
+    the device an eighth, and none for image features)."""
     image_features_bytes: int | None = None
-    """Memory on the device for image features; null: what all sessions could need, up to a third
-    of what is free (a quarter where the CPU is the device)."""
+    """Memory on the device for image features; null: what all sessions could need, up to 36 %
+    of what is free (an eighth where the CPU is the device)."""
     encoded_images_bytes: int = 256 * 1024 * 1024
     """Memory in which the image encoder keeps what it made of the latest pictures, so that a
     picture sent again is not encoded again."""

@@ -79,12 +79,12 @@ class Engine:
         self._memory = SessionMemory(
             BlockPool(runner.pages.blocks),
             runner.pages,
-            runner.host_bytes,
+            runner.host_kv_bytes,
             runner.image_token_id,
             runner.tokens_per_image,
         )
         self._images = ImageStore(
-            runner.features_on_device, runner.image_bytes_on_device, runner.host_bytes
+            runner.features_on_device, runner.image_bytes_on_device, runner.host_image_bytes
         )
         self._sessions = SessionTable(self._memory, self._images, settings, clock, self._statistics)
         self._lanes = Lanes()

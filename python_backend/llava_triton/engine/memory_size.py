@@ -16,8 +16,11 @@ what a step computes, for recorded steps, and for the vision encoder in its own 
 FEATURES_SHARE = 0.36
 """Of the same, at most for image features: 5,000 pictures beside LLaVA-1.5-7B on 80 GB."""
 HOST_SHARE = 0.25
-"""Of the host's free memory, where it is the device, for keys and values, and as much again for
-image features: other processes live there too."""
+"""Of the host's free memory, beside a GPU, for keys and values that had to leave it, and as much
+again for image features."""
+CPU_SHARE = 0.25
+"""Of the host's free memory, where it is the device, for keys and values; half as much for copies
+of them, and for image features: half of it is for others."""
 
 
 def device_memory(device: torch.device) -> int:
@@ -56,7 +59,7 @@ def features_budget(settings: Settings, picture_bytes: int, free: int, device: t
         free: bytes of the device.
         device: what it is.
     """
-    share = FEATURES_SHARE if device.type == "cuda" else HOST_SHARE
+    share = FEATURES_SHARE if device.type == "cuda" else CPU_SHARE / 2
     useful = settings.max_sessions * settings.max_images_per_turn * picture_bytes
     return settings.image_features_bytes or min(int(free * share), useful)
 
@@ -80,8 +83,24 @@ def blocks_for(
         features: those of them that image features may have.
         device: what it is.
     """
-    left = free * GPU_SHARE - features if device.type == "cuda" else free * HOST_SHARE
+    left = free * GPU_SHARE - features if device.type == "cuda" else free * CPU_SHARE
     allowed = settings.kv_cache_bytes or int(left)
     # One more block a session than its tokens need: for a copy before a write.
     useful = settings.max_sessions * (-(-context_length // BLOCK_TOKENS) + 1)
     return max(1, min(useful, allowed // block_bytes))
+
+
+def host_budgets(settings: Settings, free: int, device: torch.device) -> tuple[int, int]:
+    """Bytes of host memory for what leaves the device: keys and values, and image features.
+
+    Args:
+        settings: limits.
+        free: bytes of the host.
+        device: where the others are.
+    """
+    if settings.host_cache_bytes is not None:
+        return settings.host_cache_bytes, settings.host_cache_bytes
+    if device.type == "cuda":
+        return int(free * HOST_SHARE), int(free * HOST_SHARE)
+    # Features would go from the host's memory to the host's memory.
+    return int(free * CPU_SHARE / 2), 0

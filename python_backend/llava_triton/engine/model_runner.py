@@ -17,6 +17,7 @@ from llava_triton.engine.memory_size import (
     blocks_for,
     device_memory,
     features_budget,
+    host_budgets,
     host_memory,
 )
 from llava_triton.engine.pages import Pages, block_bytes
@@ -81,7 +82,9 @@ class ModelRunner:
         self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
         tensors = (self.pages.keys, self.pages.values)
         self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
-        self.host_bytes = settings.host_cache_bytes or host_memory() // 4
+        self.host_kv_bytes, self.host_image_bytes = host_budgets(
+            settings, host_memory(), self.device
+        )
         self.steps_at_once = 2 if self.device.type == "cuda" else 1
         """Steps that the engine may launch before it has the first one's tokens. A GPU is never
         idle between two then; a CPU's cores have nothing to gain from it, and a new turn would wait

@@ -78,10 +78,6 @@ class SessionMemory:
         transfers, self._transfers = self._transfers, []
         return transfers
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a session of so many tokens could ever be computed."""
-        return _blocks_for(tokens) <= self.pool.blocks
-
     def admit(self, session: Session, prompt: Sequence[int], tokens: int) -> bool:
         """Make what a session remembers usable and give it blocks for `tokens` tokens in all.
 

@@ -9,9 +9,16 @@ import threading
 import urllib.request
 from typing import Any
 
+from llava_sagemaker.scaling_metrics import (
+    ACTIVE_SESSIONS,
+    ENDPOINT,
+    GPU_MEMORY_USED,
+    NAMESPACE,
+    OPEN_SESSIONS,
+)
+
 log = logging.getLogger(__name__)
 
-NAMESPACE = "LlavaTriton"
 PERIOD_SECONDS = 60.0
 _VALUE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 
@@ -68,7 +75,7 @@ class MetricsToCloudWatch:
         """Send the numbers as they are now."""
         with _DIRECT.open(self._metrics_url, timeout=5.0) as response:
             numbers = numbers_of(response.read().decode())
-        dimensions = [{"Name": "EndpointName", "Value": self._endpoint}]
+        dimensions = [{"Name": ENDPOINT, "Value": self._endpoint}]
         self._cloudwatch.put_metric_data(
             Namespace=NAMESPACE,
             MetricData=[
@@ -81,7 +88,7 @@ class MetricsToCloudWatch:
 def numbers_of(metrics: str) -> dict[str, tuple[float, str]]:
     """Prometheus text -> value and unit of every number for CloudWatch.
 
-    GpuMemoryUsed is the part of the engine's cache that sessions use. What the driver calls used
+    GPU_MEMORY_USED is the part of the engine's cache that sessions use. What the driver calls used
     would tell nothing: the engine takes nearly all of it at its start.
     """
     found = {
@@ -89,9 +96,9 @@ def numbers_of(metrics: str) -> dict[str, tuple[float, str]]:
         for match in _VALUE.finditer(metrics)
     }
     active, idle = (found.get(("llava_sessions", f'state="{s}"'), 0.0) for s in ("active", "idle"))
-    numbers = {"OpenSessions": (active + idle, "Count"), "ActiveSessions": (active, "Count")}
+    numbers = {OPEN_SESSIONS: (active + idle, "Count"), ACTIVE_SESSIONS: (active, "Count")}
     used, free = (found.get(("llava_kv_blocks", f'state="{s}"'), 0.0) for s in ("used", "free"))
     on_gpu = any(name == "nv_gpu_memory_total_bytes" for name, _ in found)
     if on_gpu and used + free > 0:
-        numbers["GpuMemoryUsed"] = (100.0 * used / (used + free), "Percent")
+        numbers[GPU_MEMORY_USED] = (100.0 * used / (used + free), "Percent")
     return numbers

@@ -26,8 +26,9 @@ from llava_sagemaker.deploy import (
 )
 from llava_sagemaker.deploy import image as images
 from llava_sagemaker.deploy.errors import DeployError, explain
-from llava_sagemaker.deploy.place import METRIC_NAMESPACE, Place
+from llava_sagemaker.deploy.place import Place
 from llava_sagemaker.deploy.settings import Wish, resolve
+from llava_sagemaker.scaling_metrics import ENDPOINT, NAMESPACE, OPEN_SESSIONS
 
 app = typer.Typer(
     help="LLaVA with sessions on SageMaker: from an empty account to a chat, and back.",
@@ -287,9 +288,9 @@ def _open_sessions(place: Place) -> str:
     """What the instances published in the last five minutes."""
     now = datetime.datetime.now(datetime.UTC)
     points: list[Any] = place.client("cloudwatch").get_metric_statistics(
-        Namespace=METRIC_NAMESPACE,
-        MetricName="OpenSessions",
-        Dimensions=[{"Name": "EndpointName", "Value": place.name}],
+        Namespace=NAMESPACE,
+        MetricName=OPEN_SESSIONS,
+        Dimensions=[{"Name": ENDPOINT, "Value": place.name}],
         StartTime=now - datetime.timedelta(minutes=5),
         EndTime=now,
         Period=60,

@@ -19,7 +19,6 @@ from llava_sagemaker.deploy.errors import DeployError
 
 TAG = "llava-triton:endpoint"
 VARIANT = "sessions"
-METRIC_NAMESPACE = "LlavaTriton"
 POLL_SECONDS = 15.0
 """How often a state that is waited for is asked."""
 _NAME = re.compile(r"[a-z0-9](-?[a-z0-9])*")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava_sagemaker.deploy import image
-from llava_sagemaker.deploy.place import METRIC_NAMESPACE, TAG, Place
+from llava_sagemaker.deploy.place import TAG, Place
+from llava_sagemaker.scaling_metrics import NAMESPACE
 
 Policy = dict[str, Any]
 
@@ -65,11 +66,7 @@ def execution_policy(
             "Metrics",
             ["cloudwatch:PutMetricData"],
             ["*"],
-            {
-                "StringEquals": {
-                    "cloudwatch:namespace": [METRIC_NAMESPACE, "/aws/sagemaker/Endpoints"]
-                }
-            },
+            {"StringEquals": {"cloudwatch:namespace": [NAMESPACE, "/aws/sagemaker/Endpoints"]}},
         ),
     ]
     if image_buckets:

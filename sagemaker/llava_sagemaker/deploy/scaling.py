@@ -11,8 +11,9 @@ import dataclasses
 from typing import Any
 
 from llava_sagemaker.deploy import endpoint, report
-from llava_sagemaker.deploy.place import METRIC_NAMESPACE, TAG, VARIANT, Place
+from llava_sagemaker.deploy.place import TAG, VARIANT, Place
 from llava_sagemaker.deploy.settings import Deployment
+from llava_sagemaker.scaling_metrics import ENDPOINT, GPU_MEMORY_USED, NAMESPACE, OPEN_SESSIONS
 
 _SESSIONS, _MEMORY = "llava-triton-sessions", "llava-triton-gpu-memory"
 _MEMORY_PERCENT = 90.0
@@ -84,10 +85,10 @@ def _bring_target(place: Place, wanted: Deployment) -> None:
 def _bring_policies(place: Place, wanted: Deployment) -> None:
     policies = {
         _SESSIONS: _tracking(
-            place, "OpenSessions", wanted.sessions_per_instance, scale_in=wanted.scale_in
+            place, OPEN_SESSIONS, wanted.sessions_per_instance, scale_in=wanted.scale_in
         ),
         # Memory that is full of idle sessions' state is no reason to keep an instance.
-        _MEMORY: _tracking(place, "GpuMemoryUsed", _MEMORY_PERCENT, scale_in=False),
+        _MEMORY: _tracking(place, GPU_MEMORY_USED, _MEMORY_PERCENT, scale_in=False),
     }
     present = _describe_policies(place)
     for name, policy in policies.items():
@@ -106,8 +107,8 @@ def _tracking(place: Place, metric: str, target: float, scale_in: bool) -> dict[
         "TargetValue": float(target),
         "CustomizedMetricSpecification": {
             "MetricName": metric,
-            "Namespace": METRIC_NAMESPACE,
-            "Dimensions": [{"Name": "EndpointName", "Value": place.name}],
+            "Namespace": NAMESPACE,
+            "Dimensions": [{"Name": ENDPOINT, "Value": place.name}],
             "Statistic": "Average",
         },
         "ScaleOutCooldown": _SCALE_OUT_SECONDS,

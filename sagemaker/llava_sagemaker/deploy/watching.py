@@ -51,7 +51,7 @@ def _log_group_tags(place: Place) -> list[dict[str, str]]:
 
 
 def bring_alarm(place: Place) -> bool:
-    """Create the alarm that rolls an update back: most of a minute's requests ended in a 5xx.
+    """Create the alarm that rolls an update back: most requests of two minutes ended in a 5xx.
 
     Returns:
         Whether it can guard an update now: SageMaker refuses an alarm that is already raised.
