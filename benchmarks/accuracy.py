@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
 import os
 import queue
 import statistics
@@ -25,6 +24,7 @@ from PIL import Image
 
 from benchmarks.engine_load import PATIENCE_SECONDS, Encoder, make_engine
 from benchmarks.measurement import Load, read_loads
+from benchmarks.provenance import BUILD, ROOT, about, write_results
 from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
 from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
@@ -36,9 +36,7 @@ from llava_triton.errors import SessionError
 from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.server import CPU_ENVIRONMENT
 
-ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = ROOT / "build" / "repositories" / "demo"
-OUTPUT = ROOT / "benchmarks" / "results" / "cpu-accuracy.json"
 PRECISIONS = {
     "float32": ("float32", "unrounded"),
     "float32, int8 weights": ("float32", "int8"),
@@ -159,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=1500, help="ask at least so many")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--quick", action="store_true", help="a tiny model: tests the command")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON (%(default)s)")
+    parser.add_argument("--output", type=Path, default=BUILD / "accuracy.json")
     options = parser.parse_args(arguments)
     results = {}
     for precision in options.precisions:
@@ -170,8 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     times = between_tokens(size, rounds, options.precisions)
     text = report(results, times)
     first = results[options.precisions[0]]
-    print(text)
-    values = {
+    precisions = {
         precision: {
             "questions": len(asked),
             "correct": sum(one.correct for one in asked),
@@ -180,9 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         for precision, asked in results.items()
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(values, indent=2) + "\n")
-    options.output.with_suffix(".txt").write_text(f"{text}\n")
+    write_results(options.output, text, {"precisions": precisions}, about())
     return 0
 
 

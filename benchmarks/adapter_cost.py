@@ -25,15 +25,15 @@ from typing import Any
 
 import tritonclient.http as triton
 
-from benchmarks.bench import ROOT, Bench
+from benchmarks.bench import Bench
 from benchmarks.measurement import TurnTimes
+from benchmarks.provenance import BUILD, about, write_results
 from benchmarks.triton_load import TritonLoad
 from benchmarks.workload import Workload
 from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.delta import Delta
 from llava_triton.server import TritonServer, free_ports
 
-OUTPUT = ROOT / "benchmarks" / "results" / "cpu-adapter.json"
 HOLDS = (1, 1, 1, 16)
 """Numbers of sessions at once, each held in every round."""
 MOST_MS = 2.0
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny; figures mean nothing")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON (%(default)s)")
+    parser.add_argument("--output", type=Path, default=BUILD / "adapter.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="llava-bench-") as name:
         folder = Path(name)
@@ -199,10 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench.prepare(["T"])
         found = measure(bench.workload("T"), options.rounds, folder / "triton.log")
     table, values = report(found)
-    print(table)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(values, indent=2) + "\n")
-    options.output.with_suffix(".txt").write_text(table + "\n")
+    write_results(options.output, table, values, about())
     return 0
 
 

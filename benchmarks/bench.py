@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig
 
+from benchmarks import provenance
 from benchmarks.distance import Ceiling, distance_text, distances
 from benchmarks.limits import Limits, best_of, read_limits
 from benchmarks.measurement import Load, read_loads
@@ -37,7 +35,7 @@ from benchmarks.workload import GEOMETRIES, Workload
 from llava_triton.device import compute_dtype, default_device
 from llava_triton.server import CPU_ENVIRONMENT
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = provenance.ROOT
 LARGE_LOAD = 16
 """Loads of more sessions are measured in the first round only: they take minutes."""
 
@@ -196,17 +194,9 @@ class Bench:
         self._note(f"the limits in round {number + 1}", others)
         self._limits.append(read_limits(output))
 
-    def about(self, ceiling: Ceiling, ways: Sequence[str]) -> dict[str, Any]:
+    def about(self, ways: Sequence[str]) -> dict[str, Any]:
         """When, where and with what it runs."""
-        return {
-            "date": datetime.date.today().isoformat(),
-            "device": ceiling.memory.device,
-            "geometry": self._geometry,
-            "dtypes": self.dtypes(ways),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        return provenance.about() | {"geometry": self._geometry, "dtypes": self.dtypes(ways)}
 
     def titles(self, ways: Sequence[str]) -> dict[str, str]:
         """By the ways' names."""
@@ -313,19 +303,14 @@ def main(arguments: list[str] | None = None) -> int:
     text, values = report(rounds, titles, bench.fairness, bench.disturbances, targets)
     int8 = {name for name in ways if WAYS[name].int8}
     far = distances(rows(rounds, titles), bench.dtypes(ways), int8, ceiling)
-    about = bench.about(ceiling, ways)
+    about = bench.about(ways)
     values |= {
         "quick": options.quick,
-        "about": about,
         "limits": {dtype: dataclasses.asdict(each) for dtype, each in ceiling.limits.items()},
         "distances": [dataclasses.asdict(each) for each in far],
     }
-    text = "\n".join([_about_text(about), text, distance_text(far, ceiling)])
-    print(f"\n{text}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(values, indent=1) + "\n")
-    options.output.with_suffix(".txt").write_text(text)
-    print(f"written to {options.output} and {options.output.with_suffix('.txt').name}")
+    text = "\n".join([text, distance_text(far, ceiling)])
+    provenance.write_results(options.output, text, values, about)
     _draw(options.output)
     return 0
 
@@ -344,7 +329,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sessions", type=int, nargs="+", help="at once (default: 1 4 16 64)")
     parser.add_argument("--repeats", type=int, help="rounds (default: 3)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build/bench/bench.json")
+    parser.add_argument("--output", type=Path, default=provenance.BUILD / "bench.json")
     options = parser.parse_args(arguments)
     options.sessions = options.sessions or ([1, 4] if options.quick else [1, 4, 16, 64])
     options.repeats = options.repeats or (1 if options.quick else 3)
@@ -357,13 +342,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
             f"--geometry {options.geometry} needs a GPU, and torch sees none; give cpu or none"
         )
     return options
-
-
-def _about_text(about: Mapping[str, Any]) -> str:
-    return (
-        f"{about['device']}, {about['date']}; geometry {about['geometry']}; torch {about['torch']},"
-        f" transformers {about['transformers']}, Python {about['python']}\n"
-    )
 
 
 def _draw(results: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import BUILD, ROOT, about, write_results
 from benchmarks.soak_clients import (
     FATES,
     Clients,
@@ -36,7 +37,6 @@ from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.server import ServerError, TritonServer, free_ports
 from llava_triton.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMITS: dict[str, Any] = {
     "session_idle_seconds": 8.0,
     "max_sessions": 1024,
@@ -172,7 +172,6 @@ def soak(options: argparse.Namespace) -> int:
             checks |= check_afterwards(server.grpc_address, scripts[0], tally)
     memory = growths(sampler.samples)
     held = verdict(tally, memory, checks)
-    print("\n" + table(tally, seconds, memory, held))
     values: dict[str, Any] = {
         "sessions": tally.sessions,
         "seconds": seconds,
@@ -183,8 +182,8 @@ def soak(options: argparse.Namespace) -> int:
         "memory": [asdict(growth) for growth in memory],
         "samples": [asdict(sample) for sample in sampler.samples],
     }
-    options.output.write_text(json.dumps(values, indent=1) + "\n")
-    print(f"written to {options.output}; the server's log: {log}")
+    write_results(options.output, table(tally, seconds, memory, held), values, about())
+    print(f"the server's log: {log}")
     return 0 if all(held.values()) else 1
 
 
@@ -195,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=32, help="side by side (%(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="at most")
     parser.add_argument("--repository", type=Path, default=ROOT / "build/repositories/soak")
-    parser.add_argument("--output", type=Path, default=ROOT / "build/bench/soak.json")
+    parser.add_argument("--output", type=Path, default=BUILD / "soak.json")
     options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -109,7 +109,7 @@ def test_a_reduced_precisions_cost_and_gain_are_measured(
     output = tmp_path / "accuracy.json"
     options = ("--quick", "--questions", "20", "--output", str(output))
     told = run("benchmarks.accuracy", "--repository", str(demo_repository), *options)
-    values = json.loads(output.read_text())
+    values = json.loads(output.read_text())["precisions"]
     precisions = [
         f"{dtype}{weights}"
         for dtype in ("float32", "bfloat16")
@@ -144,6 +144,7 @@ def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
         *("--repository", str(repository), "--output", str(output)),
     )
     values = json.loads(output.read_text())
+    assert set(values["about"]) >= {"date", "device", "commit", "torch"}
     counts = values["counts"]
     assert sum(counts[fate] for fate in ("closed", "abandoned", "disconnected")) == 300
     assert min(counts[fate] for fate in ("closed", "abandoned", "disconnected")) > 0

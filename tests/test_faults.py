@@ -57,6 +57,19 @@ def test_a_failing_step_of_one_turn_fails_it(start: Start, alone: Alone) -> None
     assert harness.engine.statistics().images == 2
 
 
+def test_where_the_device_is_lost_the_process_ends(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would answer every turn with an error until somebody starts it anew."""
+    harness = start()
+    ended: list[int] = []
+    monkeypatch.setattr(engine_module, "is_lost", lambda device: True)
+    monkeypatch.setattr("llava_triton.engine.engine.os._exit", ended.append)
+    with harness.failing_step():
+        assert failure(show(0).submit(harness, "s", start=True)) is ErrorCode.INTERNAL
+    assert ended == [1]
+
+
 def test_nothing_is_built_on_a_lost_step(start: Start, alone: Alone) -> None:
     """The step behind the lost one is still computed when the engine plans again."""
     harness = start()

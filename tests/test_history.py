@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from llava_triton.conversation import ConversationRenderer
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.history import PastTurn, history_from_json, history_to_json
 from tests.conftest import ROOT
@@ -92,6 +95,38 @@ def test_only_an_opening_has_a_history(harness: EngineHarness) -> None:
     with pytest.raises(SessionError, match="speaks of 3 pictures and 'image' holds 2"):
         harness.ask("t", QUESTIONS[0], SHOWN[:2], start=True, history=TOLD)
     harness.ask("s", end=True)
+    harness.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        ((PastTurn("a", "b", 10**12),), "speaks of 1000000000000 pictures"),
+        ((PastTurn("a", "b"),) * 10_000, "at least"),
+        ((PastTurn("a " * 100_000, "b"),), "at least"),
+    ],
+    ids=["pictures", "turns", "text"],
+)
+def test_a_history_that_never_fits_costs_next_to_nothing(
+    harness: EngineHarness,
+    history: tuple[PastTurn, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered: list[str] = []
+    prompt = ConversationRenderer.prompt
+
+    def noting(renderer: ConversationRenderer, *arguments: Any) -> list[int]:
+        rendered.append(threading.current_thread().name)
+        return prompt(renderer, *arguments)
+
+    monkeypatch.setattr(ConversationRenderer, "prompt", noting)
+    with pytest.raises(SessionError, match=said) as told:
+        harness.ask("s", None, SHOWN[:1], start=True, history=history)
+    assert told.value.code is ErrorCode.INVALID_ARG
+    # Not on the engine's thread, which the answers of others wait for, and not to the end.
+    assert set(rendered) <= {threading.current_thread().name}
+    assert len(rendered) < harness.runner.context_length
     harness.assert_nothing_is_held()
 
 

@@ -261,3 +261,12 @@ def test_extreme_temperatures_and_logits_give_a_possible_token(
     parameters = SamplingParameters(temperature=temperature, seed=seed)
     logits = torch.tensor([[-float("inf"), 3e38, -3e38, 0.0]])
     assert chosen(logits, [Draws(parameters).at(0)]) == [1]
+
+
+def test_logits_that_are_no_numbers_give_a_token_nevertheless() -> None:
+    """On a GPU an index outside of the vocabulary would end every session of the process."""
+    logits = torch.zeros(3, 5)
+    logits[0, 2], logits[1, 3] = torch.nan, torch.inf
+    draw = Draw(temperature=1.0, top_k=0, top_p=1.0, number=0.5)
+    tokens = next_tokens(logits, [draw] * 3)
+    assert all(0 <= token < 5 for token in tokens.tolist())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+
 import torch
 
 from llava_triton.engine import Engine, TurnRequest
@@ -12,6 +16,7 @@ from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import SamplingParameters
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import (
+    HANG_SECONDS,
     PICTURES,
     Alone,
     Ask,
@@ -137,6 +142,27 @@ def test_features_that_differ_in_one_bit(start: Start) -> None:
         assert pending.wait()[1].num_cached_tokens == 0
     now = harness.engine.statistics()
     assert (now.images, now.image_hits, now.blocks_taken_over) == (3, 0, 0)
+
+
+def test_a_running_turn_holds_no_second_copy_of_its_pictures(start: Start) -> None:
+    harness = start()
+    asked = TurnRequest(
+        session_id="s",
+        start=True,
+        text="Go on",
+        image_features=harness.features(PICTURES[:2]),
+        sampling=SamplingParameters(max_tokens=300, ignore_eos=True),
+    )
+    assert asked.image_features is not None
+    features = weakref.ref(asked.image_features)
+    began = threading.Event()
+    harness.engine.submit(asked, lambda _: began.set())
+    del asked
+    assert began.wait(HANG_SECONDS)
+    harness.on_engine(lambda engine: None)  # what began it is over
+    gc.collect()
+    assert features() is None
+    assert harness.engine.statistics().images == 2
 
 
 def test_equal_numbers_of_another_type_or_shape_are_other_pictures() -> None:

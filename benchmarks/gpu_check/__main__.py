@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 from benchmarks.gpu_check.pythons import NO_GPU, ROOT, Pythons, WheelsError
 from benchmarks.gpu_check.report import FILE_NAME, Outcome, Report
 from benchmarks.gpu_check.stage import MISTRAL, SEVEN, read_findings
+from benchmarks.provenance import commit
 
 SECONDS = 530.0
 """For everything: ten minutes less what starting and copying the results take."""
@@ -235,16 +235,6 @@ def ask_machine(python: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def commit() -> str | None:
-    """Of the checkout, where git knows it."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
 
 
 def server_problem(machine: dict[str, Any], wheels: Path) -> str | None:

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from llava_triton.errors import invalid
+from llava_triton.errors import SessionError, invalid
 from llava_triton.history import PastTurn
+
+Past: TypeAlias = "tuple[Sequence[int], str | None]"
+"""Token IDs up to the end of the last answer, and that answer's text; None: nothing was said."""
+
+
+def too_long(tokens: int, context: int) -> SessionError:
+    """A conversation of at least so many tokens does not fit."""
+    return invalid(
+        f"the conversation would be at least {tokens} tokens long and the model's context is "
+        f"{context}; shorten the text or open a new session"
+    )
 
 
 class ConversationRenderer:
@@ -31,6 +42,8 @@ class ConversationRenderer:
         self._tokens_per_image = tokens_per_image
         # Stands for the last answer in a rendered window; nothing a client sends can equal it.
         self._answer_mark = uuid.uuid4().hex
+        # The first use may change how the tokenizer is set; from then on any thread may use it.
+        self._tokenize(self._answer_mark)
 
     def prompt(
         self,
@@ -73,14 +86,18 @@ class ConversationRenderer:
             new_ids = new_ids[: last_image + 1]
         return [*history, *self._expand_images(new_ids)]
 
-    def past(self, turns: Sequence[PastTurn]) -> tuple[list[int], str | None]:
+    def past(self, turns: Sequence[PastTurn], context: int) -> Past:
         """Turns that took place elsewhere, as if they had taken place in a new session.
 
+        Args:
+            turns: what was said.
+            context: tokens that they may be at the most.
+
         Returns:
-            Token IDs up to the end of the last answer, and that answer's text: what `prompt` takes.
+            What `prompt` takes.
 
         Raises:
-            SessionError: INVALID_ARG, a text holds the image placeholder.
+            SessionError: INVALID_ARG, a text holds the image placeholder, or it is too much.
         """
         history: list[int] = []
         last_answer: str | None = None
@@ -89,7 +106,20 @@ class ConversationRenderer:
             history = self.prompt(history, last_answer, turn.text, turn.images)
             history += self._answer_tokens(turn.answer)
             last_answer = turn.answer
+            if len(history) > context:
+                raise too_long(len(history), context)
         return history, last_answer
+
+    def check_length(self, text: str, context: int) -> None:
+        """Refuse a text that alone is longer than the context. Takes long where it is.
+
+        Raises:
+            SessionError: INVALID_ARG.
+        """
+        if len(text) > context:  # fewer characters are not worth looking at
+            tokens = len(self._tokenize(text))
+            if tokens > context:
+                raise too_long(tokens, context)
 
     def _answer_tokens(self, answer: str) -> list[int]:
         """An answer as the model would have said it behind the generation prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,13 @@ def default_device() -> torch.device:
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of `Settings.dtype`; "auto" is float32 on a CPU, where answers are compared token
-    for token, and a half type on a GPU."""
+    for token, and a half type on a GPU.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise ValueError('setting dtype is "float16", which needs a GPU; take bfloat16 or float32')
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             name
@@ -78,6 +85,31 @@ class DeviceTimer:
         return float(begin.elapsed_time(end)) / 1000.0
 
 
+def work_beside(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU what is done within does not wait for what the other threads have asked for. Only
+    for tensors that are complete, and those made of them."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(_stream_beside(device))
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device can be used no more: after a fault within a kernel everything that this
+    process asks of a GPU fails, until it ends."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
 def host_bytes(size: int, device: torch.device) -> int:
     """Bytes of host memory that `to_host` takes for so many of a device's: torch hands out pinned
     memory in powers of two."""
@@ -107,11 +139,13 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Ca
     with torch.cuda.graph(graph, pool=pool):
         result = run()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    # A graph knows addresses alone: what `run` reads lives as long as `run` does.
+    return functools.partial(_replay, graph, result, run)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, result: Tensor, _: Callable[[], Tensor]) -> Tensor:
+    graph.replay()
+    return result
 
 
 @functools.cache

@@ -82,8 +82,9 @@ def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     places = _column(logits, [draw.number for draw in draws]) * cumulative[:, -1:]
     positions = torch.searchsorted(cumulative, places, right=True)
-    # A draw a rounding error below 1 can land behind the last token.
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    # A draw a rounding error below 1 can land behind the last token. (Logits that are no numbers
+    # leave none; on a GPU an index below 0 would be the end of every session.)
+    last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return ids.gather(-1, positions.minimum(last)).squeeze(-1)
 
 

@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 from llava_triton import protocol
 from llava_triton.checkpoint import load_checkpoint
 from llava_triton.delta import Delta
-from llava_triton.device import compute_dtype, default_device
+from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.errors import ErrorCode, SessionError, as_session_error
@@ -44,6 +44,7 @@ class TritonPythonModel:
             device=device,
         )
         self._settings = settings
+        self._device = device
         self._engine = Engine(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
         self._responses = ResponseThread()
         self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
@@ -59,7 +60,8 @@ class TritonPythonModel:
             whole = protocol.WHOLE_ANSWER in parameters
             responder = Responder(request.get_response_sender(), self._responses, whole)
             try:
-                turn = self._turn_request(request)
+                with work_beside(self._device):  # it waits for the features' digests
+                    turn = self._turn_request(request)
             except Exception as error:
                 # Raising would fail every request of this call and is said to leak shared memory.
                 self._refuse(request, responder, as_session_error(error))

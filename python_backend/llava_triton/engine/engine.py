@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -12,9 +13,10 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from llava_triton.conversation import ConversationRenderer
+from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.device_threads import DeviceThreads
-from llava_triton.engine.image_store import Image, ImageStore
+from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.preparation import TurnPreparation
@@ -121,6 +123,10 @@ class Engine:
             The turn's ID, known to its caller alone.
         """
         turn = Turn(request, listener)
+        try:
+            turn.past = self._preparation.past(request)
+        except Exception as error:
+            turn.fault = as_session_error(error)
         self._command(lambda: self._enqueue(turn))
         return turn.id
 
@@ -246,7 +252,7 @@ class Engine:
                 self._sessions.make(session_id) if request.start else self._sessions.get(session_id)
             )
             running = self._preparation.prepare(turn, session)
-            pictures = self._hold_pictures(request)
+            pictures = self._images.hold_all(request.image_digests, request.image_features)
         except Exception as error:
             if request.end:
                 self._sessions.drop(session_id)  # Triton has ended the sequence for good
@@ -259,25 +265,13 @@ class Engine:
         if request.start:
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
+        turn.forget_features()
         self._running[turn.id] = running
         session.images += pictures
         self._memory.truncate(session, running.remembered)
         if request.is_empty:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
-
-    def _hold_pictures(self, request: TurnRequest) -> list[Image]:
-        """The turn's pictures, all of them held or none."""
-        features = () if request.image_features is None else request.image_features
-        held: list[Image] = []
-        try:
-            for digest, each in zip(request.image_digests, features, strict=True):
-                held.append(self._images.hold(digest, each))
-        except Exception:
-            for image in held:
-                self._images.release(image)
-            raise
-        return held
 
     # ... advance ...
 
@@ -365,6 +359,11 @@ class Engine:
 
     def _step_failed(self, turns: list[RunningTurn], error: Exception) -> None:
         """Only the turn that made a step fail shall fail: several are tried again one by one."""
+        if is_lost(self._runner.device):
+            # Nobody could ever be answered again, and would be told so one by one. Where this
+            # process has ended, whoever watches it starts the server anew.
+            log.critical("the device is lost; the process ends", exc_info=error)
+            os._exit(1)
         turns = [running for running in turns if self._is_running(running)]
         if len(turns) > 1 and not isinstance(error, TransferError):
             self._to_try_alone.extend(turns)

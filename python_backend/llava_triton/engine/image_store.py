@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,26 @@ class ImageStore:
             self.device_bytes += image.bytes
         image.holders += 1
         return image
+
+    def hold_all(self, digests: Sequence[Digest], features: Tensor | None) -> list[Image]:
+        """The pictures of a turn, all of them held or none.
+
+        Args:
+            digests: N.
+            features: [N, T, D]; None where N = 0.
+
+        Raises:
+            SessionError: as `hold`.
+        """
+        held: list[Image] = []
+        try:
+            for digest, each in zip(digests, () if features is None else features, strict=True):
+                held.append(self.hold(digest, each))
+        except Exception:
+            for image in held:
+                self.release(image)
+            raise
+        return held
 
     def touch(self, image: Image) -> None:
         """A picture has been used: it stays on the device longer than others."""

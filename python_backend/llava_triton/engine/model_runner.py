@@ -128,7 +128,10 @@ class ModelRunner:
     def features_on_device(self, features: Tensor) -> Tensor:
         """One picture's features [T, D] of any float dtype -> as the model computes them, a copy
         of their own."""
-        return features.to(self.device, self._text_model.dtype, copy=True)
+        placed = features.to(self.device, self._text_model.dtype, copy=True)
+        if features.is_cuda:  # made beside the stream that the copy waits in
+            features.record_stream(torch.cuda.current_stream(features.device))
+        return placed
 
     def use_threads(self) -> None:
         """Let the calling thread use as many CPU cores as are worth having."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import host_bytes, to_device, to_host
+from llava_triton.device import host_bytes, to_device
 from llava_triton.paged_attention.interface import BLOCK_TOKENS, AttentionGeometry
+
+CHUNK_BLOCKS = 8
+"""Blocks that go to host memory in one piece. On a GPU the last piece is as large: torch keeps what
+pinned memory it has ever had, and gives it out again only in the sizes that it was."""
+HostBlocks: TypeAlias = "list[tuple[Tensor, Tensor]]"
+"""Keys and values of blocks in host memory, piece by piece: [CHUNK_BLOCKS, layers, G, ...] each,
+the last one perhaps of fewer or with room behind them."""
 
 
 class Pages:
@@ -52,26 +60,53 @@ class Pages:
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
 
-    def to_host(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of blocks in host memory: keys and values, [layers, len(blocks), G, ...].
+    def to_host(self, blocks: Sequence[int]) -> HostBlocks:
+        """Copies of blocks in host memory.
 
         For `from_host` only: on a GPU they are still being made when this returns.
         """
         index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
-        # An index makes a copy, also where the device is the host.
-        return to_host(self.keys[:, index]), to_host(self.values[:, index])
+        return [
+            (_to_host(self.keys, part), _to_host(self.values, part))
+            for part in index.split(CHUNK_BLOCKS)
+        ]
 
     def host_bytes(self, blocks: int) -> int:
         """Bytes of host memory that copies of so many blocks take."""
+        device = self.keys.device
+        if device.type == "cuda":
+            blocks = -(-blocks // CHUNK_BLOCKS) * CHUNK_BLOCKS
+        chunks, rest = divmod(blocks, CHUNK_BLOCKS)
         return sum(
-            host_bytes(blocks * each[:, 0].nbytes, each.device) for each in (self.keys, self.values)
+            count * host_bytes(size * each[:, 0].nbytes, device)
+            for each in (self.keys, self.values)
+            for count, size in ((chunks, CHUNK_BLOCKS), (1, rest))
+            if size
         )
 
-    def from_host(self, keys: Tensor, values: Tensor, blocks: Sequence[int]) -> None:
-        """Write what `to_host` gave, block by block, to other blocks."""
+    def from_host(self, copies: HostBlocks, first: int, blocks: Sequence[int]) -> None:
+        """Write what `to_host` gave, from its block `first` on, to other blocks."""
         index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
-        self.keys[:, index] = keys.to(self.keys.device, non_blocking=True)
-        self.values[:, index] = values.to(self.values.device, non_blocking=True)
+        done = 0
+        while done < len(blocks):
+            chunk, begin = divmod(first + done, CHUNK_BLOCKS)
+            end = min(CHUNK_BLOCKS, begin + len(blocks) - done)
+            part = index[done : done + end - begin]
+            for each, copy in zip((self.keys, self.values), copies[chunk], strict=True):
+                moved = copy[begin:end].to(each.device, non_blocking=True)
+                each.transpose(0, 1)[part] = moved
+            done += end - begin
+
+
+def _to_host(pages: Tensor, index: Tensor) -> Tensor:
+    """Up to `CHUNK_BLOCKS` blocks, [n, layers, ...]."""
+    # An index makes a copy, also where the device is the host.
+    copied = pages.transpose(0, 1)[index].contiguous()
+    if pages.device.type != "cuda":
+        return copied
+    host = torch.empty((CHUNK_BLOCKS, *copied.shape[1:]), dtype=copied.dtype, pin_memory=True)
+    host[: len(copied)].copy_(copied, non_blocking=True)
+    return host
 
 
 def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:

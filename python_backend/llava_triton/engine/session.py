@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
+from llava_triton.engine.pages import HostBlocks
 
 SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""
@@ -19,7 +18,7 @@ class HostCopy:
     """Keys and values of a session in host memory."""
 
     bytes: int
-    tensors: tuple[Tensor, Tensor] | None = None
+    tensors: HostBlocks | None = None
     """As `Pages.to_host` gives them; filled in by the device thread."""
     failed: bool = False
     """Whether the device thread could not make the copy."""

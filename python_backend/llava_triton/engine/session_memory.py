@@ -261,6 +261,4 @@ def _fill(copy: HostCopy, pages: Pages, blocks: Sequence[int]) -> None:
 def _bring_back(copy: HostCopy, pages: Pages, first: int, blocks: Sequence[int]) -> None:
     if copy.tensors is None:
         raise RuntimeError("a session's keys and values were not copied to host memory")
-    last = first + len(blocks)
-    keys, values = copy.tensors
-    pages.from_host(keys[:, first:last], values[:, first:last], blocks)
+    pages.from_host(copy.tensors, first, blocks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from llava_triton.conversation import Past
 from llava_triton.delta import Delta, FinishReason
 from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.image_store import Digest, digest_of
@@ -36,18 +37,18 @@ class TurnRequest:
     history: tuple[PastTurn, ...] = ()
     """What was said before; only where `start`."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
-    image_digests: tuple[Digest, ...] = field(init=False)
+    image_digests: tuple[Digest, ...] = ()
     """Of each picture's features; computed here, on the caller's thread."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self.text is None and self.image_features is None and not self.history
+        return self.text is None and not self.image_digests and not self.history
 
     def __post_init__(self) -> None:
-        features = self.image_features
-        digests = () if features is None else tuple(digest_of(each) for each in features)
-        object.__setattr__(self, "image_digests", digests)
+        if self.image_features is not None:
+            digests = tuple(digest_of(each) for each in self.image_features)
+            object.__setattr__(self, "image_digests", digests)
 
 
 @dataclass(eq=False)
@@ -62,6 +63,14 @@ class Turn:
     """When its listener last heard of it."""
     asked_for: bool = True
     """Whether a client waits for it, and so whether it counts."""
+    past: Past = ((), None)
+    """The request's `history`, as `ConversationRenderer.past` gives it."""
+    fault: SessionError | None = None
+    """Why it cannot be computed, whatever its session is."""
+
+    def forget_features(self) -> None:
+        """The session has them: the request's own memory goes free."""
+        self.request = replace(self.request, image_features=None)
 
     @property
     def is_over_time(self) -> bool:

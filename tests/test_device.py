@@ -1,0 +1,56 @@
+"""What only a GPU does, as far as it can be seen without one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_triton import device as device_module
+from llava_triton.device import compute_dtype, cuda_graph, is_lost
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses alone: memory that is given away meanwhile would be read by it."""
+    monkeypatch.setattr(device_module, "_warming_stream", lambda _: mock.Mock())
+    for name, stub in {
+        "current_stream": mock.Mock(),
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": mock.Mock,
+        "graph": lambda graph, pool: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+
+    def record() -> tuple[Any, weakref.ref[Tensor]]:
+        starts = torch.arange(3)
+        return cuda_graph(lambda: starts + 1, torch.device("cuda"), None), weakref.ref(starts)
+
+    replay, starts = record()
+    gc.collect()
+    assert starts() is not None
+    assert replay().tolist() == [1, 2, 3]
+    del replay
+    gc.collect()
+    assert starts() is None
+
+
+def test_float16_is_for_gpus() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        compute_dtype("float16", torch.device("cpu"))
+    assert compute_dtype("float16", torch.device("cuda")) is torch.float16
+
+
+def test_a_device_is_lost_when_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert not is_lost(gpu)
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=fault))
+    assert is_lost(gpu)
+    assert not is_lost(torch.device("cpu"))
