@@ -16,8 +16,6 @@ from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness, Pending
 
-AT_ONCE_SECONDS = 1.0
-"""A refusal takes milliseconds; this much more for a machine that does other work too."""
 HANG_SECONDS = 20.0
 """Nothing here takes this long where the engine's thread lives."""
 PICTURES = [Image.new("RGB", (60, 60), (30 * number, 240 - 30 * number, 80)) for number in range(8)]

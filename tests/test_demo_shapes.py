@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlavaProcessor
 
@@ -18,6 +17,7 @@ from demo.build import build_processor
 from demo.conversations import NUMBERS, Conversation, Wanted, describe, random_conversation
 from demo.data import EVALUATION, TRAINING, VALIDATION, encode, normalized, pixels, stream
 from demo.shapes import COLORS, FORMS, PLACES, SIZES, Scene, draw, outline, random_scene
+from tests.properties import given
 
 NOUN = re.compile(
     rf"(?P<size>{'|'.join(SIZES)})? ?(?P<color>{'|'.join(COLORS)})? ?"

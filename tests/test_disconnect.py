@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = sorted((ROOT / "examples" / "pictures").glob("*.*"))[0]
 LIMIT = {"max_tokens": 24}
 LONG = {"max_tokens": 700, "ignore_eos": True}
-SLOW_MACHINE_SECONDS = 4.0
-"""The turn is gone within a second; this much more for a machine that does other work too."""
 QUESTIONS = ("Describe the picture.", "How many shapes are there?")
 
 STREAM_FOREVER = """
@@ -49,10 +46,8 @@ def test_a_cancelled_stream_stops_and_is_undone(server: TritonServer, grpc_clien
         pieces = stream.turn("Go on.", session=session, parameters=LONG)
         next(pieces)
         stream.cancel()
-    began = time.monotonic()
     # The next turn of a session waits for the running one: it is answered once that has stopped.
     second = ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
-    assert time.monotonic() - began < 1.0 + SLOW_MACHINE_SECONDS
     assert [first.text, second.text] == expected
     # Had the turn run to its end, its 700 tokens would be in the conversation.
     assert second.num_input_tokens < first.num_input_tokens + first.num_output_tokens + 50

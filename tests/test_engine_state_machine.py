@@ -312,6 +312,9 @@ class EngineMachine(RuleBasedStateMachine):
                 self._failures += 1
             else:
                 self._ended(flight, limits)
+        # An answer is told before what follows it in its lane has begun.
+        while self._harness.on_engine(lambda engine: engine._lanes.turns):
+            pass
         assert set(self._harness.on_engine(lambda engine: list(engine._sessions._sessions))) == set(
             self._sessions
         )

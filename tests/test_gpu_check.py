@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -88,12 +89,20 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
     )
     assert process.stdout is not None
     told = ""
-    while not all(f"--- {name}: " in told for name in stages):
-        line = process.stdout.readline()
-        assert line, "it ended by itself"
-        told += line
-    process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
+    try:
+        while not all(f"--- {name}: " in told for name in stages):
+            line = process.stdout.readline()
+            assert line, "it ended by itself"
+            told += line
+        process.send_signal(number)
+        process.send_signal(number)  # as impatient people do
+        rest, errors = process.communicate(timeout=60)
+        _, left = psutil.wait_procs(processes_with(f"TMPDIR={scratch}"), timeout=10.0)
+    finally:
+        for each in processes_with(f"TMPDIR={scratch}"):  # the check itself, too
+            each.kill()
+        process.wait()
+    assert left == []
     assert process.returncode == 1, told + rest + errors
     report = output / "gpu-check.json"
     assert f"stopped; what was found is in {report}" in errors
@@ -103,7 +112,6 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
     assert {found[name]["why"] for name in stages} == {"the check was stopped"}
     assert not json.loads(report.read_text())["complete"]
     assert list(scratch.iterdir()) == []
-    assert processes_with(f"TMPDIR={scratch}") == []
 
 
 def test_a_few_stages_do_not_replace_a_whole_report(tmp_path: Path) -> None:
@@ -115,13 +123,13 @@ def test_a_few_stages_do_not_replace_a_whole_report(tmp_path: Path) -> None:
     assert report.read_text() == "{}"
 
 
-def processes_with(variable: str) -> list[str]:
-    """Command lines of the processes that have a variable of the environment."""
+def processes_with(variable: str) -> list[psutil.Process]:
+    """The processes that have a variable of the environment."""
     found = []
     for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # no process, another's, or ended
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):  # no process, another's, or ended
             if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+                found.append(psutil.Process(int(process.name)))
     return found
 
 

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llava_triton.encoded_images import EncodedImages
 from llava_triton.in_order import InOrder
+from tests.properties import given
 
 ROW_BYTES = 4 * 3
 

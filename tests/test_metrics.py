@@ -28,7 +28,9 @@ PUBLISHED_SECONDS = 30.0
 """Numbers are half a second old at the most; this much more for a busy machine."""
 POLL_SECONDS = 0.05
 MAX_SESSIONS = 2
-BLOCKS = 100
+BLOCKS = 1000
+CONTEXT_LENGTH = 16 * BLOCKS
+"""Longer than the checkpoint's own: an answer must last until its turn is seen on the port."""
 
 Metrics = dict[str, float]
 """By name and labels, as they are written."""
@@ -49,6 +51,10 @@ def small_server(
         image_features_bytes=1 << 24,
     )
     (repository / FILE_NAME).write_text(limits.to_json())
+    config = repository / "language_model" / "1" / "checkpoint" / "config.json"
+    values = json.loads(config.read_text())
+    values["text_config"]["max_position_embeddings"] = CONTEXT_LENGTH
+    config.write_text(json.dumps(values))
     with TritonServer(repository, *free_ports(3)) as server:
         yield server
 
@@ -135,7 +141,9 @@ def test_a_series_of_turns(
     small_server: TritonServer, stream: Stream, new_session: Callable[[], str]
 ) -> None:
     server = small_server
-    start = wait_until(server, lambda now: "llava_images" in now)
+    first = "llava_time_to_first_token_seconds"
+    between = "llava_time_between_tokens_seconds"  # the last to be published
+    start = wait_until(server, lambda now: f"{between}_count" in now)
     assert {name: value for name, value in start.items() if value} == {
         'llava_kv_blocks{state="free"}': BLOCKS
     }
@@ -155,9 +163,11 @@ def test_a_series_of_turns(
     ]
     assert refused(stream, text="Hello!", session=third, start=True) is ErrorCode.UNAVAILABLE
     assert refused(stream, session=one) is ErrorCode.INVALID_ARG
-    assert refused(stream, text="long " * 2000, session=two) is ErrorCode.INVALID_ARG
+    assert refused(stream, text="long " * CONTEXT_LENGTH, session=two) is ErrorCode.INVALID_ARG
     cached = sum(answer.num_cached_tokens for answer in answers)
     spoken = [answer for answer in answers if answer.num_output_tokens]
+    # The token that ends an answer is one, too, though it is not shown.
+    tokens = sum(answer.num_output_tokens + (answer.finish_reason == "stop") for answer in spoken)
     shared = answers[2].num_cached_tokens // BLOCK_TOKENS
     assert shared > 0
     now = wait_for(
@@ -192,6 +202,8 @@ def test_a_series_of_turns(
             "llava_image_features_hits_total": 2,
             'llava_image_cache_total{result="miss"}': 2,
             'llava_image_cache_total{result="hit"}': 2,
+            f"{first}_count": len(spoken),
+            f"{between}_count": tokens - len(spoken),
         },
     )
     used = now['llava_kv_blocks{state="used"}']
@@ -199,18 +211,14 @@ def test_a_series_of_turns(
     ends = [answers[position] for position in (4, 3)]
     filled = sum(answer.num_input_tokens + answer.num_output_tokens for answer in ends)
     assert used == pytest.approx(filled / BLOCK_TOKENS - shared, abs=2)
-    first = "llava_time_to_first_token_seconds"
     check_histogram(now, start, first, FIRST_TOKEN_BOUNDS, len(spoken))
-    # The token that ends an answer is one, too, though it is not shown.
-    tokens = sum(answer.num_output_tokens + (answer.finish_reason == "stop") for answer in spoken)
-    between = "llava_time_between_tokens_seconds"
     check_histogram(now, start, between, BETWEEN_TOKENS_BOUNDS, tokens - len(spoken))
     waited = sum(answer.first_token_ms for answer in spoken) / 1000.0
     assert now[f"{first}_sum"] == pytest.approx(waited, rel=1e-3)
 
     # One turn under way, and then broken off.
     with Stream(server.grpc_address) as leaving:
-        endless = {"max_tokens": 900, "ignore_eos": True}
+        endless = {"max_tokens": CONTEXT_LENGTH, "ignore_eos": True}
         next(leaving.turn("Go on.", session=one, parameters=endless))
         wait_for(
             server,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +12,6 @@ from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness
 from tests.small_engine import (
-    AT_ONCE_SECONDS,
     PICTURES,
     Alone,
     Ask,
@@ -283,9 +281,7 @@ def test_refusals_do_not_wait_for_the_device(
         waiting += [Ask("And?").submit(harness, "busy") for _ in range(2)]
         if session_id == "busy":
             waiting.append(Ask("And?").submit(harness, "busy"))
-        began = time.monotonic()
         assert failure(ask.submit(harness, session_id, start=opens)) is code
-        assert time.monotonic() - began < AT_ONCE_SECONDS
         assert not device.going
     for pending in waiting:
         pending.wait()

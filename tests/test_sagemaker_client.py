@@ -94,6 +94,7 @@ def streaming(*parts: bytes | None) -> Behaviour:
     async def send() -> AsyncIterator[bytes]:
         for part in parts:
             if part is None:
+                await asyncio.sleep(0.25)  # what was sent must be read before
                 raise ConnectionAbortedError("as the test wants it")
             yield part
             await asyncio.sleep(0.005)  # or they would leave as one

@@ -37,11 +37,11 @@ def test_an_answer_is_cut_and_the_conversation_goes_on(
     launch = harness.runner.launch
 
     def slow(step: Step) -> LaunchedStep:
-        time.sleep(0.02)  # the device's own time, not a wait: the context must last for the limit
+        time.sleep(0.1)  # the device's own time, not a wait: the context must last for the limit
         return launch(step)
 
     monkeypatch.setattr(harness.runner, "launch", slow)
-    limits: dict[str, Any] = {"max_tokens": 10_000, "ignore_eos": True, "max_seconds": 0.5}
+    limits: dict[str, Any] = {"max_tokens": 10_000, "ignore_eos": True, "max_seconds": 5.0}
     text, final = harness.ask("s", QUESTIONS[1], [picture("red")], start=True, **limits)
     assert final.finish_reason == "time_limit"
     assert 0 < final.num_output_tokens < 100

@@ -126,10 +126,10 @@ class Check:
             self._wait_beside()
 
     def stop(self) -> None:
-        """End what still runs, so that `run` returns; from any thread."""
+        """End what still runs, so that `run` returns; from any thread, and signal handlers."""
         self.stopped = True
         for process in list(self._running):
-            _end(process)
+            _kill(process)
 
     def _wait_beside(self) -> None:
         while self._beside:
@@ -185,7 +185,7 @@ class Check:
         )
         self._running.add(process)
         if self.stopped:  # since `stop` looked
-            _end(process)
+            _kill(process)
         reader = threading.Thread(target=_show, args=(process, stage.name, lines), daemon=True)
         reader.start()
         try:
@@ -193,17 +193,17 @@ class Check:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end(process)
+            _kill(process)
+            process.wait()
             self._running.discard(process)
         reader.join(5.0)  # a grandchild may keep the pipe open
         return code
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     """With its children; a Triton server has a guard in a session of its own, which notices."""
     with contextlib.suppress(ProcessLookupError):  # they have all ended
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _show(process: subprocess.Popen[str], name: str, lines: list[str]) -> None:
