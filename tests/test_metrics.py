@@ -188,8 +188,8 @@ def test_a_series_of_turns(
                 answer.num_input_tokens for answer in answers
             )
             - cached,
-            "llava_answer_tokens_total": sum(answer.num_output_tokens for answer in answers),
-            "llava_kv_blocks_taken_over_total": shared,
+            "llava_generation_tokens_total": sum(answer.num_output_tokens for answer in answers),
+            "llava_prefix_cache_hit_blocks_total": shared,
             "llava_kv_blocks_shared": shared,
             "llava_kv_blocks_copied_total": 0,
             'llava_kv_evictions_total{tier="host"}': 0,
@@ -259,7 +259,7 @@ def test_a_series_of_turns(
                 answer.num_input_tokens for answer in answers
             )
             - cached,
-            "llava_answer_tokens_total": sum(answer.num_output_tokens for answer in answers),
+            "llava_generation_tokens_total": sum(answer.num_output_tokens for answer in answers),
             'llava_kv_blocks{state="used"}': 0,
             'llava_kv_blocks{state="free"}': BLOCKS,
             "llava_kv_blocks_shared": 0,

@@ -99,7 +99,11 @@ class CheckpointWeights:
             )
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors in float32, under the names they are asked for by."""
+        """Tensors in float32, under the names they are asked for by.
+
+        Raises:
+            KeyError: the checkpoint has none of that name; see `check`.
+        """
         import torch
         from safetensors import safe_open
 

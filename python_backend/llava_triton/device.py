@@ -37,7 +37,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A tensor in host memory: itself where it lies there.
+    """A tensor of any shape and type in host memory: itself where it lies there.
 
     Of a GPU's a copy in pinned memory, made in the order of the current stream without waiting for
     it. It is for `to` on that stream only; whoever reads it otherwise waits for the stream.
@@ -49,8 +49,8 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def to_device(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Numbers of the host on a device, copied in the order of the current stream without waiting
-    for it. On a CPU they share the array's memory."""
+    """Numbers of the host on a device, in the array's shape and type, copied in the order of the
+    current stream without waiting for it. On a CPU they share the array's memory."""
     tensor = torch.from_numpy(numbers)
     if device.type != "cuda":
         return tensor

@@ -55,12 +55,14 @@ def engine_metrics(now: Statistics) -> Iterator[Sample]:
         ("reused", now.prompt_tokens_reused),
     ):
         yield _counter("llava_prompt_tokens_total", "Prompt tokens", tokens, source=source)
-    yield _counter("llava_answer_tokens_total", "Tokens generated", now.answer_tokens)
+    yield _counter("llava_generation_tokens_total", "Tokens generated", now.answer_tokens)
     for state, blocks in (("free", now.blocks_free), ("used", now.blocks_used)):
         yield _gauge("llava_kv_blocks", "Blocks of keys and values", blocks, state=state)
     yield _gauge("llava_kv_blocks_shared", "Blocks of several sessions", now.blocks_shared)
     yield _counter(
-        "llava_kv_blocks_taken_over_total", "Blocks shared, not computed", now.blocks_taken_over
+        "llava_prefix_cache_hit_blocks_total",
+        "Blocks found computed by other sessions",
+        now.blocks_taken_over,
     )
     yield _counter(
         "llava_kv_blocks_copied_total", "Shared blocks copied before a write", now.blocks_copied

@@ -98,7 +98,7 @@ class Session:
         Args:
             text: the question.
             image: pictures that join the conversation with it.
-            sampling: max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos.
+            sampling: max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, max_seconds.
 
         Raises:
             SessionError: the session is as it was before the turn.
@@ -111,7 +111,10 @@ class Session:
         image: Picture | Iterable[Picture] | None = None,
         **sampling: Any,
     ) -> AnswerStream:
-        """Ask, and get the answer piece by piece; arguments as for `ask`."""
+        """Ask, and get the answer piece by piece; arguments as for `ask`.
+
+        Errors come from iterating: SessionError, the session is then as it was before the turn.
+        """
         self._leave_stream()
         turn = TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
         self._stream = AnswerStream(self._transport.stream(turn))

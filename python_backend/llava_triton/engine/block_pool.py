@@ -62,7 +62,11 @@ class BlockPool:
         return block
 
     def release(self, block: int) -> None:
-        """Hold a block once less."""
+        """Hold a block once less.
+
+        Raises:
+            ValueError: nobody holds it.
+        """
         if self._holders[block] == 0:
             raise ValueError(f"block {block} is free already")
         self._holders[block] -= 1

@@ -19,15 +19,22 @@ SiluMultiply = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The weights of one layer."""
+    """The weights of one layer, of width W with H query heads, G key-value heads of width D, and I
+    inner values; all in the type of the model."""
 
     attention_norm: Tensor
+    """[W]"""
     qkv: Linear
+    """[T, W] -> [T, (H + 2 * G) * D]: queries, keys, values."""
     attention: PagedAttention
     output: Linear
+    """[T, H * D] -> [T, W]"""
     mlp_norm: Tensor
+    """[W]"""
     gate_up: Linear
+    """[T, W] -> [T, 2 * I]: gates, values."""
     down: Linear
+    """[T, I] -> [T, W]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,7 @@ class Stack:
     cos: Tensor
     """float32 [positions, D / 2], see `PagedAttention.rotate_and_store`."""
     sin: Tensor
+    """Like `cos`."""
 
 
 class HiddenStates(Protocol):

@@ -30,5 +30,5 @@ class Int8Weight:
         return cls((exact / scales[:, None]).round_().to(torch.int8), scales)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The rounded matrix as floats."""
+        """The rounded matrix as floats, [outputs, inputs]."""
         return (self.integers * self.scales[:, None]).to(dtype)

@@ -36,6 +36,9 @@ async def chat_request(
     Without a session: one answer to the whole conversation. In a session, a single user message is
     its next turn; of a whole conversation only what the session does not have is sent, or, where
     that cannot be told, the session is opened again with all of it.
+
+    Raises:
+        AdapterError: invalid_request or image_..., naming the field that cannot be followed.
     """
     parameters = read_parameters(fields)
     conversation = read_conversation(fields["messages"])

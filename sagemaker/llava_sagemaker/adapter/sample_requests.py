@@ -39,7 +39,11 @@ async def sample_request(
     request: Request, fields: dict[str, Any], pictures: Pictures
 ) -> Invocation:
     """`start_session` with `path`, `send_text_prompt` with `prompt_text`, `close_session`; the two
-    latter with `session_id`, or the session header."""
+    latter with `session_id`, or the session header.
+
+    Raises:
+        AdapterError: invalid_request or image_....
+    """
     match fields["type"]:
         case "start_session":
             path = fields.get("path")

@@ -56,7 +56,11 @@ async def session_request(
     request: Request, fields: dict[str, Any], pictures: Pictures
 ) -> Invocation:
     """`{"requestType": "NEW_SESSION"}`, perhaps with `image` (one or a list), `text` and sampling
-    parameters; or `{"requestType": "CLOSE"}`."""
+    parameters; or `{"requestType": "CLOSE"}`.
+
+    Raises:
+        AdapterError: invalid_request or image_....
+    """
     match fields.pop("requestType"):
         case "NEW_SESSION":
             return await _open(request, fields, pictures)
@@ -75,7 +79,11 @@ def empty_session(request: Request) -> Invocation:
 
 
 def raw_picture(request: Request) -> Invocation:
-    """A body of `Content-Type: image/*`: opens a session on it, or shows it in one."""
+    """A body of `Content-Type: image/*`: opens a session on it, or shows it in one.
+
+    Raises:
+        AdapterError: invalid_request, there is no session or no picture.
+    """
     if request.session is None:
         raise invalid_request(
             'a picture alone needs a session: send it with SessionId="NEW_SESSION", or in one'

@@ -41,7 +41,11 @@ _DATATYPES = {
 
 
 def binary_request(request: Request) -> Invocation:
-    """A body that begins with JSON of `json-header-size` bytes, binary tensors behind it."""
+    """A body that begins with JSON of `json-header-size` bytes, binary tensors behind it.
+
+    Raises:
+        AdapterError: invalid_request.
+    """
     given = request.content_parameters.get(_HEADER_SIZE, "")
     if not given.isascii() or not given.isdigit() or int(given[:20]) > len(request.body):
         raise invalid_request(
@@ -60,6 +64,9 @@ def triton_request(request: Request, fields: dict[str, Any], binary: bytes = b""
             client's own `sequence_id` and `sequence_start` have no meaning here.
         fields: its JSON; the parameter `sequence_end` closes the session.
         binary: the tensors behind the JSON.
+
+    Raises:
+        AdapterError: invalid_request, naming what cannot be followed.
     """
     parameters = _object(fields.get("parameters", {}), "parameters")
     end = parameters.get("sequence_end", False)

@@ -55,7 +55,11 @@ class Place:
 
     @cached_property
     def region(self) -> str:
-        """The AWS region."""
+        """The AWS region.
+
+        Raises:
+            DeployError: none is set, or there is none of that name.
+        """
         region: str | None = self._session.region_name
         if region is None:
             raise DeployError("no AWS region is set: give --region, for example us-east-1")

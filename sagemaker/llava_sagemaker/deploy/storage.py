@@ -83,7 +83,11 @@ def put_repository(place: Place, repository: Path) -> str:
 
 
 def remove_other_versions(place: Place, keep_uri: str) -> None:
-    """Delete all versions but one."""
+    """Delete all versions but one.
+
+    Raises:
+        DeployError: that one is not in this deployment's bucket.
+    """
     s3 = place.client("s3")
     ours = f"s3://{place.bucket}/"
     if not keep_uri.startswith(ours):
@@ -93,7 +97,11 @@ def remove_other_versions(place: Place, keep_uri: str) -> None:
 
 
 def max_sessions(place: Place, repository: Path | str) -> float:
-    """How many sessions an instance holds, by a repository's settings: a folder, or its S3 URI."""
+    """How many sessions an instance holds, by a repository's settings: a folder, or its S3 URI.
+
+    Raises:
+        DeployError: the settings are missing or do not say it.
+    """
     try:
         if isinstance(repository, Path):
             text = (repository / "settings.json").read_bytes()
