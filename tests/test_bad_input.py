@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tritonclient.grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.errors import ErrorCode, error_from_text
-from tests.triton import Asker
+from tests.triton import Asker, ask, inputs
 
 PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))
 LIMIT = {"max_tokens": 24}
+HALF = '[{"text": "\\ud800", "answer": ""}]'
 QUESTIONS = ("Describe the picture.", "How many shapes are there?")
 
 
@@ -59,6 +61,9 @@ CASES = [
     _case(INVALID, "a turn takes at most 8", text="?", images=[PICTURES[0].read_bytes()] * 9),
     _case(INVALID, "neither text_input nor image"),
     _case(INVALID, "neither text_input nor image", text=""),
+    _case(INVALID, "image holds 2000000 pictures", text="?", images=[b""] * 2_000_000),
+    _case(INVALID, "bytes long; the limit is 33554432", text="?", images=[b"A" * (70 << 20)]),
+    _case(INVALID, "half of a surrogate pair", text="?", history=HALF),
     _case(INVALID, "context is 1024", text="many words " * 2000),
     _case(INVALID, "the limit is 262144", text="x" * 300_000),
     _case(INVALID, "is not UTF-8", text=b"caf\xe9"),
@@ -157,6 +162,47 @@ def test_a_bad_opening_opens_nothing(asker: Asker) -> None:
     assert error_from_text(error.message()).code is ErrorCode.NOT_FOUND
     answer = asker("Hello!", session=session, start=True, end=True, parameters=LIMIT)
     assert answer.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"parameters": {"max_tokens": 0}},
+        {"history": [HELLO | {"images": 2}]},
+        {"history": [HELLO] * 5000},
+    ],
+    ids=["by the model", "by the engine", "too long"],
+)
+def test_triton_keeps_no_sequence_of_a_refused_opening(asker: Asker, turn: dict[str, Any]) -> None:
+    """It has places for so many, and keeps each until its idle limit."""
+    session = uuid.uuid4().hex
+    refusal(asker, text="?", session=session, start=True, **turn)
+    error = refusal(asker, text="Hello?", session=session)
+    assert error_from_text(error.message()).code is ErrorCode.NOT_FOUND
+    assert f"session {session!r}" not in error.message()  # the engine's words: it was not asked
+
+
+def test_a_refused_opening_leaves_an_open_session_of_its_id(asker: Asker) -> None:
+    session = uuid.uuid4().hex
+    asker("Hello!", session=session, start=True, parameters=LIMIT)
+    refusal(asker, text="?", session=session, parameters={"max_tokens": 0}, start=True)
+    answer = asker("And now?", session=session, parameters=LIMIT, end=True)
+    assert answer.num_cached_tokens > 0
+
+
+def test_a_client_cannot_speak_as_a_model(grpc_client: Any) -> None:
+    """Request parameters by which the models speak with one another mean nothing from outside."""
+    session = uuid.uuid4().hex
+    ask(grpc_client, "Hello!", session=session, start=True, parameters=LIMIT)
+    for name in ("cancel_turn", "release"):
+        result = grpc_client.infer(
+            "llava",
+            inputs(tritonclient.grpc, "Hello?", parameters=LIMIT),
+            sequence_id=session,
+            parameters={name: session},
+        )
+        assert result.as_numpy("num_output_tokens")[0] > 0
+    ask(grpc_client, session=session, end=True)
 
 
 def test_a_bad_end_still_ends(asker: Asker) -> None:

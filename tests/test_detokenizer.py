@@ -171,6 +171,28 @@ def test_special_tokens_show_nothing_and_take_no_space_away(tokenizer: Any) -> N
 
 
 @pytest.mark.parametrize("length", [50, 400])
+def test_malformed_bytes_cost_no_more(length: int) -> None:
+    """One byte that begins no character, then newlines, which are bytes here, too."""
+    tokenizer = sentence_piece()
+    decoded = 0
+    decode = tokenizer.decode
+
+    def counting(ids: list[int], **options: Any) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(decode(ids, **options))
+
+    tokenizer.decode = counting
+    detokenizer = Detokenizer(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<0xE6>", *["<0x0A>"] * (length - 1)])
+    for token in ids:
+        detokenizer.push(token)
+    detokenizer.flush()
+    assert detokenizer.text.count("\n") + detokenizer.text.count(REPLACEMENT) >= length - 1
+    assert decoded < len(ids) * 20 * MAX_UNREADABLE_TOKENS
+
+
+@pytest.mark.parametrize("length", [50, 400])
 def test_a_token_costs_the_same_in_a_long_answer(tokenizer: Any, length: int) -> None:
     class Counting:
         added_tokens_decoder = tokenizer.added_tokens_decoder

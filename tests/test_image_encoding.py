@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,60 @@ def test_a_failure_is_everybodys_and_is_not_remembered() -> None:
     with pytest.raises(ValueError, match="no picture"):
         images.features([b"a"], broken)
     assert torch.equal(images.features([b"a"], encode), encode([b"a"]))
+
+
+def test_one_turns_bad_picture_is_not_another_turns_failure() -> None:
+    images = EncodedImages(10 * ROW_BYTES, b"")
+    begun, go = threading.Event(), threading.Event()
+
+    def broken(pictures: Sequence[bytes]) -> Tensor:
+        begun.set()
+        assert go.wait(10)
+        raise ValueError("the second one is no picture")
+
+    with ThreadPoolExecutor(2) as threads:
+        bad = threads.submit(images.features, [b"good", b"bad"], broken)
+        assert begun.wait(10)
+        good = threads.submit(images.features, [b"good"], encode)
+        while not images.hits:  # it waits for what the other turn makes
+            pass
+        go.set()
+        assert torch.equal(good.result(10), encode([b"good"]))
+        with pytest.raises(ValueError, match="no picture"):
+            bad.result(10)
+
+
+def test_a_copy_that_fails_leaves_nobody_waiting() -> None:
+    images = EncodedImages(10 * ROW_BYTES, b"")
+
+    class NoRoom(Sequence[Tensor]):
+        is_cuda = False
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: Any) -> Any:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        images.features([b"a"], lambda pictures: NoRoom())  # type: ignore[arg-type,return-value]
+    assert torch.equal(images.features([b"a"], encode), encode([b"a"]))
+
+
+def test_a_job_that_raises_keeps_no_other_from_running() -> None:
+    jobs = InOrder(workers=1, most_waiting=2)
+    done = threading.Event()
+
+    def broken() -> None:
+        raise MemoryError
+
+    for _ in range(5):
+        while not jobs.submit("a", broken):
+            pass
+    while not jobs.submit("a", done.set):
+        pass
+    assert done.wait(10)
+    jobs.shutdown()
 
 
 def test_jobs_of_a_session_keep_their_order_and_sessions_do_not_wait() -> None:

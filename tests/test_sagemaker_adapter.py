@@ -308,6 +308,8 @@ def test_streamed_outputs(adapter: Adapter, session: str, expected: list[str]) -
 # What goes wrong.
 
 JSON = "application/json"
+TEXT = {"name": "text_output"}
+IMAGES = {"name": "image", "datatype": "BYTES", "shape": [300]}
 INVALID = (400, "invalid_request")
 LOST = (400, "session_not_found")
 BINARY = "application/vnd.sagemaker-triton.binary+json"
@@ -363,6 +365,16 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     (question("?", temperature=9), "NEW_SESSION", JSON, INVALID, "temperature is 9"),
     ({"inputs": 3}, None, JSON, INVALID, "inputs must be a list"),
     ({"inputs": [{"name": "x"}]}, None, JSON, INVALID, "'x'"),
+    (
+        {"inputs": [], "outputs": [TEXT, TEXT]},
+        None,
+        JSON,
+        INVALID,
+        "'text_output', unknown or twice",
+    ),
+    ({"inputs": [{**IMAGES, "data": ["x"] * 300}]}, None, JSON, INVALID, "more than 256 elements"),
+    (b"{}", None, f'{JSON};"{";" * 2000}', (415, "invalid_request"), "content type"),
+    (b"{}", None, f"{JSON}; a*{'9' * 500}*=x", INVALID, "none of what is understood"),
     (b"{}", None, BINARY, INVALID, "json-header-size"),
     (b"{}", None, f"{BINARY};json-header-size=99", INVALID, "json-header-size"),
     (b"{}", None, f"{BINARY};json-header-size=-1", INVALID, "json-header-size"),

@@ -342,7 +342,7 @@ def _score(options: Options, demo: Path, on_cpu: subprocess.Popen[bytes], scores
     correct = sum(one.correct for one in asked)
     if on_cpu.wait() != 0:
         raise RuntimeError("the evaluation on the CPU failed")
-    expected = json.loads(scores.read_text())["float32"]["correct"]
+    expected = json.loads(scores.read_text())["precisions"]["float32"]["correct"]
     told = f"demo checkpoint: {correct} of {len(asked)} correct, {expected} on the CPU in float32"
     values = {"questions": len(asked), "correct": correct, "correct_on_cpu": expected}
     options.findings.add("scores", values, told)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from llava_triton.errors import SessionError, invalid
 from llava_triton.history import PastTurn
+from llava_triton.sampling_parameters import MAX_STOP_CHARACTERS
 
 Past: TypeAlias = "tuple[Sequence[int], str | None]"
 """Token IDs up to the end of the last answer, and that answer's text; None: nothing was said."""
@@ -24,6 +26,10 @@ def too_long(tokens: int, context: int) -> SessionError:
         f"the conversation would be at least {tokens} tokens long and the model's context is "
         f"{context}; shorten the text or open a new session"
     )
+
+
+SPARE_TOKENS = 16
+"""That an answer may have behind its stop string."""
 
 
 class ConversationRenderer:
@@ -123,13 +129,18 @@ class ConversationRenderer:
 
     def _answer_tokens(self, answer: str) -> list[int]:
         """An answer as the model would have said it behind the generation prompt."""
-        question = self._user_message("", 0)
-        asked = self._render([question])
-        said = self._render([question, self._assistant_message()]).split(self._answer_mark, 1)[0]
+        asked, said = self._around_answer
         # What the template puts between its generation prompt and an answer, a space often, is the
         # model's to say.
         lead = said[len(asked) :] if answer and said.startswith(asked) else ""
         return self._tokenize_after(asked, lead + answer)
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
+        """What the template writes before an answer: to be generated, and said already."""
+        question = self._user_message("", 0)
+        said = self._render([question, self._assistant_message()])
+        return self._render([question]), said.split(self._answer_mark, 1)[0]
 
     def _refuse_placeholder(self, name: str, text: str) -> None:
         if self._image_token in text:
@@ -149,12 +160,14 @@ class ConversationRenderer:
         """
         # Byte-level tokenizers begin an answer with a space, which is not shown.
         lead = " " if self._decode(answer_ids).startswith(" ") else ""
-        for length in range(len(answer_ids), 0, -1):
+        # A stop string takes away a few tokens. (Malformed text may differ from the beginning on.)
+        fewest = max(0, len(answer_ids) - MAX_STOP_CHARACTERS - SPARE_TOKENS)
+        for length in range(len(answer_ids), fewest, -1):
             kept = self._decode(answer_ids[:length])
             if (lead + shown).startswith(kept):
                 rest = (lead + shown)[len(kept) :]
                 return [*answer_ids[:length], *self._tokenize_after(kept, rest)]
-        return self._tokenize(lead + shown)
+        return self._tokenize(lead + shown)[: len(answer_ids)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(

@@ -73,10 +73,12 @@ class Detokenizer:
         if end - self._read > MAX_UNREADABLE_TOKENS:
             # Some of it is malformed for good. It may be cut where no character spans the cut;
             # the last tokens may yet become a character.
-            for cut in range(end - 3, self._read, -1):
-                parts = self._decode(self._read, cut) + self._decode(cut, end)
-                if parts == self._decode(self._read, end):
+            whole = self._decode(self._read, end)
+            for cut in range(end - 3, end - MAX_UNREADABLE_TOKENS, -1):
+                if self._decode(self._read, cut) + self._decode(cut, end) == whole:
                     return self._take(cut)
+            # It spoils what is around it, too; the more there is of it, the longer it takes.
+            return self._take(end - 3)
         return ""
 
     def _take(self, end: int) -> str:

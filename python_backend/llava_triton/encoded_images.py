@@ -42,8 +42,7 @@ class EncodedImages:
         """Features [N, T, D] of pictures; `encode` is called for those that are new.
 
         Raises:
-            Exception: whatever `encode` raises, also where another thread called it for the same
-                picture; nothing is remembered of it.
+            Exception: whatever `encode` raises; nothing is remembered of it.
         """
         digests = [hashlib.sha256(self._fingerprint + picture).digest() for picture in pictures]
         found: dict[bytes, Tensor | Future[Tensor]] = {}
@@ -62,22 +61,39 @@ class EncodedImages:
             self.hits += len(pictures) - len(ours)
         if ours:  # before waiting for anybody: two threads may wait for each other's pictures
             self._encode(ours, encode)
-        parts = [found[digest] for digest in digests]
-        return torch.stack([part.result() if isinstance(part, Future) else part for part in parts])
+        return torch.stack(
+            [
+                self._waited_for(found[digest], digest in ours, picture, encode)
+                for digest, picture in zip(digests, pictures, strict=True)
+            ]
+        )
+
+    def _waited_for(
+        self, found: Tensor | Future[Tensor], ours: bool, picture: bytes, encode: Encode
+    ) -> Tensor:
+        if not isinstance(found, Future):
+            return found
+        try:
+            return found.result()
+        except Exception:
+            if ours:
+                raise
+            # Whoever made it may have failed for another of its pictures.
+            return self.features([picture], encode)[0]
 
     def _encode(self, pictures: dict[bytes, bytes], encode: Encode) -> None:
         try:
             features = encode(list(pictures.values()))
+            # Copies: a row of a batch would keep the whole batch in memory.
+            copies = [each.clone() for each in features]
+            if features.is_cuda:  # only begun yet, and `features` is another's when this returns
+                torch.cuda.current_stream(features.device).synchronize()
         except BaseException as error:
             with self._lock:
                 coming = [self._coming.pop(digest) for digest in pictures]
             for future in coming:
                 future.set_exception(error)
             raise
-        # Copies: a row of a batch would keep the whole batch in memory.
-        copies = [each.clone() for each in features]
-        if features.is_cuda:  # they are only begun, and `features` is another's when this returns
-            torch.cuda.current_stream(features.device).synchronize()
         with self._lock:
             coming = [self._coming.pop(digest) for digest in pictures]
             for digest, copy in zip(pictures, copies, strict=True):

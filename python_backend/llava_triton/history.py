@@ -50,9 +50,19 @@ def _past_turn(number: int, value: Any) -> PastTurn:
         raise _invalid(f"has a turn {number} without a text")
     if not isinstance(answer, str):
         raise _invalid(f"has a turn {number} without an answer")
+    if _has_half_characters(text + answer):
+        raise _invalid(f"has a turn {number} with half of a surrogate pair")
     if not isinstance(images, int) or isinstance(images, bool) or images < 0:
         raise _invalid(f"has a turn {number} whose number of images is none")
     return PastTurn(text, answer, images)
+
+
+def _has_half_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _invalid(fault: str) -> SessionError:

@@ -7,7 +7,9 @@ import binascii
 import io
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.errors import SessionError, invalid
+from llava_triton.picture_bombs import refuse_bombs
 from llava_triton.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -39,6 +42,10 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 # on the server's log first and stand in the way of an operator's larger limit.
 Image.MAX_IMAGE_PIXELS = None
 
+LARGE_PIXELS = 16_000_000
+_one_large = threading.Lock()
+"""Above that pictures are decoded one at a time: one of 50 million pixels takes a gigabyte."""
+
 
 def iterate_images(
     items: Sequence[bytes], settings: Settings, side: int | None = None
@@ -55,6 +62,8 @@ def iterate_images(
     """
     for number, item in enumerate(items, start=1):
         try:
+            if len(item) > 2 * settings.max_image_bytes:  # base64 with line breaks takes less
+                raise _too_long(item, settings)
             image = decode_image(encoded_image(item), settings, side)
         except SessionError as error:
             name = "image" if len(items) == 1 else f"image {number} of {len(items)}"
@@ -114,9 +123,8 @@ def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Im
         SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
     """
     if len(data) > settings.max_image_bytes:
-        raise invalid(
-            f"is {len(data)} bytes long; the limit is {settings.max_image_bytes}: scale it down"
-        )
+        raise _too_long(data, settings)
+    refuse_bombs(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, settings)
@@ -125,7 +133,9 @@ def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Im
                 if factor <= 0.5:  # formats other than JPEG do nothing
                     width, height = (math.ceil(factor * each) for each in image.size)
                     image.draft(None, (width, height))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            large = image.width * image.height > LARGE_PIXELS
+            with _one_large if large else nullcontext():
+                return ImageOps.exif_transpose(image).convert("RGB")
     except (SessionError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -187,6 +197,12 @@ def _check_size(width: int, height: int, settings: Settings) -> None:
             f"has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times as "
             "long as the other"
         )
+
+
+def _too_long(data: bytes, settings: Settings) -> SessionError:
+    return invalid(
+        f"is {len(data)} bytes long; the limit is {settings.max_image_bytes}: scale it down"
+    )
 
 
 def _no_picture(data: bytes) -> str:

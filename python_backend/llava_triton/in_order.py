@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 
+log = logging.getLogger(__name__)
+
 Job = Callable[[], None]
-"""Raises nothing."""
+"""Tells itself how it ended; what it raises is logged."""
 
 
 class InOrder:
@@ -61,7 +64,10 @@ class InOrder:
 
     def _run(self, session: Hashable, job: Job) -> None:
         while True:
-            job()
+            try:
+                job()
+            except Exception:
+                log.exception("a job failed")
             with self._lock:
                 self._jobs -= 1
                 lane = self._lanes[session]

@@ -56,7 +56,11 @@ TURN_ID = "turn_id"
 WHOLE_ANSWER = "whole_answer"
 """Request parameter: answer once, not piece by piece."""
 CANCEL_TURN = "cancel_turn"
-"""Request parameter: the ID of a turn to cancel; the request has no other meaning."""
+"""Request parameter: the ID of a turn to cancel, which is the request's sequence ID, too, with
+START and END; the request has no other meaning."""
+RELEASE = "release"
+"""Request parameter of an END by language_model to itself, with a value that it alone knows: the
+session never opened, and Triton shall know no more of its sequence than the engine does."""
 
 
 def parse_turn(

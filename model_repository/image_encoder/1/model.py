@@ -13,9 +13,10 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
 from llava_triton import protocol
+from llava_triton.bytes_tensors import limit_elements
 from llava_triton.device import default_device
 from llava_triton.encoded_images import EncodedImages
-from llava_triton.errors import ErrorCode, SessionError, unavailable
+from llava_triton.errors import ErrorCode, SessionError, invalid, unavailable
 from llava_triton.images import PixelValues, iterate_images
 from llava_triton.in_order import InOrder
 from llava_triton.metrics import Publisher, image_encoder_metrics
@@ -45,13 +46,18 @@ class TritonPythonModel:
         self._features_memory = pb_utils.PreferredMemory(
             pb_utils.TRITONSERVER_MEMORY_GPU if on_gpu else pb_utils.TRITONSERVER_MEMORY_CPU
         )
+        limit_elements(pb_utils, self._settings.max_images_per_turn + 1)
         self._jobs = InOrder(min(MAX_WORKERS, os.cpu_count() or 1), self._settings.max_queued_turns)
         self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._encoded))
 
     def execute(self, requests: list[Any]) -> None:
         """Answer requests without a picture at once, the others from a worker."""
         for request in requests:
-            self._start(request.correlation_id(), _images(request), request.get_response_sender())
+            sender = request.get_response_sender()
+            try:
+                self._start(request.correlation_id(), _images(request), sender)
+            except Exception as error:  # such as an ID that is no text
+                _send_error(sender, invalid(f"the request cannot be read: {error}"))
 
     def finalize(self) -> None:
         """Let running pictures finish."""
@@ -94,6 +100,8 @@ class TritonPythonModel:
                 pass
         except SessionError as numbered:
             return numbered
+        except Exception:  # at full size, which memory may not suffice for
+            pass
         return error
 
     def _encode(self, items: Sequence[bytes]) -> Tensor:

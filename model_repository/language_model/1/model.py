@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ from llava_triton.errors import ErrorCode, SessionError, as_session_error
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
+
+log = logging.getLogger(__name__)
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 START = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
@@ -47,18 +54,24 @@ class TritonPythonModel:
         self._device = device
         self._engine = Engine(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
         self._responses = ResponseThread()
+        self._stopping = False
+        self._secret = uuid.uuid4().hex
+        self._calls = ThreadPoolExecutor(1, "releases")
         self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the engine; the answers follow through their response senders."""
         for request in requests:
             parameters = json.loads(request.parameters() or "{}")
-            if protocol.CANCEL_TURN in parameters:
-                self._engine.cancel(parameters[protocol.CANCEL_TURN])
+            if self._is_between_models(request, parameters):
                 request.get_response_sender().send(flags=FINAL)
                 continue
             whole = protocol.WHOLE_ANSWER in parameters
-            responder = Responder(request.get_response_sender(), self._responses, whole)
+            opens = request.flags() & (START | END) == START
+            refused = partial(self._release, request.correlation_id()) if opens else None
+            responder = Responder(
+                request.get_response_sender(), self._responses, whole=whole, refused=refused
+            )
             try:
                 with work_beside(self._device):  # it waits for the features' digests
                     turn = self._turn_request(request)
@@ -70,9 +83,49 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Free every session."""
+        self._stopping = True
         self._metrics.stop()
         self._engine.shutdown()
+        self._calls.shutdown()
         self._responses.stop()
+
+    def _is_between_models(self, request: Any, parameters: dict[str, Any]) -> bool:
+        """Whether a request comes from disconnect_watch or from here, and is done with."""
+        turn_id = parameters.get(protocol.CANCEL_TURN)
+        alone = request.flags() & (START | END) == START | END
+        if alone and turn_id and turn_id == request.correlation_id():
+            self._engine.cancel(turn_id)
+            return True
+        return bool(parameters.get(protocol.RELEASE) == self._secret)
+
+    def _release(self, session_id: int | str, tell: Callable[[], None]) -> None:
+        """A session was not opened: before its client hears of it, Triton lets its sequence go.
+
+        It would keep it until its idle limit, and has places for so many only.
+        """
+        if self._stopping:  # Triton lets everything go
+            tell()
+        else:
+            self._calls.submit(self._release_now, session_id, tell)
+
+    def _release_now(self, session_id: int | str, tell: Callable[[], None]) -> None:
+        try:
+            if not self._engine.knows(session_id):  # one of the same ID may have been open before
+                call = pb_utils.InferenceRequest(
+                    model_name="language_model",
+                    requested_output_names=[],
+                    inputs=[],
+                    correlation_id=session_id,
+                    flags=END,
+                    parameters={protocol.RELEASE: self._secret},
+                )
+                for response in call.exec(decoupled=True):
+                    if response.has_error():
+                        log.warning("sequence %r was not let go: %s", session_id, response.error())
+        except Exception:
+            log.exception("sequence %r was not let go", session_id)
+        finally:
+            tell()
 
     def _refuse(self, request: Any, responder: Responder, error: SessionError) -> None:
         """Answer with an error; the session stays as it is, unless the request ends it."""
@@ -107,18 +160,30 @@ class Responder:
         sender: Triton's response sender of the request.
         responses: the thread that sends.
         whole: gather the answer and send it once, for callers that cannot stream.
+        refused: is called before an error is sent, and calls in its turn what sends it.
     """
 
-    def __init__(self, sender: Any, responses: ResponseThread, whole: bool) -> None:
+    def __init__(
+        self,
+        sender: Any,
+        responses: ResponseThread,
+        *,
+        whole: bool,
+        refused: Callable[[Callable[[], None]], None] | None,
+    ) -> None:
         self._sender = sender
         self._responses = responses
+        self._refused = refused
         self._pieces: list[str] | None = [] if whole else None
         self._watched_at = time.monotonic()
         self.turn_id = ""
 
     def __call__(self, event: Delta | SessionError) -> None:
         """Called on the engine's thread, in order; the last event is final."""
-        self._responses.put(self, event)
+        if isinstance(event, SessionError) and self._refused is not None:
+            self._refused(lambda: self._responses.put(self, event))
+        else:
+            self._responses.put(self, event)
 
     def send(self, event: Delta | SessionError) -> None:
         """Send one event; called on the response thread."""

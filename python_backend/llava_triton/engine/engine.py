@@ -138,6 +138,12 @@ class Engine:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
         self._command(lambda: self._close_now(session_id))
 
+    def knows(self, session_id: SessionId) -> bool:
+        """Whether a session is open or has turns on their way; waits as `statistics` does."""
+        sessions, lanes = self._sessions, self._lanes
+        look = self.on_thread(lambda: sessions.find(session_id) is not None or session_id in lanes)
+        return look.result()
+
     def statistics(self) -> Statistics:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
         return self.on_thread(self._count).result()

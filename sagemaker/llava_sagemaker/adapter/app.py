@@ -132,7 +132,12 @@ class Adapter:
                 first = await _while_connected(http, anext(pieces))
             streams = True
             return EventStream(
-                invocation, first, pieces, self._headers(invocation), partial(self._ended, kind)
+                invocation.format,
+                invocation.completed,
+                first,
+                pieces,
+                self._headers(invocation),
+                partial(self._ended, kind),
             )
         except ClientDisconnect:
             outcome = "disconnected"

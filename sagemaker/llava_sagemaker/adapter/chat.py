@@ -78,7 +78,7 @@ async def chat_request(
         parameters.stream,
         opened=session_id if request.opens else None,
         reopens=reopens,
-        completed=remembered.turn_begins(session_id, before, conversation),
+        completed=remembered.turn_begins(session_id, before, conversation, starts),
     )
 
 

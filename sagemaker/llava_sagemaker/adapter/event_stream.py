@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llava_sagemaker.adapter.errors import as_adapter_error
-from llava_sagemaker.adapter.invocation import Invocation
+from llava_sagemaker.adapter.invocation import AnswerFormat
 from llava_triton.delta import Delta
 
 SILENCE_SECONDS = 300.0
@@ -20,7 +20,8 @@ class EventStream(StreamingResponse):
     """The HTTP answer of a streamed invocation. Left early by its client, it cancels the turn.
 
     Args:
-        invocation: how to write the answer.
+        written: how to write the answer.
+        completed: is told its whole text, once it is complete.
         first: its first piece.
         pieces: the others.
         headers: of the answer.
@@ -29,14 +30,17 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        invocation: Invocation,
+        written: AnswerFormat,
+        completed: Callable[[str], None],
         first: Delta,
         pieces: AsyncGenerator[Delta, None],
         headers: dict[str, str],
         ended: Callable[[str], None],
     ) -> None:
         super().__init__(self._events(first), headers=headers, media_type="text/event-stream")
-        self._invocation = invocation
+        # Not the invocation: its turn holds pictures, and the answer may take long.
+        self._written = written
+        self._completed = completed
         self._pieces = pieces
         self._ended = ended
         self._outcome = "disconnected"
@@ -50,7 +54,7 @@ class EventStream(StreamingResponse):
             self._ended(self._outcome)
 
     async def _events(self, piece: Delta) -> AsyncIterator[bytes]:
-        written, text = self._invocation.format, [piece.text]
+        written, text = self._written, [piece.text]
         try:
             while True:
                 if events := written.piece(piece):
@@ -60,7 +64,7 @@ class EventStream(StreamingResponse):
                 async with asyncio.timeout(SILENCE_SECONDS):
                     piece = await anext(self._pieces)
                 text.append(piece.text)
-            self._invocation.completed("".join(text))
+            self._completed("".join(text))
             self._outcome = "ok"
             if events := written.end(piece):
                 yield events

@@ -146,7 +146,7 @@ class ImageFetcher:
         headers = [("Host", parts.hostname or ""), ("Accept", "image/*"), ("Connection", "close")]
         try:
             request = h11.Request(method="GET", target=target, headers=headers)
-        except h11.LocalProtocolError:
+        except (h11.LocalProtocolError, UnicodeEncodeError):
             raise _not_fetched(
                 url, "its path has characters that must be percent-encoded"
             ) from None
@@ -185,7 +185,7 @@ class ImageFetcher:
             found = self._s3.get_object(Bucket=bucket, Key=key)
             with found["Body"] as body:
                 data: bytes = body.read(self._limit + 1)
-        except (BotoCoreError, ClientError) as error:
+        except (BotoCoreError, ClientError, ValueError) as error:  # the last: half a character
             raise _not_fetched(url, str(error)) from None
         if len(data) > self._limit:
             raise _too_large(url, self._limit)

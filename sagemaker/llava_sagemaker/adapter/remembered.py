@@ -57,7 +57,7 @@ class Remembered:
         shown = protocol.IMAGE in turn.tensors
         if not turn.start:
             shown = shown or self.shown_elsewhere(turn.session_id)
-        known = self._put(turn.session_id, _Known(shown_elsewhere=shown))
+        known = self._put(turn.session_id, _Known(shown_elsewhere=shown), turn.start)
 
         def completed() -> None:
             silent = turn.tensors.keys() <= {protocol.IMAGE, protocol.SAMPLING_PARAMETERS}
@@ -67,12 +67,13 @@ class Remembered:
         return completed
 
     def turn_begins(
-        self, session_id: str, before: bytes | None, asked: Conversation
+        self, session_id: str, before: bytes | None, asked: Conversation, opens: bool
     ) -> Callable[[str], None]:
         """A session is asked.
 
         Args:
             session_id: whose.
+            opens: whether it opens with that.
             before: the digest of what was said in it before; None where that is not known.
             asked: the question and its pictures.
 
@@ -80,7 +81,8 @@ class Remembered:
             What to call with the whole answer. Until then, and for ever if the turn fails or
             another one comes meanwhile, the session's conversation is not known.
         """
-        known = self._put(session_id, _Known(shown_elsewhere=self.shown_elsewhere(session_id)))
+        shown = self.shown_elsewhere(session_id)
+        known = self._put(session_id, _Known(shown_elsewhere=shown), opens)
 
         def completed(answer: str) -> None:
             # After another turn has begun this object is nobody's: it does no harm.
@@ -89,7 +91,10 @@ class Remembered:
 
         return completed
 
-    def _put(self, session_id: str, known: _Known) -> _Known:
+    def _put(self, session_id: str, known: _Known, opens: bool) -> _Known:
+        if not opens and session_id not in self._known:
+            # Forgotten, or an ID that somebody made up: those must not push out the others.
+            return known
         self._known[session_id] = known
         self._known.move_to_end(session_id)
         while len(self._known) > self._limit:

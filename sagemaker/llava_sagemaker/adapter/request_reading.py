@@ -15,6 +15,8 @@ from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
+MOST_CONTENT_TYPE = 1000
+"""Characters: reading its parameters takes the square of them."""
 LARGEST_BODIES = 16
 """All bodies that are read or answered at once may take as much as so many of the largest."""
 
@@ -68,12 +70,18 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
     session = http.headers.get(SESSION_ID)
     if session is not None and session != NEW_SESSION:
         session = checked_session_id(session)
+    named = http.headers.get("content-type", "")
+    if len(named) > MOST_CONTENT_TYPE:
+        raise unknown_content_type(named)
     header = Message()
-    header["Content-Type"] = http.headers.get("content-type", "")
-    parameters = {name.lower(): value for name, value in header.get_params([])[1:]}
+    header["Content-Type"] = named
+    try:
+        parameters = {name.lower(): value for name, value in header.get_params([])[1:]}
+    except ValueError:
+        raise unknown_content_type(named) from None
     return Request(
         session=session,
-        content_type=http.headers.get("content-type", "").partition(";")[0].strip().lower(),
+        content_type=named.partition(";")[0].strip().lower(),
         content_parameters=parameters,
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
         body=await _body(http, limit_bytes, take),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_sagemaker.adapter.errors import invalid_request
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.invocation import (
     AnswerFormat,
     Body,
@@ -24,6 +24,8 @@ from llava_triton.delta import Delta
 
 BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
 _HEADER_SIZE = "json-header-size"
+_MOST_ELEMENTS = 256
+"""Of an input: more than the models would take, whose own limit is told by them."""
 _INPUTS = (
     protocol.TEXT_INPUT,
     protocol.IMAGE,
@@ -155,13 +157,23 @@ def _tensors(inputs: Any, binary: bytes) -> Iterator[tuple[str, tuple[int, bytes
 def _strings(name: str, data: Any) -> Iterator[bytes]:
     if not isinstance(data, list) or not all(isinstance(value, str) for value in data):
         raise invalid_request(f"the input {name} must have data, a flat list of strings")
+    if len(data) > _MOST_ELEMENTS:
+        raise _too_many(name)
     yield from map(utf8, data)
+
+
+def _too_many(name: str) -> AdapterError:
+    return invalid_request(
+        f"the input {name} has more than {_MOST_ELEMENTS} elements; send pictures in several turns"
+    )
 
 
 def _packed_elements(name: str, data: bytes) -> int:
     """How many elements there are, each behind its length."""
     count = position = 0
     while position < len(data):
+        if count == _MOST_ELEMENTS:
+            raise _too_many(name)
         end = position + 4
         if end <= len(data):
             end += struct.unpack_from("<I", data, position)[0]
@@ -181,13 +193,16 @@ def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[str, bool]
         return
     if not isinstance(given, list):
         raise invalid_request("outputs must be a list")
+    seen = set()
     for tensor in given:
         fields = _object(tensor, "each of outputs")
         name = fields.get("name")
-        if not isinstance(name, str) or name not in _DATATYPES:
+        if not isinstance(name, str) or name not in _DATATYPES or name in seen:
             raise invalid_request(
-                f"outputs has the unknown {str(name)[:80]!r}; known are {', '.join(_DATATYPES)}"
+                f"outputs has {str(name)[:80]!r}, unknown or twice; known are "
+                f"{', '.join(_DATATYPES)}"
             )
+        seen.add(name)
         parameters = _object(fields.get("parameters", {}), "parameters")
         yield name, parameters.get("binary_data", binary_by_default) is True
 

@@ -131,13 +131,14 @@ class Triton:
         """
         call = self._call()
         message = turn.message()
-        message.id = uuid.uuid4().hex
+        turn_id = message.id = uuid.uuid4().hex
         ended = False
         try:
             with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
                 await call.write(message)
+            del message, turn  # with their pictures: the answer may take long
             while not ended and (response := await call.read()) is not grpc.aio.EOF:
-                if response.infer_response.id not in (message.id, ""):
+                if response.infer_response.id not in (turn_id, ""):
                     continue  # an earlier turn's of this call: nobody else may see it
                 if response.error_message:
                     raise error_from_text(response.error_message)
