@@ -5,6 +5,7 @@ They need nothing of conftest.py: a GPU machine may lack what it imports.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def _dtype(device: str) -> str:
 
 
 def _allocated() -> int:
+    gc.collect()  # an engine before this one is a cycle: freed meanwhile, it would hide a leak
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
 

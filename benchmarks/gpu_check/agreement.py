@@ -317,6 +317,8 @@ def measure(options: Options) -> None:
         )
         values = asdict(agreement) | {"unexplained": agreement.unexplained}
         findings.add(f"agreement_{name}", values, told)
+        total = sum(each.unexplained for each in found.values())
+        findings.add("unexplained", total, f"{total} answers differ without cause so far")
         for each in agreement.differences:
             print(
                 f"  at {each.position}: {each.expected} or {each.got}, {each.gap_roundings:.1f} "
@@ -330,11 +332,8 @@ def measure(options: Options) -> None:
     random = random_conversations(workload)
     checkpoint = ROOT / "demo" / "checkpoint"
     findings.attempt("demo checkpoint", lambda: part("demo", checkpoint, demo_conversations()))
-    findings.attempt("scores", lambda: _score(options, demo, on_cpu, scores))
     findings.attempt(options.geometry, lambda: part(options.geometry, options.checkpoint, random))
-    if len(found) == 2:
-        total = sum(each.unexplained for each in found.values())
-        findings.add("unexplained", total, f"{total} answers differ without cause in all")
+    findings.attempt("scores", lambda: _score(options, demo, on_cpu, scores))
 
 
 def _score(options: Options, demo: Path, on_cpu: subprocess.Popen[bytes], scores: Path) -> None:

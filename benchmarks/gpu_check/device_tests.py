@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.gpu_check.pythons import ROOT
@@ -25,11 +26,18 @@ def measure(options: Options) -> None:
     if importlib.util.find_spec("tritonclient") is None:
         chosen, more = [each for each in chosen if each in BY_THEMSELVES], ["--noconftest"]
         findings.leave_out("tests with fixtures", f"without tritonclient: {WITH_FIXTURES}")
-    results = options.folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more]
     passed, skipped = 0, 0
-    for file in chosen:  # one by one: a stage that is cut off keeps what the first ones showed
-        done = subprocess.run([*command, file, f"--junitxml={results}"], cwd=ROOT, check=False)
+    running = {}
+    for file in chosen:  # side by side: most of the time they compile kernels
+        results = options.folder / f"{Path(file).stem}.xml"
+        started = subprocess.Popen([*command, file, f"--junitxml={results}"], cwd=ROOT)
+        running[file] = started, results
+    for file, (started, results) in running.items():
+        status = started.wait()
+        if not results.exists():
+            findings.fault(f"{file} ended without results (exit status {status})")
+            continue
         suite = ElementTree.parse(results).getroot().find("testsuite")
         assert suite is not None
         tests, failures, errors, left = (
@@ -39,8 +47,8 @@ def measure(options: Options) -> None:
         passed, skipped = passed + tests - bad - left, skipped + left
         findings.add("passed", passed, f"{passed} tests passed, up to those of {file}")
         findings.add("skipped", skipped, f"{skipped} were skipped")
-        if done.returncode != 0:
-            findings.fault(f"{bad} tests failed in {file} (exit status {done.returncode})")
+        if status != 0:
+            findings.fault(f"{bad} tests failed in {file} (exit status {status})")
 
 
 if __name__ == "__main__":

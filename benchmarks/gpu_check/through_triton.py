@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from benchmarks.gpu_check.openings import Openings
 from benchmarks.gpu_check.rows import Rows, limits_of
-from benchmarks.gpu_check.stage import Options, read_findings, repository_folder, run_stage
+from benchmarks.gpu_check.stage import (
+    Findings,
+    Options,
+    read_findings,
+    repository_folder,
+    run_stage,
+)
 from benchmarks.gpu_check.ways import TritonWay
 from benchmarks.workload import Workload
 from llava_export.vision import features_shape, llava_config
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.server import TritonServer, free_ports
+
+WORTH_TELLING = ("unrecorded", "falling back", "CUDA", "cuda", "IPC")
+TAIL_LINES = 80
+
+
+@contextmanager
+def _log_shown(log: Path, findings: Findings) -> Iterator[None]:
+    """Show of the server's log what may explain the figures, and its end where something broke."""
+    broke = True
+    try:
+        yield
+        broke = bool(findings.faults)
+    finally:
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        told = [line for line in lines if any(word in line for word in WORTH_TELLING)]
+        for line in lines[-TAIL_LINES:] if broke else told[:TAIL_LINES]:
+            print(f"  log: {line}", flush=True)
 
 
 def measure(options: Options) -> None:
@@ -24,7 +50,7 @@ def measure(options: Options) -> None:
     workload = Workload(str(options.checkpoint), str(repository))
     log = options.folder / "triton.log"
     began = time.perf_counter()
-    with TritonServer(repository, *free_ports(3), log=log) as server:
+    with _log_shown(log, findings), TritonServer(repository, *free_ports(3), log=log) as server:
         seconds = time.perf_counter() - began
         findings.add("start_seconds", seconds, f"the server is ready after {seconds:.1f} s")
         way = TritonWay(lambda: GrpcTransport(server.grpc_address))

@@ -148,7 +148,7 @@ class TritonServer:
         ]
         self._guard = subprocess.Popen(
             [*guard, *self._command(installation, self._run_folder)],
-            env=installation.environment(),
+            env=installation.environment(self._run_folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log_file,
@@ -171,6 +171,9 @@ class TritonServer:
             "exit-timeout-secs": _EXIT_SECONDS,
             # Image features go from model to model in it: of pictures that are opened together.
             "cuda-memory-pool-byte-size": f"0:{_GPU_POOL_BYTES}",
+            # Where that pool is full, Triton takes host memory. Not pinned: the Python backend's
+            # stub copies to that as if it were a GPU's, and features of nobody's would go on.
+            "pinned-memory-pool-byte-size": 0,
         }
         for service, port in self.ports.items():
             options[f"{service}-address"] = self.host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -54,8 +55,11 @@ class Installation:
         shutil.copy2(self.stub, python_backend / "triton_python_backend_stub")
         return python_backend.parent
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, run_folder: Path) -> dict[str, str]:
         """The environment under which the models find this Python and its packages.
+
+        Args:
+            run_folder: for what must be made for it.
 
         The wheel's stub ignores PYTHONPATH: it takes the virtual environment that the first
         `python3` on PATH belongs to. Other releases' stubs go by PYTHONPATH.
@@ -65,12 +69,35 @@ class Installation:
         environment = dict(os.environ)
         _put_first(environment, "PATH", [str(Path(sys.executable).parent)])
         _put_first(environment, "PYTHONPATH", packages)
-        _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in self.libraries])
+        libraries = [*self.libraries, *_cuda_driver(run_folder)]
+        _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in libraries])
         # What a model prints belongs in the log at once, not when its buffer is full.
         environment["PYTHONUNBUFFERED"] = "1"
         for name, value in CPU_ENVIRONMENT.items():
             environment.setdefault(name, value)
         return environment
+
+
+def _cuda_driver(run_folder: Path) -> list[Path]:
+    """The directory of a link that the machine lacks: Triton's Python backend looks for the driver
+    as `libcuda.so`, which only development packages install, and calls it even without."""
+    if _loads("libcuda.so") or not _loads("libcuda.so.1"):
+        return []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/libcuda.so" in line:
+            folder = run_folder / "lib"
+            folder.mkdir()
+            (folder / "libcuda.so").symlink_to(line[line.index("/") :])
+            return [folder]
+    return []
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def find_installation() -> Installation:

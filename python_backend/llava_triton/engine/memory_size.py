@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def device_memory(device: torch.device) -> int:
     """Free bytes of the device."""
     if device.type == "cuda":
         # What torch keeps of freed tensors is free, too: packing leaves the weights' old pieces.
+        gc.collect()
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return host_memory()

@@ -116,6 +116,11 @@ class ModelRunner:
         )
 
     @property
+    def records_steps(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        return self._recorded is not None
+
+    @property
     def device(self) -> torch.device:
         """Where features, keys and values live."""
         return torch.device(self._text_model.device)
