@@ -12,7 +12,9 @@ MOST_JPEG_SEGMENTS = 2000
 MOST_EXIF_SEGMENTS = 16
 """Pillow joins them one by one, copying all before."""
 MOST_PNG_CHUNKS = 50_000
-_BMP_COMPRESSION = slice(30, 34)
+_BMP_HEADER, _BMP_COMPRESSION = slice(14, 18), slice(30, 34)
+_BMP_WITH_COMPRESSION = 40
+"""The header's size, from which on it says how the pixels are packed."""
 _RUN_LENGTHS = (1, 2)
 """Their decoder is written in Python."""
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
@@ -33,8 +35,10 @@ def refuse_bombs(data: bytes) -> None:
     elif data.startswith(b"\x89PNG"):
         _check_png(data)
     elif data.startswith(b"BM"):
-        compression = int.from_bytes(data[_BMP_COMPRESSION], "little")
-        if compression in _RUN_LENGTHS:
+        header, compression = (
+            int.from_bytes(data[each], "little") for each in (_BMP_HEADER, _BMP_COMPRESSION)
+        )
+        if header >= _BMP_WITH_COMPRESSION and compression in _RUN_LENGTHS:
             raise _refused("is a BMP with run lengths")
 
 

@@ -23,7 +23,7 @@ from llava_triton.delta import Delta
 from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import ErrorCode, SessionError, as_session_error
+from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
@@ -147,7 +147,7 @@ class TritonPythonModel:
             start=bool(flags & START),
             end=bool(flags & END),
             text=text,
-            image_features=_features(request),
+            image_features=_features(request, self._settings.max_images_per_turn),
             history=protocol.parse_history(_array(request, protocol.HISTORY), self._settings),
             sampling=sampling,
         )
@@ -220,14 +220,20 @@ def _array(request: Any, name: str) -> np.ndarray | None:
     return None if tensor is None else tensor.as_numpy()
 
 
-def _features(request: Any) -> torch.Tensor | None:
-    """The request's image features [N, T, D]; None where it has no image (N = 0)."""
+def _features(request: Any, most: int) -> torch.Tensor | None:
+    """The request's image features [N, T, D]; None where it has no image (N = 0).
+
+    Raises:
+        SessionError: INVALID_ARG, N is above `most`: each would be looked at one by one.
+    """
     tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE_FEATURES)
     if tensor is None:
         return None
     # The request's memory is Triton's again once the answer is sent; the session outlives it.
-    features = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
-    return features if features.shape[0] else None
+    features = torch.utils.dlpack.from_dlpack(tensor.to_dlpack())
+    if features.shape[0] > most:
+        raise invalid(f"image_features has {features.shape[0]} pictures; a turn takes {most}")
+    return features.clone() if features.shape[0] else None
 
 
 def _triton_error(error: SessionError) -> Any:

@@ -64,7 +64,7 @@ async def chat_request(
         session_id,
         **flags,
         text=conversation.text,
-        images=await pictures.load(images),
+        images=await pictures.load(images, request.take),
         sampling=parameters.sampling,
         history=history_to_json(history) if history else None,
     )

@@ -26,6 +26,8 @@ class Request:
     wants_events: bool
     """`Accept: text/event-stream`."""
     body: bytes
+    take: Callable[[int], None]
+    """Takes so many bytes more of what the request may have, see `BodyRoom.share`."""
 
     @property
     def opens(self) -> bool:

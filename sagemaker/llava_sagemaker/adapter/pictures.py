@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
@@ -32,22 +32,32 @@ class Pictures:
         self._fetch = fetch
         self._limit = limit
 
-    async def load(self, named: Sequence[Any]) -> list[bytes]:
+    async def load(self, named: Sequence[Any], take: Callable[[int], None]) -> list[bytes]:
         """Pictures for the input `image`, in order.
 
         Base64 and data URIs go as they came: Triton's side decodes them.
 
+        Args:
+            named: by the request.
+            take: takes room for those that are fetched.
+
         Raises:
-            AdapterError: image_..., one of them is no picture or may not be fetched.
+            AdapterError: image_..., one of them is no picture or may not be fetched; or there is
+                no room for it.
         """
         if len(named) > self._limit:
             raise invalid_request(
                 f"the request has {len(named)} pictures; it may have {self._limit}: send the "
                 "others in later turns of a session"
             )
-        return list(await asyncio.gather(*map(self._one, named)))
+        coming = [asyncio.ensure_future(self._one(each, take)) for each in named]
+        try:
+            return list(await asyncio.gather(*coming))
+        finally:
+            for each in coming:  # those behind one that failed
+                each.cancel()
 
-    async def _one(self, named: Any) -> bytes:
+    async def _one(self, named: Any, take: Callable[[int], None]) -> bytes:
         if not isinstance(named, str) or not named:
             raise AdapterError(
                 400, "image_invalid", "a picture must be base64 text, a data URI or a URL"
@@ -55,4 +65,6 @@ class Pictures:
         scheme, colon, _ = named[:16].partition(":")
         if not colon or scheme.lower() == "data":
             return named.encode(errors="replace")
-        return await self._fetch(named)
+        fetched = await self._fetch(named)
+        take(len(fetched))
+        return fetched

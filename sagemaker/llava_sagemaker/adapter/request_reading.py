@@ -22,7 +22,7 @@ LARGEST_BODIES = 16
 
 
 class BodyRoom:
-    """What all bodies together may take in memory.
+    """What all bodies together, and the pictures that they name, may take in memory.
 
     Args:
         limit_bytes: of one body.
@@ -85,6 +85,7 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
         content_parameters=parameters,
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
         body=await _body(http, limit_bytes, take),
+        take=take,
     )
 
 
@@ -111,7 +112,8 @@ def _too_large(limit: int) -> AdapterError:
     return AdapterError(
         413,
         "body_too_large",
-        f"the body is larger than {limit} bytes; send a smaller picture, or fewer at once",
+        f"the body, with the pictures that it names, is larger than {limit} bytes; send smaller "
+        "ones, or fewer at once",
     )
 
 

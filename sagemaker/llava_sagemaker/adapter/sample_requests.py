@@ -47,7 +47,7 @@ async def sample_request(
     match fields["type"]:
         case "start_session":
             path = fields.get("path")
-            images = await pictures.load([] if path is None else [path])
+            images = await pictures.load([] if path is None else [path], request.take)
             session_id = new_session_id()
             opening = turn(session_id, start=True, images=images)
             return in_session("sample", opening, _Fixed({"session_id": session_id}))

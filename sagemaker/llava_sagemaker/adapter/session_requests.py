@@ -100,7 +100,9 @@ async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) ->
     image = fields.pop("image", [])
     if text is not None and not isinstance(text, str):
         raise invalid_request("text must be a string")
-    images: Sequence[bytes] = await pictures.load(image if isinstance(image, list) else [image])
+    images: Sequence[bytes] = await pictures.load(
+        image if isinstance(image, list) else [image], request.take
+    )
     session_id = new_session_id()  # whatever the header says: only we make IDs
     opening = turn(session_id, start=True, text=text, images=images, sampling=fields)
     if text:
