@@ -56,7 +56,8 @@ def _check_jpeg(data: bytes) -> None:
         scans += marker == _SCAN
         exif += marker == _EXIF and data.startswith(b"Exif", position + 2)
         if scans > MOST_JPEG_SCANS or exif > MOST_EXIF_SEGMENTS:
-            raise _refused(f"is a JPEG with more than {scans - 1} scans or {exif - 1} EXIF parts")
+            most = f"{MOST_JPEG_SCANS} scans or {MOST_EXIF_SEGMENTS} EXIF parts"
+            raise _refused(f"is a JPEG with more than {most}")
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
     raise _refused(f"is a JPEG with more than {MOST_JPEG_SEGMENTS} segments")
 

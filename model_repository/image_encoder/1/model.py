@@ -55,9 +55,11 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                self._start(request.correlation_id(), _images(request), sender)
+                session, image = request.correlation_id(), _images(request)
             except Exception as error:  # such as an ID that is no text
                 _send_error(sender, invalid(f"the request cannot be read: {error}"))
+                continue
+            self._start(session, image, sender)
 
     def finalize(self) -> None:
         """Let running pictures finish."""
