@@ -58,6 +58,9 @@ WHOLE_ANSWER = "whole_answer"
 CANCEL_TURN = "cancel_turn"
 """Request parameter: the ID of a turn to cancel, which is the request's sequence ID, too, with
 START and END; the request has no other meaning."""
+TENANT = "tenant"
+"""Request parameter: whose request it is. Tenants share no blocks of keys and values and no encoded
+pictures, so neither times nor counts tell one what another has shown or said."""
 RELEASE = "release"
 """Request parameter of an END by language_model to itself, with a value that it alone knows: the
 session never opened, and Triton shall know no more of its sequence than the engine does."""
