@@ -54,7 +54,8 @@ NO_FEATURES = np.zeros((0, 1, 1), dtype=np.float32)
 TURN_ID = "turn_id"
 """BYTES [1]."""
 WHOLE_ANSWER = "whole_answer"
-"""Request parameter: answer once, not piece by piece."""
+"""Request parameter: a token. The answer is wanted whole and goes to answer_collector, which waits
+for it under this token; the request itself gets an empty response at once."""
 CANCEL_TURN = "cancel_turn"
 """Request parameter: the ID of a turn to cancel, which is the request's sequence ID, too, with
 START and END; the request has no other meaning."""

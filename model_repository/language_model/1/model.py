@@ -23,10 +23,12 @@ from llava_triton.delta import Delta
 from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.engine.turn import Listener
 from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
+from llava_triton.whole_answers import Outcome, WholeAnswer, to_parameters
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,10 @@ class TritonPythonModel:
         self._responses = ResponseThread()
         self._stopping = False
         self._secret = uuid.uuid4().hex
-        self._calls = ThreadPoolExecutor(1, "releases")
+        # BLS calls, all without tensors, by one thread a kind: a delivery, which somebody waits
+        # for, does not wait for a release.
+        self._releases = ThreadPoolExecutor(1, "releases")
+        self._deliveries = ThreadPoolExecutor(1, "deliveries")
         self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
 
     def execute(self, requests: list[Any]) -> None:
@@ -66,28 +71,54 @@ class TritonPythonModel:
             if self._is_between_models(request, parameters):
                 request.get_response_sender().send(flags=FINAL)
                 continue
-            whole = protocol.WHOLE_ANSWER in parameters
-            opens = request.flags() & (START | END) == START
-            refused = partial(self._release, request.correlation_id()) if opens else None
-            responder = Responder(
-                request.get_response_sender(), self._responses, whole=whole, refused=refused
-            )
-            try:
-                with work_beside(self._device):  # it waits for the features' digests
-                    turn = self._turn_request(request)
-            except Exception as error:
-                # Raising would fail every request of this call and is said to leak shared memory.
-                self._refuse(request, responder, as_session_error(error))
-                continue
-            responder.turn_id = self._engine.submit(turn, responder)
+            self._take(request, parameters)
 
     def finalize(self) -> None:
         """Free every session."""
         self._stopping = True
         self._metrics.stop()
         self._engine.shutdown()
-        self._calls.shutdown()
+        self._releases.shutdown()
+        self._deliveries.shutdown()
         self._responses.stop()
+
+    def _take(self, request: Any, parameters: dict[str, Any]) -> None:
+        """Hand a turn to the engine, or tell why not."""
+        sender, whole = request.get_response_sender(), protocol.WHOLE_ANSWER in parameters
+        stream = Responder(sender, self._responses)
+        tell: Listener = stream.put
+        if whole:
+            tell = partial(self._deliver, str(parameters[protocol.WHOLE_ANSWER]))
+        if request.flags() & (START | END) == START:
+            tell = partial(self._release_if_refused, request.correlation_id(), tell)
+        listener = WholeAnswer(tell) if whole else tell
+        try:
+            with work_beside(self._device):  # it waits for the features' digests
+                turn = self._turn_request(request)
+        except Exception as error:
+            # Raising would fail every request of this call and is said to leak shared memory.
+            self._refuse(request, listener, as_session_error(error))
+        else:
+            stream.turn_id = self._engine.submit(turn, listener)
+        if whole:  # the call that brought it ends here; the answer is brought by one of ours
+            sender.send(flags=FINAL)
+
+    def _deliver(self, token: str, outcome: Outcome) -> None:
+        if not self._stopping:  # else answer_collector is stopping too, and tells
+            self._deliveries.submit(self._deliver_now, token, outcome)
+
+    def _deliver_now(self, token: str, outcome: Outcome) -> None:
+        try:
+            response = pb_utils.InferenceRequest(
+                model_name="answer_collector",
+                requested_output_names=[],
+                inputs=[],
+                parameters=to_parameters(token, outcome),
+            ).exec()
+            if response.has_error():
+                log.warning("an answer was not delivered: %s", response.error())
+        except Exception:
+            log.exception("an answer was not delivered")
 
     def _is_between_models(self, request: Any, parameters: dict[str, Any]) -> bool:
         """Whether a request comes from disconnect_watch or from here, and is done with."""
@@ -98,15 +129,15 @@ class TritonPythonModel:
             return True
         return bool(parameters.get(protocol.RELEASE) == self._secret)
 
-    def _release(self, session_id: int | str, tell: Callable[[], None]) -> None:
-        """A session was not opened: before its client hears of it, Triton lets its sequence go.
-
-        It would keep it until its idle limit, and has places for so many only.
-        """
-        if self._stopping:  # Triton lets everything go
-            tell()
+    def _release_if_refused(
+        self, session_id: int | str, tell: Listener, event: Delta | SessionError
+    ) -> None:
+        """A session that was not opened: before its client hears of it, Triton lets its sequence
+        go. It would keep it until its idle limit, and has places for so many only."""
+        if isinstance(event, SessionError) and not self._stopping:  # else it lets everything go
+            self._releases.submit(self._release_now, session_id, partial(tell, event))
         else:
-            self._calls.submit(self._release_now, session_id, tell)
+            tell(event)
 
     def _release_now(self, session_id: int | str, tell: Callable[[], None]) -> None:
         try:
@@ -127,13 +158,13 @@ class TritonPythonModel:
         finally:
             tell()
 
-    def _refuse(self, request: Any, responder: Responder, error: SessionError) -> None:
+    def _refuse(self, request: Any, listener: Listener, error: SessionError) -> None:
         """Answer with an error; the session stays as it is, unless the request ends it."""
         if request.flags() & END:
             closing = TurnRequest(request.correlation_id(), end=True)
-            self._engine.submit(closing, lambda _: responder(error))
+            self._engine.submit(closing, lambda _: listener(error))
         else:
-            responder(error)
+            listener(error)
 
     def _turn_request(self, request: Any) -> TurnRequest:
         text, sampling = protocol.parse_turn(
@@ -154,47 +185,28 @@ class TritonPythonModel:
 
 
 class Responder:
-    """The listener of one turn: turns its events into Triton responses.
+    """Turns the events of a streamed turn into Triton responses.
 
     Args:
         sender: Triton's response sender of the request.
         responses: the thread that sends.
-        whole: gather the answer and send it once, for callers that cannot stream.
-        refused: is called before an error is sent, and calls in its turn what sends it.
     """
 
-    def __init__(
-        self,
-        sender: Any,
-        responses: ResponseThread,
-        *,
-        whole: bool,
-        refused: Callable[[Callable[[], None]], None] | None,
-    ) -> None:
+    def __init__(self, sender: Any, responses: ResponseThread) -> None:
         self._sender = sender
         self._responses = responses
-        self._refused = refused
-        self._pieces: list[str] | None = [] if whole else None
         self._watched_at = time.monotonic()
         self.turn_id = ""
 
-    def __call__(self, event: Delta | SessionError) -> None:
+    def put(self, event: Delta | SessionError) -> None:
         """Called on the engine's thread, in order; the last event is final."""
-        if isinstance(event, SessionError) and self._refused is not None:
-            self._refused(lambda: self._responses.put(self, event))
-        else:
-            self._responses.put(self, event)
+        self._responses.put(self, event)
 
     def send(self, event: Delta | SessionError) -> None:
         """Send one event; called on the response thread."""
         if isinstance(event, SessionError):
             self._sender.send(pb_utils.InferenceResponse(error=_triton_error(event)), flags=FINAL)
             return
-        if self._pieces is not None:
-            self._pieces.append(event.text)
-            if not event.is_final:
-                return
-            event = event.with_text("".join(self._pieces))
         outputs = protocol.output_arrays(event)
         outputs[protocol.TURN_ID] = np.array([self._turn_to_watch(event)], dtype=np.object_)
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
