@@ -7,9 +7,9 @@ import binascii
 import io
 import math
 import re
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Image.MAX_IMAGE_PIXELS = None
 
 LARGE_PIXELS = 16_000_000
-_one_large = threading.Lock()
-"""Above that pictures are decoded one at a time: one of 50 million pixels takes a gigabyte."""
+"""Above that pictures are decoded one at a time: one of 50 million pixels takes a gigabyte and a
+second or two."""
+ORDINARY_SCANS = 10
+"""Of a progressive JPEG. One of more counts as so much larger."""
 
 
 def iterate_images(
@@ -53,22 +55,25 @@ def iterate_images(
     """Elements of the input `image` -> RGB pictures, upright, decoded as they are asked for.
 
     Args:
-        items: as `encoded_image` takes them.
+        items: as `open_picture` takes them.
         settings: limits.
-        side: see `decode_image`.
+        side: see `OpenPicture.decode`.
 
     Raises:
         SessionError: INVALID_ARG, naming the picture by its position, counted from 1.
     """
     for number, item in enumerate(items, start=1):
         try:
-            if len(item) > 2 * settings.max_image_bytes:  # base64 with line breaks takes less
-                raise _too_long(item, settings)
-            image = decode_image(encoded_image(item), settings, side)
+            image = open_picture(item, settings).decode(side)
         except SessionError as error:
-            name = "image" if len(items) == 1 else f"image {number} of {len(items)}"
-            raise SessionError(error.code, f"{name} {error.sentence}") from error.__cause__
+            raise numbered(error, number, len(items)) from error.__cause__
         yield image
+
+
+def numbered(error: SessionError, number: int, count: int) -> SessionError:
+    """The error of one of a turn's pictures, whose sentence lacks a subject, with its position."""
+    name = "image" if count == 1 else f"image {number} of {count}"
+    return SessionError(error.code, f"{name} {error.sentence}")
 
 
 def encoded_image(item: bytes) -> bytes:
@@ -107,35 +112,88 @@ def encoded_image(item: bytes) -> bytes:
         ) from None
 
 
-def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Image.Image:
-    """Decode a picture file as transformers' `load_image` does: upright (EXIF), then RGB.
+@dataclass(frozen=True)
+class OpenPicture:
+    """A picture file that has passed every check that needs no decoding."""
 
-    The first frame of an animation. Sizes are checked by the file's header, before decoding.
+    data: bytes
+    image: Image.Image
+    """Pillow has read its header only."""
+    scans: int
+    """How often decoding goes over the pixels."""
 
-    Args:
-        data: the file.
-        settings: limits.
-        side: pixels that the picture's shorter side will be scaled to. A large JPEG is then decoded
-            at 1/2, 1/4 or 1/8 of its size, the smallest at which it has `SPARE` times as many:
-            that is most of the time that a photograph takes. None: whole.
+    @property
+    def is_large(self) -> bool:
+        """Whether decoding takes so much memory or time that one at a time is enough."""
+        pixels = self.image.width * self.image.height
+        return pixels * max(1.0, self.scans / ORDINARY_SCANS) > LARGE_PIXELS
 
-    Raises:
-        SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
-    """
-    if len(data) > settings.max_image_bytes:
-        raise _too_long(data, settings)
-    refuse_bombs(data)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size, settings)
+    def decode(self, side: int | None = None) -> Image.Image:
+        """Decode as transformers' `load_image` does: upright (EXIF), then RGB; only once.
+
+        The first frame of an animation.
+
+        Args:
+            side: pixels that the picture's shorter side will be scaled to. A large JPEG is then
+                decoded at 1/2, 1/4 or 1/8 of its size, the smallest at which it has `SPARE` times
+                as many: that is most of the time that a photograph takes. None: whole.
+
+        Raises:
+            SessionError: INVALID_ARG; its sentence lacks a subject ("is damaged ...").
+        """
+        with _faults(self.data), self.image as image:
             if side is not None:
                 factor = SPARE * side / min(image.size)
                 if factor <= 0.5:  # formats other than JPEG do nothing
                     width, height = (math.ceil(factor * each) for each in image.size)
                     image.draft(None, (width, height))
-            large = image.width * image.height > LARGE_PIXELS
-            with _one_large if large else nullcontext():
-                return ImageOps.exif_transpose(image).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def open_picture(item: bytes, settings: Settings) -> OpenPicture:
+    """Look at an element of the input `image`: its size by the file's header, and its structure.
+
+    Args:
+        item: as `encoded_image` takes it.
+        settings: limits.
+
+    Raises:
+        SessionError: INVALID_ARG; its sentence lacks a subject ("has 60000 x 60000 pixels ...").
+    """
+    if len(item) > 2 * settings.max_image_bytes:  # base64 with line breaks takes less
+        raise _too_long(item, settings)
+    return _open_file(encoded_image(item), settings)
+
+
+def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Image.Image:
+    """Decode a picture file.
+
+    Args:
+        data: the file.
+        settings: limits.
+        side: see `OpenPicture.decode`.
+
+    Raises:
+        SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
+    """
+    return _open_file(data, settings).decode(side)
+
+
+def _open_file(data: bytes, settings: Settings) -> OpenPicture:
+    if len(data) > settings.max_image_bytes:
+        raise _too_long(data, settings)
+    scans = refuse_bombs(data, settings.max_image_pixels)
+    with _faults(data):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(*image.size, settings)
+    return OpenPicture(data, image, scans)
+
+
+@contextmanager
+def _faults(data: bytes) -> Iterator[None]:
+    """What Pillow says of a file, as sentences."""
+    try:
+        yield
     except (SessionError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -158,7 +216,9 @@ class PixelValues:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._processor: Any = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        self._processor: Any = AutoImageProcessor.from_pretrained(
+            directory, backend="pil", trust_remote_code=False
+        )
         sizes = [each for each in dict(self._processor.size).values() if each]
         self._side = max(sizes) if self._processor.do_resize and sizes else None
 
@@ -166,7 +226,7 @@ class PixelValues:
         """N >= 1 pictures as they were sent -> float32 [N, 3, H, W].
 
         One after the other, so that only one is in memory at its full size. A photograph may be
-        decoded at a smaller one, see `decode_image`.
+        decoded at a smaller one, see `OpenPicture.decode`.
 
         Raises:
             SessionError: as `iterate_images`.
@@ -174,10 +234,43 @@ class PixelValues:
         images = iterate_images(items, settings, self._side)
         return np.concatenate([self.pixel_values([image]) for image in images])
 
+    def look(self, item: bytes, settings: Settings) -> LookedAt:
+        """A picture as it was sent, checked without decoding it.
+
+        Raises:
+            SessionError: as `open_picture`.
+        """
+        return LookedAt(open_picture(item, settings), self)
+
+    def of_open(self, picture: OpenPicture) -> np.ndarray:
+        """A picture -> float32 [1, 3, H, W].
+
+        Raises:
+            SessionError: as `OpenPicture.decode`.
+        """
+        return self.pixel_values([picture.decode(self._side)])
+
     def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:
         """N >= 1 RGB pictures of any sizes -> float32 [N, 3, H, W]."""
         processed = self._processor(images=list(images), return_tensors="np")
         return np.ascontiguousarray(processed["pixel_values"], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """A picture between its two steps, see `llava_triton.picture_encoding.Picture`."""
+
+    picture: OpenPicture
+    processor: PixelValues
+
+    @property
+    def is_large(self) -> bool:
+        """See `OpenPicture`."""
+        return self.picture.is_large
+
+    def pixel_values(self) -> np.ndarray:
+        """See `PixelValues.of_open`."""
+        return self.processor.of_open(self.picture)
 
 
 def _is_picture_file(data: bytes) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from llava_triton.encoded_images import EncodedImages
 from llava_triton.engine.statistics import Histogram, Statistics
+from llava_triton.picture_encoding import PictureEncoding
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ def engine_metrics(now: Statistics) -> Iterator[Sample]:
     )
 
 
-def image_encoder_metrics(encoded: EncodedImages) -> Iterator[Sample]:
+def image_encoder_metrics(pictures: PictureEncoding) -> Iterator[Sample]:
     """Everything that `image_encoder` publishes."""
-    for result, count in (("hit", encoded.hits), ("miss", encoded.misses)):
+    for result, count in (("hit", pictures.hits), ("miss", pictures.misses)):
         yield _counter("llava_image_cache_total", "Pictures to encode", count, result=result)
 
 

@@ -49,8 +49,11 @@ ANSWER_OUTPUTS = (
 PIXEL_VALUES = "pixel_values"
 """FP32 [N, 3, H, W]."""
 IMAGE_FEATURES = "image_features"
-"""FP32 [N, T, D]; N = 0 where the turn has no picture."""
-NO_FEATURES = np.zeros((0, 1, 1), dtype=np.float32)
+"""Of vision_encoder: FP32 [N, T, D]. To language_model: UINT8 [4 N T D], the same numbers' bytes,
+none where the turn has no picture. Triton 2.51 multiplies the dimensions of a client's tensor
+without looking for an overflow, so [2**53, 36, 128] of FP32 passes for no bytes, and the process
+that makes an array of it dies. A shape of one dimension and one byte cannot overflow."""
+NO_FEATURES = np.zeros(0, dtype=np.uint8)
 TURN_ID = "turn_id"
 """BYTES [1]."""
 WHOLE_ANSWER = "whole_answer"
@@ -62,6 +65,10 @@ START and END; the request has no other meaning."""
 TENANT = "tenant"
 """Request parameter: whose request it is. Tenants share no blocks of keys and values and no encoded
 pictures, so neither times nor counts tell one what another has shown or said."""
+ROOM = "room"
+"""Request parameter: the ID of a session that is to be opened with pictures, whose decoding takes
+time. language_model answers with an error where it could not open now, else with nothing; the
+request has no other meaning. It is a sequence of its own, with START and END."""
 RELEASE = "release"
 """Request parameter of an END by language_model to itself, with a value that it alone knows: the
 session never opened, and Triton shall know no more of its sequence than the engine does."""

@@ -1,9 +1,11 @@
-"""Encoded pictures -> image features, on worker threads: sessions do not wait for each other."""
+"""Encoded pictures -> image features, for all sessions at once."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,98 +18,86 @@ from llava_triton import protocol
 from llava_triton.bytes_tensors import limit_elements
 from llava_triton.device import default_device
 from llava_triton.encoded_images import EncodedImages
-from llava_triton.errors import ErrorCode, SessionError, invalid, unavailable
-from llava_triton.images import PixelValues, iterate_images
-from llava_triton.in_order import InOrder
+from llava_triton.errors import SessionError, error_from_text, invalid
+from llava_triton.flat_features import flattened
+from llava_triton.images import PixelValues
 from llava_triton.metrics import Publisher, image_encoder_metrics
+from llava_triton.picture_encoding import PictureEncoding
 from llava_triton.settings import Settings
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+START = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
+END = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
 
 MAX_WORKERS = 4
 """Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""
 
 
 class TritonPythonModel:
-    """`image_encoder`: decodes and normalizes here, then calls `vision_encoder`."""
+    """`image_encoder`: decodes and normalizes here, then calls `vision_encoder`.
+
+    Of `PictureEncoding`'s threads one makes every call to vision_encoder: the only BLS calls of
+    this process that carry tensors. Another makes every call to language_model; those carry none.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint's image processor."""
         repository = Path(args["model_repository"])
         processor = repository / args["model_version"] / "processor"
         self._settings = Settings.of_repository(repository.parent)
-        self._pixel_values = PixelValues(processor)
-        self._encoded = EncodedImages(
-            self._settings.encoded_images_bytes,
-            fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
-        )
+        pixel_values = PixelValues(processor)
         # Features stay where they are computed; the language model's are there too.
         on_gpu = default_device().type == "cuda"
         self._features_memory = pb_utils.PreferredMemory(
             pb_utils.TRITONSERVER_MEMORY_GPU if on_gpu else pb_utils.TRITONSERVER_MEMORY_CPU
         )
         limit_elements(pb_utils, self._settings.max_images_per_turn + 1)
-        self._jobs = InOrder(min(MAX_WORKERS, os.cpu_count() or 1), self._settings.max_queued_turns)
-        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._encoded))
+        self._pictures = PictureEncoding(
+            partial(pixel_values.look, settings=self._settings),
+            self._encode,
+            _ask_for_room,
+            EncodedImages(
+                self._settings.encoded_images_bytes,
+                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
+            ),
+            workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+            max_batch=self._settings.vision_max_batch,
+            most_waiting=self._settings.max_queued_turns,
+        )
+        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._pictures))
 
     def execute(self, requests: list[Any]) -> None:
-        """Answer requests without a picture at once, the others from a worker."""
+        """Answer requests without a picture at once, the others when their features are there."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                session, image = request.correlation_id(), _images(request)
+                self._submit(request, sender)
+            except SessionError as error:
+                _send(sender, error)
             except Exception as error:  # such as an ID that is no text
-                _send_error(sender, invalid(f"the request cannot be read: {error}"))
-                continue
-            self._start(session, image, sender)
+                _send(sender, invalid(f"the request cannot be read: {error}"))
 
     def finalize(self) -> None:
         """Let running pictures finish."""
-        self._jobs.shutdown()
+        self._pictures.shutdown()
         self._metrics.stop()
 
-    def _start(self, session: int | str, image: np.ndarray | None, sender: Any) -> None:
-        try:
-            items = protocol.image_items(image, self._settings)
-        except SessionError as error:
-            _send_error(sender, error)
-            return
-        # A turn without a picture must not overtake an earlier one of its session with a picture.
-        # 0 is no session: such requests have nothing to do with one another.
-        lane = session or object()
-        if not items:
-            nothing = pb_utils.Tensor(protocol.IMAGE_FEATURES, protocol.NO_FEATURES)
-            self._jobs.submit(lane, lambda: _send(sender, nothing), quick=True)
-        elif not self._jobs.submit(lane, lambda: self._answer(items, sender)):
-            limit = self._settings.max_queued_turns
-            _send_error(sender, unavailable(f"{limit} pictures are waiting; try again later"))
+    def _submit(self, request: Any, sender: Any) -> None:
+        session = request.correlation_id()
+        tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE)
+        items = protocol.image_items(None if tensor is None else tensor.as_numpy(), self._settings)
+        parameters = json.loads(request.parameters() or "{}")
+        self._pictures.submit(
+            # A turn without a picture must not overtake an earlier one of its session with a
+            # picture. 0 is no session: such requests have nothing to do with one another.
+            session or object(),
+            items,
+            partial(_send, sender),
+            tenant=str(parameters.get(protocol.TENANT, "")),
+            opening=session if session and request.flags() & START else None,
+        )
 
-    def _answer(self, items: list[bytes], sender: Any) -> None:
-        try:
-            features = self._encoded.features(items, self._encode)
-            # The tensor, not its capsule: Triton then waits for the stream that is filling it.
-            _send(sender, pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, features))
-        except SessionError as error:
-            _send_error(sender, self._numbered(items, error))
-        except Exception as error:
-            pb_utils.Logger.log_error(f"a picture could not be encoded: {error!r}")
-            sentence = f"the picture could not be encoded: {error}"
-            _send_error(sender, SessionError(ErrorCode.INTERNAL, sentence))
-
-    def _numbered(self, items: list[bytes], error: SessionError) -> SessionError:
-        """The error with the picture's number in its turn: only new pictures are decoded, so the
-        one that failed may have been counted among fewer."""
-        try:
-            for _ in iterate_images(items, self._settings):
-                pass
-        except SessionError as numbered:
-            return numbered
-        except Exception:  # at full size, which memory may not suffice for
-            pass
-        return error
-
-    def _encode(self, items: Sequence[bytes]) -> Tensor:
-        pixels = self._pixel_values.of_encoded(list(items), self._settings)
+    def _encode(self, pixels: np.ndarray) -> Tensor:
         response = pb_utils.InferenceRequest(
             model_name="vision_encoder",
             requested_output_names=[protocol.IMAGE_FEATURES],
@@ -120,18 +110,34 @@ class TritonPythonModel:
         return torch.utils.dlpack.from_dlpack(features.to_dlpack())
 
 
-def _images(request: Any) -> np.ndarray | None:
-    tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE)
-    return None if tensor is None else tensor.as_numpy()
+def _ask_for_room(session: Any) -> None:
+    if isinstance(session, int) and session.bit_length() > 63:
+        return  # no request parameter holds it; language_model will tell in the end
+    # A sequence of its own, of one request: Triton delivers it beside all others.
+    call = pb_utils.InferenceRequest(
+        model_name="language_model",
+        requested_output_names=[],
+        inputs=[],
+        correlation_id=uuid.uuid4().hex,
+        flags=START | END,
+        parameters={protocol.ROOM: session},
+    )
+    for response in call.exec(decoupled=True):
+        if response.has_error():
+            raise error_from_text(response.error().message())
 
 
-def _send(sender: Any, features: Any) -> None:
-    # Without a picture an empty tensor, not no tensor: an omitted output would reset the sequence
-    # flags that Triton hands to the ensemble's next step.
-    sender.send(pb_utils.InferenceResponse([features]), flags=FINAL)
-
-
-def _send_error(sender: Any, error: SessionError) -> None:
-    code = getattr(pb_utils.TritonError, error.code.name)
-    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+def _send(sender: Any, outcome: Tensor | SessionError | None) -> None:
+    if isinstance(outcome, SessionError):
+        code = getattr(pb_utils.TritonError, outcome.code.name)
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))
+    elif outcome is None:
+        # An empty tensor, not no tensor: an omitted output would reset the sequence flags that
+        # Triton hands to the ensemble's next step.
+        nothing = pb_utils.Tensor(protocol.IMAGE_FEATURES, protocol.NO_FEATURES)
+        response = pb_utils.InferenceResponse([nothing])
+    else:
+        # The tensor, not its capsule: Triton then waits for the stream that is filling it.
+        features = pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, flattened(outcome))
+        response = pb_utils.InferenceResponse([features])
     sender.send(response, flags=FINAL)

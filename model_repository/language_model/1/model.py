@@ -24,7 +24,8 @@ from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.turn import Listener
-from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
+from llava_triton.errors import ErrorCode, SessionError, as_session_error
+from llava_triton.flat_features import unflattened
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
@@ -54,7 +55,9 @@ class TritonPythonModel:
         )
         self._settings = settings
         self._device = device
-        self._engine = Engine(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
+        runner = ModelRunner(checkpoint, settings)
+        self._picture_shape = (runner.tokens_per_image, runner.hidden_size)
+        self._engine = Engine(runner, checkpoint.tokenizer, settings)
         self._responses = ResponseThread()
         self._stopping = False
         self._secret = uuid.uuid4().hex
@@ -178,9 +181,25 @@ class TritonPythonModel:
             start=bool(flags & START),
             end=bool(flags & END),
             text=text,
-            image_features=_features(request, self._settings.max_images_per_turn),
+            image_features=self._features(request),
             history=protocol.parse_history(_array(request, protocol.HISTORY), self._settings),
             sampling=sampling,
+        )
+
+    def _features(self, request: Any) -> torch.Tensor | None:
+        """The request's image features [N, T, D]; None where it has no image.
+
+        Raises:
+            SessionError: INVALID_ARG, another size.
+        """
+        tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE_FEATURES)
+        if tensor is None:
+            return None
+        # The request's memory is Triton's again once the answer is sent; the session outlives it.
+        return unflattened(
+            torch.utils.dlpack.from_dlpack(tensor.to_dlpack()),
+            *self._picture_shape,
+            self._settings.max_images_per_turn,
         )
 
 
@@ -230,22 +249,6 @@ class Responder:
 def _array(request: Any, name: str) -> np.ndarray | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
-
-
-def _features(request: Any, most: int) -> torch.Tensor | None:
-    """The request's image features [N, T, D]; None where it has no image (N = 0).
-
-    Raises:
-        SessionError: INVALID_ARG, N is above `most`: each would be looked at one by one.
-    """
-    tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE_FEATURES)
-    if tensor is None:
-        return None
-    # The request's memory is Triton's again once the answer is sent; the session outlives it.
-    features = torch.utils.dlpack.from_dlpack(tensor.to_dlpack())
-    if features.shape[0] > most:
-        raise invalid(f"image_features has {features.shape[0]} pictures; a turn takes {most}")
-    return features.clone() if features.shape[0] else None
 
 
 def _triton_error(error: SessionError) -> Any:
