@@ -242,6 +242,7 @@ class TritonServer:
     def _wait_until_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not self._is_ready():
+            self._close_shared_memory()
             if not self.alive:
                 check_ports(self.host, self.ports)  # another program was faster
                 raise ServerError(f"the Triton server did not start:\n{self._failure()}")
@@ -251,6 +252,15 @@ class TritonServer:
                     f"log:\n{self.log_tail()}"
                 )
             time.sleep(0.05)
+        self._close_shared_memory()
+
+    def _close_shared_memory(self) -> None:
+        """What passes between the models is not for other users of the machine, to whom the Python
+        backend opens it for reading."""
+        assert self._run_folder is not None
+        for region in server_guard.shared_memory(self._run_folder.name):
+            with contextlib.suppress(FileNotFoundError):  # its model has just failed
+                region.chmod(0o600)
 
     def _is_ready(self) -> bool:
         """Whether every model is, and the metrics port: Triton opens it last."""
