@@ -1,10 +1,11 @@
 """Why no model here reads tensors from a decoupled BLS call: it kills the process that makes it.
 
-    python -m benchmarks.decoupled_bls            # seconds until the caller's process dies
+    python -m benchmarks.decoupled_bls            # the caller's process dies within a minute
     python -m benchmarks.decoupled_bls --empty    # the same calls, answered without tensors: lives
+    python -m benchmarks.decoupled_bls --once     # tensors, but a model that answers once: lives
 
-Two models and nothing of ours in them: `source` is decoupled and answers with strings, `caller`
-calls it by BLS from a few threads. The cause, by reading the backend's source (r24.10):
+Two models and nothing of ours in them: `source` answers with strings, `caller` calls it by BLS from
+a few threads. The cause, by reading the backend's source (r24.10):
 `Stub::SendCleanupId` erases the call's `ResponseIterator` on the stub's message thread, which does
 not hold the interpreter's lock. Where Python has dropped the iterator by then, that erases the
 last reference to the responses' tensors, and so frees NumPy arrays without the lock. (Since 24.12
@@ -45,10 +46,10 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
-            if not {empty}:
+            for last in [False] * {pieces} + [True]:
                 text = pb_utils.Tensor("text", np.array([b"answer " * 20], dtype=np.object_))
-                sender.send(pb_utils.InferenceResponse([text]))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                response = pb_utils.InferenceResponse([] if {empty} else [text])
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL * last)
 """
 _CALLER = """
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ class TritonPythonModel:
 def answer(inputs, sender):
     call = pb_utils.InferenceRequest(
         model_name="source", requested_output_names=["text"], inputs=inputs)
-    for response in call.exec(decoupled=True):
+    for response in [call.exec()] if {once} else call.exec(decoupled=True):
         response.output_tensors()
     text = pb_utils.Tensor("text", np.array([b"done"], dtype=np.object_))
     sender.send(pb_utils.InferenceResponse([text]),
@@ -71,11 +72,19 @@ def answer(inputs, sender):
 """
 
 
-def write_repository(folder: Path, *, empty: bool) -> None:
-    """The two models; `empty`: `source` answers without tensors."""
-    for name, code in {"source": _SOURCE.format(empty=empty), "caller": _CALLER}.items():
+def write_repository(folder: Path, *, empty: bool, once: bool) -> None:
+    """The two models.
+
+    Args:
+        folder: where.
+        empty: `source` answers without tensors.
+        once: `source` is not decoupled.
+    """
+    source = _SOURCE.format(empty=empty, pieces=0 if once else 3)
+    models = {"source": source, "caller": _CALLER.format(once=once)}
+    for name, code in models.items():
         (folder / name / "1").mkdir(parents=True)
-        decoupled = str(name == "source").lower()
+        decoupled = str(name == "source" and not once).lower()
         (folder / name / "config.pbtxt").write_text(_CONFIG.format(name=name, decoupled=decoupled))
         (folder / name / "1" / "model.py").write_text(code)
 
@@ -107,11 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoupled_bls", description=__doc__)
     parser.add_argument("--empty", action="store_true", help="answer the calls without tensors")
+    parser.add_argument("--once", action="store_true", help="call a model that is not decoupled")
     parser.add_argument("--seconds", type=float, default=120.0, help="at most (%(default)s)")
     parser.add_argument("--clients", type=int, default=16)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        write_repository(Path(folder), empty=options.empty)
+        write_repository(Path(folder), empty=options.empty, once=options.once)
         with TritonServer(folder, *free_ports(3)) as server:
             began = time.monotonic()
             calls, died = calls_until_death(server, options.seconds, options.clients)

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 from llava_triton.client import ErrorCode, Session, SessionError
+from llava_triton.client.transport import LostConnectionError, session_error
+from llava_triton.errors import as_session_error, error_from_text
 from llava_triton.server import TritonServer, free_ports
 
 PICTURE = sorted((Path(__file__).parents[1] / "examples" / "pictures").iterdir())[0]
@@ -196,6 +199,35 @@ def test_no_server(scheme: str) -> None:
     with pytest.raises(SessionError, match=f"no server answers at 127.0.0.1:{port}") as caught:
         Session.open(f"{scheme}://127.0.0.1:{port}")
     assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[500] Failed to process the request(s) for model 'llava', message: Stub process 'llava_0'"
+        " is not healthy.",
+        "[StatusCode.INTERNAL] Stub process is not healthy.",
+        "[StatusCode.UNAVAILABLE] Socket closed",
+        "Failed to obtain the health mutex.",
+    ],
+)
+def test_a_model_that_died_is_a_server_that_is_lost(text: str) -> None:
+    told = session_error(InferenceServerException(text), "localhost:8001")
+    assert isinstance(told, LostConnectionError)
+    assert told.code is ErrorCode.UNAVAILABLE
+
+
+def test_errors_do_not_name_shared_memory() -> None:
+    name = "llava-triton-server-a1_b2c3d-14e495b5-84eb-465b-968d-a1d64398cbd6"
+    text = f"Failed to increase the shared memory pool size for key '/{name}' to 1 byte"
+    for told in (
+        session_error(InferenceServerException(text), "localhost:8001"),
+        error_from_text(f"in ensemble 'llava', INTERNAL: {text}"),
+        as_session_error(RuntimeError(text)),
+    ):
+        assert told.code is ErrorCode.INTERNAL
+        assert "shared memory pool size" in str(told)
+        assert "a1_b2c3d" not in str(told) + told.sentence
 
 
 @pytest.mark.parametrize("url", ["localhost:8001", "ftp://localhost", "grpc://", ""])

@@ -28,14 +28,20 @@ class ErrorCode(Enum):
     """Our fault; the session is back at its last completed turn."""
 
 
+_REGION = re.compile(r"/?llava-triton-server-[\w-]+")
+"""Names by which the server's files can be found (`server_guard`), as Triton's errors tell them."""
+
+
 class SessionError(Exception):
     """A request that was refused or a turn that failed.
 
     `str(error)` is `CODE: sentence`. The code is part of the text because responses of a gRPC
-    stream carry an error's text but not its code.
+    stream carry an error's text but not its code. No sentence names the server's files: who knows
+    the name of a model's shared memory can use it.
     """
 
     def __init__(self, code: ErrorCode, sentence: str) -> None:
+        sentence = _REGION.sub("(one of the server's)", sentence)
         super().__init__(f"{code.name}: {sentence}")
         self.code = code
         self.sentence = sentence

@@ -9,20 +9,26 @@ or, in the foreground, `python -m llava_triton.server --repository build/reposit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
+import ipaddress
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, NoReturn
+from typing import IO
 
 from llava_triton import server_guard
+from llava_triton.model_processes import ModelProcesses, is_dead
 from llava_triton.ports import check_ports, free_ports
+from llava_triton.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
+from llava_triton.run_folder import make_run_folder
 from llava_triton.server_error import ServerError
 from llava_triton.triton_installation import CPU_ENVIRONMENT, Installation, find_installation
 
@@ -34,6 +40,23 @@ _GPU_POOL_BYTES = 512 * 1024 * 1024
 _EXIT_SECONDS = 1
 """Triton's own wait, at its end, for open sequences and running requests."""
 
+_RESTRICT = ("http-restricted-api", "grpc-restricted-protocol")
+_CONTROL = ("model-repository", "trace", "logging")
+"""What no client of ours needs: by these protocols anybody who reaches a port silences the log,
+fills it with session IDs, or lists the models. (perf_analyzer needs the models' configurations and
+statistics; what they tell, /metrics tells too.)"""
+
+
+def _closed(*protocols: str) -> str:
+    """The value of Triton's option that restricts protocols: nobody is let through.
+
+    Triton takes the header that lets one through only from its command line, which every user of
+    the machine can read. So the header's name is one that cannot be sent: in HTTP/1 a name ends at
+    the first colon, and HTTP/2 allows none in it. The random value that nobody is told, too, is for
+    the case that it could.
+    """
+    return f"{','.join(protocols)}:(closed: by this server)={secrets.token_urlsafe(32)}"
+
 
 class TritonServer:
     """One Triton server on one model repository, from `start()` to `stop()`.
@@ -41,10 +64,12 @@ class TritonServer:
     Args:
         repository: the model repository to serve.
         http_port, grpc_port, metrics_port: where to listen.
-        host: the address to listen on. Not to be opened to a network: this server trusts its
-            clients (any of them may use any session whose ID it knows).
+        host: the address to listen on. Not to be opened to a network: any client may use any
+            session whose ID it knows, and can end the server (docs/triton-ports.md).
         log: file for the server's and the models' output; kept. Default: one that goes with the
             server, `log_tail()` reads it.
+        client_shared_memory: whether clients may pass tensors in shared memory. They can name any
+            region then, the models' own with other clients' questions among them.
     """
 
     def __init__(
@@ -56,16 +81,21 @@ class TritonServer:
         *,
         host: str = "127.0.0.1",
         log: Path | None = None,
+        client_shared_memory: bool = False,
     ) -> None:
         self.repository = Path(repository)
         self.ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self.host = host
         self.log = log
+        self.client_shared_memory = client_shared_memory
         self.pid = 0
         """tritonserver's process ID, while it runs."""
+        self._models = ModelProcesses({})
         self._guard: subprocess.Popen[bytes] | None = None
         self._run_folder: Path | None = None
         self._log_file: IO[bytes] | None = None
+        self._log_start = 0
+        """Where in its log the server's present life begins."""
 
     @property
     def http_address(self) -> str:
@@ -101,15 +131,34 @@ class TritonServer:
         """Whether the server process runs."""
         # The guard outlives it for as long as it cleans up.
         running = self._guard is not None and self._guard.poll() is None
-        return running and not _is_dead(self.pid)
+        return running and not is_dead(self.pid)
 
-    def stubs(self) -> set[int]:
-        """Process IDs of the Python models: one each while the server is well. Triton does not
-        start one again that has died."""
-        return set(server_guard.stubs(self._run_folder.name)) if self._run_folder else set()
+    def stubs(self) -> dict[int, str]:
+        """Processes of the Python models, and the model of each."""
+        return server_guard.stubs(self._run_folder.name) if self._run_folder else {}
+
+    def fault(self) -> str | None:
+        """What has happened to the running server so that it is of no use and must be started
+        again, such as "the process of language_model has died (signal 9)"; None: nothing.
+
+        Raises:
+            ServerError: it has ended by itself, or was killed from outside (by somebody who knows
+                why, or by a kernel short of memory): not to be started again.
+        """
+        found = self._models.fault()
+        if self.alive:  # looked at last: its models die with it
+            return found
+        assert self._guard is not None, "not started"
+        status = self._guard.wait()
+        if status > 128 and status != 128 + signal.SIGKILL:
+            return f"the Triton server has crashed (signal {status - 128})"
+        cause = f"signal {status - 128}" if status > 128 else f"exit status {status}"
+        raise ServerError(f"the Triton server died ({cause}); its last words:\n{self.log_tail()}")
 
     def start(self, timeout: float = START_SECONDS) -> None:
         """Start the server and return when every model is ready.
+
+        One that was stopped can be started again; its log goes on.
 
         Raises:
             PortError: a port is taken.
@@ -128,17 +177,18 @@ class TritonServer:
         try:
             self._spawn(installation)
             self._wait_until_ready(timeout)
+            self._models = ModelProcesses(self.stubs())
         except BaseException:  # an interrupt too must leave nothing behind
             self.stop()
             raise
 
     def _spawn(self, installation: Installation) -> None:
-        folder = _unquoted_temporary_folder()
-        server_guard.remove_stale(folder)
-        self._run_folder = Path(tempfile.mkdtemp(prefix=server_guard.PREFIX, dir=folder))
+        self._run_folder = make_run_folder()
         log = self.log or self._run_folder / "log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_file = log.open("w+b")
+        goes_on = self.log is not None and self._log_file is not None
+        self._log_file = log.open("a+b" if goes_on else "w+b")
+        self._log_start = self._log_file.seek(0, os.SEEK_END)
         guard = [
             sys.executable,
             "-I",
@@ -171,6 +221,7 @@ class TritonServer:
             "exit-timeout-secs": _EXIT_SECONDS,
             # Image features go from model to model in it: of pictures that are opened together.
             "cuda-memory-pool-byte-size": f"0:{_GPU_POOL_BYTES}",
+            **{option: _closed(*self._closed_protocols) for option in _RESTRICT},
             # Where that pool is full, Triton takes host memory. Not pinned: the Python backend's
             # stub copies to that as if it were a GPU's, and features of nobody's would go on.
             "pinned-memory-pool-byte-size": 0,
@@ -184,9 +235,14 @@ class TritonServer:
             *(f"--{name}={value}" for name, value in options.items()),
         ]
 
+    @property
+    def _closed_protocols(self) -> tuple[str, ...]:
+        return _CONTROL if self.client_shared_memory else (*_CONTROL, "shared-memory")
+
     def _wait_until_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not self._is_ready():
+            self._close_shared_memory()
             if not self.alive:
                 check_ports(self.host, self.ports)  # another program was faster
                 raise ServerError(f"the Triton server did not start:\n{self._failure()}")
@@ -196,6 +252,15 @@ class TritonServer:
                     f"log:\n{self.log_tail()}"
                 )
             time.sleep(0.05)
+        self._close_shared_memory()
+
+    def _close_shared_memory(self) -> None:
+        """What passes between the models is not for other users of the machine, to whom the Python
+        backend opens it for reading."""
+        assert self._run_folder is not None
+        for region in server_guard.shared_memory(self._run_folder.name):
+            with contextlib.suppress(FileNotFoundError):  # its model has just failed
+                region.chmod(0o600)
 
     def _is_ready(self) -> bool:
         """Whether every model is, and the metrics port: Triton opens it last."""
@@ -211,10 +276,17 @@ class TritonServer:
         finally:
             connection.close()
 
-    def stop(self) -> None:
-        """Stop the server and everything it started, within 3 seconds; twice does no harm."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Stop the server and everything it started, within 3 seconds; twice does no harm.
+
+        Args:
+            at_once: kill it. Triton's own end waits for answers under way, which may never come.
+        """
         guard, run_folder = self._guard, self._run_folder
         if guard is not None and guard.stdin is not None and guard.stdout is not None:
+            if at_once:
+                with contextlib.suppress(BrokenPipeError):  # the guard is dead
+                    os.write(guard.stdin.fileno(), server_guard.KILL)
             guard.stdin.close()
             try:
                 guard.wait(timeout=server_guard.GRACE_SECONDS + 3.0)
@@ -226,22 +298,8 @@ class TritonServer:
             server_guard.remove_traces(run_folder)
         if self._log_file is not None:
             self._log_file.close()
-        self.pid, self._run_folder = 0, None
-
-    def wait(self) -> NoReturn:
-        """Wait for the server's end, which is an error unless someone calls `stop()`.
-
-        Raises:
-            ServerError: the server died by itself.
-        """
-        cause = self.cause_of_death()
-        raise ServerError(f"the Triton server died ({cause}); its last words:\n{self.log_tail()}")
-
-    def cause_of_death(self) -> str:
-        """How the server ended, such as "signal 9"; waits until it has."""
-        assert self._guard is not None, "not started"
-        status = self._guard.wait()
-        return f"signal {status - 128}" if status > 128 else f"exit status {status}"
+        self.pid, self._guard, self._run_folder = 0, None, None
+        self._models = ModelProcesses({})
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the server's log, without its tables."""
@@ -259,7 +317,7 @@ class TritonServer:
         # Read through our own descriptor: the guard has removed the file's name by now.
         descriptor = self._log_file.fileno()
         size = os.fstat(descriptor).st_size
-        start = max(0, size - 1_000_000)
+        start = max(self._log_start, size - 1_000_000)
         return os.pread(descriptor, size - start, start).decode(errors="replace")
 
     def __enter__(self) -> TritonServer:
@@ -293,26 +351,6 @@ def _load_failures(log: str) -> list[str]:
     return failures
 
 
-def _is_dead(process: int) -> bool:
-    """Whether a process has ended, if need be without its parent's knowing yet."""
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return True
-    return status.rpartition(")")[2].split()[0] == "Z"
-
-
-def _unquoted_temporary_folder() -> Path:
-    """A folder for temporary files whose path a shell takes for one word."""
-    for candidate in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
-        if re.fullmatch(r"[\w./+-]+", candidate, re.ASCII) and os.access(candidate, os.W_OK):
-            return Path(candidate)
-    raise ServerError(
-        f"Triton needs a folder for temporary files without spaces in its path, and neither "
-        f"{tempfile.gettempdir()} nor /tmp will do; set TMPDIR to one"
-    )
-
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -323,7 +361,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _serve(server: TritonServer) -> None:
+def _start(server: TritonServer) -> None:
     started = time.monotonic()
     print(f"starting Triton on {server.repository} ...", flush=True)
     server.start()
@@ -334,7 +372,26 @@ def _serve(server: TritonServer) -> None:
     if server.log is not None:
         print(f"  log      {server.log}")
     print("Ctrl-C stops it.", flush=True)
-    server.wait()
+
+
+def _stop_at_once(server: TritonServer) -> None:
+    last_words = server.log_tail()
+    server.stop(at_once=True)
+    print(last_words, flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):  # what listens there will say so
+        return False
+
+
+OPEN_PORTS = """\
+warning: Triton's ports are open to others at {host}. Whoever reaches them can use any session whose
+  ID he knows, and can end the server or fill its memory with one request: this Triton limits
+  neither sizes, nor chunks, nor what it unpacks. Open the session adapter instead (make
+  sagemaker-local), or put a proxy with limits in front: docs/triton-ports.md"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -346,11 +403,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--log", type=Path, help="file for the output of the server and models")
-    server = TritonServer(**vars(parser.parse_args(arguments)))
+    parser.add_argument(
+        "--client-shared-memory",
+        action="store_true",
+        help="let clients pass tensors in shared memory, where they can also read other clients'",
+    )
+    parser.add_argument(
+        "--no-restart",
+        action="store_true",
+        help=f"end when a model's process dies, instead of starting Triton again (at most "
+        f"{RESTARTS} times in {RESTARTS_SECONDS / 60:.0f} minutes)",
+    )
+    options = vars(parser.parse_args(arguments))
+    restarts = 0 if options.pop("no_restart") else RESTARTS
+    server = TritonServer(**options)
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
+    if not _is_loopback(server.host):
+        print(OPEN_PORTS.format(host=server.host), file=sys.stderr, flush=True)
     try:
-        _serve(server)
+        keep_serving(
+            lambda: _start(server),
+            server.fault,
+            lambda: _stop_at_once(server),
+            lambda text: print(text, flush=True),
+            restarts=restarts,
+        )
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
     except (ServerError, OSError) as error:

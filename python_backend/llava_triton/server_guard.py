@@ -14,24 +14,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import glob
 import os
+import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 PREFIX = "llava-triton-server-"
-"""Run folders and shared-memory files begin with `llava-triton-server-<random>`: one name a
-server."""
+NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
+"""A server's name, whole: what `tempfile.mkdtemp` makes of the prefix. Its run folder is called so,
+and its shared-memory files begin with it and a hyphen. No name is the beginning of another."""
+LOCK = "guard.lock"
+"""In a run folder: locked for as long as its guard lives."""
 GRACE_SECONDS = 2.0
 """How long tritonserver may take over its own shutdown before it is killed."""
+KILL = b"k"
+"""What the parent writes to have no grace; to be told to end at all, it closes the pipe."""
 _SHARED_MEMORY = Path("/dev/shm")
-_LOCK = "guard.lock"
-_STUB = b"triton_python_backend_stub"
+_STUB = "triton_python_backend_stub"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,39 +49,41 @@ def remove_traces(run_folder: Path) -> None:
     the machine, ours or not, are safe.
     """
     name = run_folder.name
-    if not name.startswith(PREFIX) or name == PREFIX:
+    if not NAME.fullmatch(name):
         raise ValueError(f"{run_folder} is not a run folder of a server")
     for process in stubs(name):
         _kill(process, signal.SIGKILL)
-    for path in _SHARED_MEMORY.glob(f"{glob.escape(name)}*"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(run_folder, ignore_errors=True)
+    for region in shared_memory(name):
+        with contextlib.suppress(OSError):
+            region.unlink()
+    shutil.rmtree(run_folder, ignore_errors=True)  # follows no link
 
 
-def remove_stale(parent_folder: Path) -> None:
-    """Remove the traces of servers whose guard was killed: their lock files are free again."""
-    for lock_path in parent_folder.glob(f"{PREFIX}*/{_LOCK}"):
-        try:
-            if lock_path.stat().st_uid != os.getuid():
-                continue
-            with lock_path.open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by a living guard, or gone meanwhile
-            continue
-        remove_traces(lock_path.parent)
-
-
-def stubs(name: str) -> list[int]:
-    """Stub processes of the server called `name`: their second argument is a region of its."""
+def shared_memory(name: str) -> list[Path]:
+    """Shared-memory files of the server called `name`: files of ours. Everybody may make
+    something in that folder, under any name."""
     found = []
+    for path in _SHARED_MEMORY.glob(f"{name}-*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                found.append(path)
+    return found
+
+
+def stubs(name: str) -> dict[int, str]:
+    """Processes of the Python models of the server called `name`, and the model of each."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
+            ours = entry.stat().st_uid == os.geteuid()
+            program, *arguments = (entry / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
             continue
-        is_stub = arguments[0].endswith(_STUB)
-        if is_stub and any(argument.startswith(name.encode()) for argument in arguments):
-            found.append(int(entry.name))
+        # .../MODEL/VERSION/model.py, then the region.
+        is_stub = program.endswith(_STUB) and len(arguments) > 1
+        if ours and is_stub and arguments[1].startswith(f"{name}-"):
+            found[int(entry.name)] = Path(arguments[0]).parents[1].name
     return found
 
 
@@ -88,9 +95,10 @@ def _kill(process: int, number: signal.Signals) -> None:
 def _hold_lock(run_folder: Path) -> None:
     """Lock the run folder for this process's life. The lock appears under its name only once it
     is held, so that `remove_stale` in another process never sees it free by mistake."""
-    descriptor = os.open(run_folder / "new.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+    descriptor = os.open(run_folder / "new.lock", flags, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.rename(run_folder / "new.lock", run_folder / _LOCK)
+    os.rename(run_folder / "new.lock", run_folder / LOCK)
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
@@ -122,6 +130,9 @@ def _wait_for_end(server: int, parent: int) -> None:
             readable, _, _ = select.select([sys.stdin], [], [], 0.1)
             if readable or os.getppid() != parent:
                 told = True
+                if readable and os.read(sys.stdin.fileno(), 1) == KILL:
+                    _kill(server, signal.SIGKILL)
+                    continue
                 killed_at = time.monotonic() + GRACE_SECONDS
                 _kill(server, signal.SIGTERM)
         elif time.monotonic() > killed_at:

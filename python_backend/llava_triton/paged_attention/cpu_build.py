@@ -16,6 +16,8 @@ from pathlib import Path
 # and both share one pool of threads.
 import torch  # noqa: F401
 
+from llava_triton.private_folder import is_private
+
 _FOLDER = Path(__file__).parent
 SOURCES = tuple(_FOLDER / f"cpu_{name}.cpp" for name in ("kernels", "products", "layers"))
 _HEADERS = tuple(_FOLDER / f"cpu_{name}.h" for name in ("vectors", "tiles", "sharing"))
@@ -44,14 +46,16 @@ def load_kernels() -> ctypes.CDLL:
         library = directory / name
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not is_private(directory):
+                continue  # what lies there may be anybody's program
             if not library.exists():
                 _compile(compiler, library)
             return ctypes.CDLL(str(library))
         except OSError:
             continue  # not writable, or mounted so that nothing may be run from it
     raise KernelBuildError(
-        "the CPU kernels were not built: no directory to keep them in is writable and allows "
-        f"running programs; tried {', '.join(map(str, _cache_directories()))}. "
+        "the CPU kernels were not built: no directory to keep them in is writable, by you alone, "
+        f"and allows running programs; tried {', '.join(map(str, _cache_directories()))}. "
         "Set XDG_CACHE_HOME to one that does"
     )
 

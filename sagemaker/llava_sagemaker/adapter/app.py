@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,16 +18,24 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from llava_sagemaker.adapter.chat import chat_request
-from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
+from llava_sagemaker.adapter.errors import (
+    AdapterError,
+    as_adapter_error,
+    invalid_request,
+    unavailable,
+)
 from llava_sagemaker.adapter.event_stream import SILENCE_SECONDS, EventStream
 from llava_sagemaker.adapter.health import Health
 from llava_sagemaker.adapter.image_fetch import ImageFetcher
-from llava_sagemaker.adapter.invocation import Invocation, Request, json_object
+from llava_sagemaker.adapter.invocation import Invocation, Request
+from llava_sagemaker.adapter.json_body import JsonReader
 from llava_sagemaker.adapter.metrics import AdapterMetrics
+from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
-from llava_sagemaker.adapter.remembered import Remembered
+from llava_sagemaker.adapter.remembered import Remembered, SessionTurn
 from llava_sagemaker.adapter.request_reading import (
     BodyRoom,
+    BodyShare,
     read_request,
     unknown_content_type,
     unknown_json,
@@ -37,10 +45,11 @@ from llava_sagemaker.adapter.session_ids import closed_header, opened_header
 from llava_sagemaker.adapter.session_requests import empty_session, raw_picture, session_request
 from llava_sagemaker.adapter.triton_format import (
     BINARY_CONTENT_TYPE,
-    binary_request,
+    json_size,
     triton_request,
 )
-from llava_sagemaker.adapter.turns import Triton, Turn, limited
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, Triton, Turn, limited
+from llava_triton import protocol
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.settings import Settings
 
@@ -52,8 +61,8 @@ JSON_TYPES = ("", "application/json", "application/octet-stream", "binary/octet-
 """Clients that name no content type send JSON."""
 METRICS_SECONDS = 5.0
 SPARE_REQUESTS = 64
-"""More than there may be turns, for the engine to refuse. Above that the adapter does, before it
-reads a body; and only here, so that /ping is answered however many requests there are."""
+"""More than there may be turns, for the engine to refuse. Above that the adapter does, once a body
+has come; and only here, so that /ping is answered however many requests there are."""
 
 Result = TypeVar("Result")
 
@@ -81,7 +90,11 @@ class Adapter:
         self._triton_metrics = f"http://{metrics}/metrics"
         fetch = ImageFetcher(hosts, buckets, settings.max_image_bytes)
         self._pictures = Pictures(fetch, settings.max_images_per_turn)
-        self._remembered = Remembered(settings.max_sessions)
+        # More than there can be: one that has ended is not always told.
+        self._remembered = Remembered(2 * settings.max_sessions)
+        self._json = JsonReader(settings.max_text_bytes)
+        self._reading = 0
+        """Requests whose body has not come: they take no place of those that could be answered."""
         # A picture in base64, and the texts.
         self._bodies = BodyRoom(settings.max_image_bytes * 4 // 3 + 2 * settings.max_text_bytes)
 
@@ -103,27 +116,22 @@ class Adapter:
 
     async def invocations(self, http: HttpRequest) -> Response:
         """One request, whatever its kind."""
-        with self._bodies.share() as take:  # until the answer, or its first piece
-            return await self._invocation(http, take)
+        with self._bodies.share() as share:  # until the answer, or its first piece
+            return await self._invocation(http, share)
 
-    async def _invocation(self, http: HttpRequest, take: Callable[[int], None]) -> Response:
+    async def _invocation(self, http: HttpRequest, share: BodyShare) -> Response:
         began = time.monotonic()
         kind, outcome = "unknown", "ok"
+        session_turn = None
         self._metrics.in_flight += 1
         streams = False
         try:
-            if self._metrics.in_flight > self._settings.max_queued_turns + SPARE_REQUESTS:
-                raise unavailable("too many requests are under way; try again later")
-            invocation = await self._understand(
-                await read_request(http, self._bodies.limit_bytes, take)
-            )
+            invocation = await self._understand(http, await self._read(http, share), share)
             kind = invocation.kind
             if kind != "chat":
-                other = self._remembered.other_turn_begins(invocation.turn)
-                invocation = replace(invocation, completed=lambda _: other())
-            if invocation.reopens:
-                async with asyncio.timeout(SILENCE_SECONDS):
-                    await _while_connected(http, self._check_open(invocation.turn.session_id))
+                begun = self._remembered.other_turn_begins(invocation.turn)
+                invocation = replace(invocation, session_turn=begun)
+            session_turn = invocation.session_turn
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
             pieces = self._triton.pieces(invocation.turn)
@@ -133,65 +141,102 @@ class Adapter:
             streams = True
             return EventStream(
                 invocation.format,
-                invocation.completed,
+                session_turn,
                 first,
                 pieces,
                 self._headers(invocation),
-                partial(self._ended, kind),
+                partial(self._ended, kind, session_turn),
             )
         except ClientDisconnect:
             outcome = "disconnected"
             return Response(status_code=499)
         except Exception as error:
-            told = as_adapter_error(error)
-            outcome = told.code
-            return told.response()
+            outcome, response = _refusal(error)
+            return response
         finally:
             if not streams:
-                self._ended(kind, outcome)
+                self._ended(kind, session_turn, outcome)
 
     async def close(self) -> None:
         """Let the connection to Triton go."""
         await self._triton.close()
 
-    async def _check_open(self, session_id: str) -> None:
+    async def _read(self, http: HttpRequest, share: BodyShare) -> Request:
+        self._reading += 1
+        try:
+            request = await read_request(http, self._bodies.limit_bytes, share)
+        finally:
+            self._reading -= 1
+        most = self._settings.max_queued_turns + SPARE_REQUESTS
+        if self._metrics.in_flight - self._reading > most:
+            raise unavailable("too many requests are under way; try again later")
+        return request
+
+    async def _check_open(self, http: HttpRequest, session_id: str) -> None:
         """Raises SessionError, NOT_FOUND, where there is no such session."""
         try:
-            await self._triton.whole(Turn(session_id))
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await _while_connected(http, self._triton.whole(Turn(session_id)))
         except SessionError as error:
             if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
                 raise
 
-    async def _understand(self, request: Request) -> Invocation:
+    async def _understand(
+        self, http: HttpRequest, request: Request, share: BodyShare
+    ) -> Invocation:
         if request.content_type.startswith("image/"):
             return raw_picture(request)
-        if request.content_type == BINARY_CONTENT_TYPE:
-            return binary_request(request)
-        if request.content_type not in JSON_TYPES:
+        binary = request.content_type == BINARY_CONTENT_TYPE
+        if not binary and request.content_type not in JSON_TYPES:
             raise unknown_content_type(request.content_type)
-        if request.opens and not request.body:
+        if not binary and request.opens and not request.body:
             return empty_session(request)
-        fields = json_object(request.body)
-        if "requestType" in fields:
-            return await session_request(request, fields, self._pictures)
-        if "messages" in fields:
-            return await chat_request(request, fields, self._pictures, self._remembered)
-        if "inputs" in fields:
-            return triton_request(request, fields)
-        if "type" in fields:
-            return await sample_request(request, fields, self._pictures)
-        raise unknown_json()
+        size = json_size(request) if binary else len(request.body)
+        outline = await self._json.outline(request.body[:size])
+        with share.parsed(outline.parsed_bytes):
+            fields = await self._json.object(outline)
+            if binary or "inputs" in fields:
+                invocation = await off_loop(
+                    len(request.body), triton_request, request, fields, size
+                )
+            elif "requestType" in fields:
+                invocation = await session_request(request, fields, self._pictures)
+            elif "messages" in fields:
+                check_open = partial(self._check_open, http)
+                invocation = await chat_request(
+                    request, fields, self._pictures, self._remembered, check_open
+                )
+            elif "type" in fields:
+                invocation = await sample_request(request, fields, self._pictures)
+            else:
+                raise unknown_json()
+        self._check_texts(invocation.turn)
+        return invocation
+
+    def _check_texts(self, turn: Turn) -> None:
+        """As the models would, but before all is copied to them."""
+        most = self._settings.max_text_bytes
+        for name in (protocol.TEXT_INPUT, protocol.SAMPLING_PARAMETERS, protocol.HISTORY):
+            if name in turn.tensors and turn.tensors[name].size > most + LENGTH_BYTES:
+                size = turn.tensors[name].size - LENGTH_BYTES
+                raise invalid_request(
+                    f"{name} is {size} bytes long; the limit is {most}: shorten it"
+                )
 
     async def _whole(self, http: HttpRequest, invocation: Invocation, began: float) -> Response:
         left = WHOLE_SECONDS - (time.monotonic() - began)
         async with asyncio.timeout(left + GRACE_SECONDS):
-            asked = self._triton.whole(limited(invocation.turn, max(left, 1.0)))
-            answer = await _while_connected(http, asked)
-        invocation.completed(answer.text)
+            size = invocation.turn.size
+            turn = await off_loop(size, limited, invocation.turn, max(left, 1.0))
+            answer = await _while_connected(http, self._triton.whole(turn))
+        if invocation.session_turn is not None:
+            invocation.session_turn.completed(answer.text)
         body = invocation.format.whole(answer)
         return Response(body.content, 200, self._headers(invocation), body.content_type)
 
-    def _ended(self, kind: str, outcome: str) -> None:
+    def _ended(self, kind: str, session_turn: SessionTurn | None, outcome: str) -> None:
+        if session_turn is not None:
+            session_turn.ended(outcome)
         self._metrics.in_flight -= 1
         self._metrics.ended(kind, outcome)
 
@@ -203,6 +248,13 @@ class Adapter:
         if invocation.closed is not None:
             headers.append(closed_header(invocation.closed))
         return dict(headers)
+
+
+def _refusal(error: Exception) -> tuple[str, Response]:
+    """Its code, and the answer. (No name of a frame that an error has passed may hold it: the two
+    would stay, with the request's body, until the garbage collector came.)"""
+    told = as_adapter_error(error)
+    return told.code, told.response()
 
 
 async def _while_connected(http: HttpRequest, answer: Awaitable[Result]) -> Result:
@@ -223,6 +275,7 @@ async def _while_connected(http: HttpRequest, answer: Awaitable[Result]) -> Resu
         if not answering.done():
             answering.cancel()
             await asyncio.wait((answering,))
+        del answering  # what failed holds this frame, which would hold it
 
 
 async def _disconnection(http: HttpRequest) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_sagemaker.adapter.chat_messages import read_conversation
+from llava_sagemaker.adapter.chat_messages import Picture, read_conversation
 from llava_sagemaker.adapter.chat_parameters import read_parameters
-from llava_sagemaker.adapter.errors import invalid_request
+from llava_sagemaker.adapter.errors import invalid_request, unavailable
 from llava_sagemaker.adapter.invocation import (
     AnswerFormat,
     Body,
@@ -18,6 +19,7 @@ from llava_sagemaker.adapter.invocation import (
     as_json,
     event,
 )
+from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.remembered import Remembered
 from llava_sagemaker.adapter.turns import turn
@@ -29,56 +31,86 @@ MODEL = "llava"
 
 
 async def chat_request(
-    request: Request, fields: dict[str, Any], pictures: Pictures, remembered: Remembered
+    request: Request,
+    fields: dict[str, Any],
+    pictures: Pictures,
+    remembered: Remembered,
+    check_open: Callable[[str], Awaitable[None]],
 ) -> Invocation:
     """`{"messages": [...], ...}`.
 
     Without a session: one answer to the whole conversation. In a session, a single user message is
-    its next turn; of a whole conversation only what the session does not have is sent, or, where
-    that cannot be told, the session is opened again with all of it.
+    its next turn; of a whole conversation only what the session does not have is sent. Where the
+    session has something else, it is opened anew with all of it, but only where it is known that
+    the messages show every picture that the session was shown.
+
+    Args:
+        request, fields: the request and its JSON.
+        pictures: loads them.
+        remembered: what was said in sessions.
+        check_open: raises SessionError, NOT_FOUND, where there is no such session.
 
     Raises:
         AdapterError: invalid_request or image_..., naming the field that cannot be followed.
+        SessionError: NOT_FOUND.
     """
+    size = len(request.body)
     parameters = read_parameters(fields)
-    conversation = read_conversation(fields["messages"])
-    session_id = request.open_session
+    conversation = await off_loop(size, read_conversation, fields["messages"])
+    images: Sequence[Picture] = conversation.images
+    history = None
     flags: dict[str, Any] = {}
-    reopens = False
-    known = remembered.conversation(session_id) if session_id else None
+    before = known = None
+    turns = 0
+    if request.session is not None:
+        past = await off_loop(size, conversation.past_digest)
+    session_id = request.open_session
     if session_id is None:
         flags = request.session_flags()
         session_id = flags.pop("session_id")
-    elif conversation.past and known != conversation.past_digest():
-        if remembered.shown_elsewhere(session_id):
-            raise invalid_request(
-                "the messages are not what was said in the session, and it has a picture that they "
-                "do not show; send only the new user message"
-            )
-        flags, reopens = {"start": True}, True
-    starts = "start" in flags
-    images = conversation.all_images() if starts else conversation.images
-    history = conversation.history() if starts else []
-    before = conversation.past_digest() if starts or conversation.past else known
-    asked = turn(
+        before = past if request.opens else None
+    else:
+        known = remembered.known(session_id)
+        before, turns = (known.digest, known.turns) if known else (None, 0)
+        if conversation.past and before != past:
+            await check_open(session_id)  # nobody but we makes IDs
+            if known is None:
+                raise invalid_request(
+                    "it is not known any more what the session was shown, so it cannot be told "
+                    "whether the messages continue it; send only the new user message, or the "
+                    "whole conversation in a new session"
+                )
+            if not known.pictures <= conversation.pictures:
+                raise invalid_request(
+                    "the messages are not what was said in the session, and it has a picture that "
+                    "they do not show; send only the new user message"
+                )
+            before, flags = past, {"start": True}
+    if flags:
+        images = conversation.all_images()
+        history = await off_loop(size, history_to_json, conversation.history())
+    asked = await off_loop(
+        size,
+        turn,
         session_id,
         **flags,
         text=conversation.text,
         images=await pictures.load(images, request.take),
         sampling=parameters.sampling,
-        history=history_to_json(history) if history else None,
+        history=history if conversation.past else None,
     )
     answer = _ChatAnswer(parameters.include_usage)
     if asked.end:  # no session: nothing to remember
         return Invocation("chat", asked, answer, parameters.stream)
+    if conversation.past and known is not None and known.turns != turns:
+        raise unavailable("another request used the session meanwhile; try again")
     return Invocation(
         "chat",
         asked,
         answer,
         parameters.stream,
         opened=session_id if request.opens else None,
-        reopens=reopens,
-        completed=remembered.turn_begins(session_id, before, conversation, starts),
+        session_turn=remembered.chat_begins(session_id, before, conversation, asked.start),
     )
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.json_body import LongString, beginning, too_long
 from llava_triton.history import PastTurn
+
+Picture = str | LongString
+"""A data URI or a URL."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class _Said:
     """A user's message and what was answered."""
 
     text: str
-    images: tuple[str, ...]
+    images: tuple[Picture, ...]
     answer: str
 
 
@@ -27,10 +33,10 @@ class Conversation:
     past: tuple[_Said, ...]
     text: str
     """The question."""
-    images: tuple[str, ...]
-    """The question's pictures: data URIs or URLs."""
+    images: tuple[Picture, ...]
+    """The question's pictures."""
 
-    def all_images(self) -> list[str]:
+    def all_images(self) -> list[Picture]:
         """The pictures of the past, in order, then the question's."""
         return [image for said in self.past for image in said.images] + list(self.images)
 
@@ -38,25 +44,54 @@ class Conversation:
         """The past as the engine takes it."""
         return [PastTurn(said.text, said.answer, len(said.images)) for said in self.past]
 
+    @cached_property
+    def picture_digests(self) -> tuple[bytes, ...]:
+        """Of all pictures, in order."""
+        return tuple(_extended(b"", [image]) for image in self.all_images())
+
+    @property
+    def pictures(self) -> frozenset[bytes]:
+        """The same, in no order."""
+        return frozenset(self.picture_digests)
+
     def past_digest(self) -> bytes:
-        """What the past is known by; grows as `extended` tells."""
+        """What the past is known by."""
         digest = NOTHING_SAID
+        digests = iter(self.picture_digests)
         for said in self.past:
-            digest = extended(digest, said.text, said.images, said.answer)
+            shown = list(islice(digests, len(said.images)))
+            digest = answered(_asked(digest, said.text, shown), said.answer)
         return digest
+
+    def asked_digest(self, before: bytes) -> bytes:
+        """What a conversation is known by that was known by `before` and got the question."""
+        past_images = len(self.picture_digests) - len(self.images)
+        return _asked(before, self.text, self.picture_digests[past_images:])
 
 
 NOTHING_SAID = b""
 """The digest of a conversation that has not begun."""
 
 
-def extended(digest: bytes, text: str, images: tuple[str, ...], answer: str) -> bytes:
-    """The digest of a conversation to which a turn was added."""
-    parts = [digest, *(part.encode(errors="replace") for part in (text, answer, *images))]
-    grown = hashlib.sha256()
+def answered(asked: bytes, answer: str) -> bytes:
+    """The digest of a conversation whose last question got its answer."""
+    return _extended(asked, [answer])
+
+
+def _asked(before: bytes, text: str, pictures: Sequence[bytes]) -> bytes:
+    return _extended(before, [text, *pictures])
+
+
+def _extended(digest: bytes, parts: Sequence[str | bytes | LongString]) -> bytes:
+    grown = hashlib.sha256(digest)
     for part in parts:
-        grown.update(len(part).to_bytes(8, "little"))
-        grown.update(part)
+        if isinstance(part, LongString):
+            pieces = part.pieces
+        else:
+            pieces = (part.encode(errors="replace") if isinstance(part, str) else part,)
+        grown.update(sum(map(len, pieces)).to_bytes(8, "little"))
+        for piece in pieces:
+            grown.update(piece)
     return grown.digest()
 
 
@@ -95,7 +130,7 @@ def read_conversation(messages: Any) -> Conversation:
     return Conversation(past, said[-1][1], said[-1][2])
 
 
-def _message(number: int, message: Any) -> tuple[str, str, tuple[str, ...]]:
+def _message(number: int, message: Any) -> tuple[str, str, tuple[Picture, ...]]:
     """-> role, text, pictures."""
     name = f"message {number}"
     if not isinstance(message, dict):
@@ -110,28 +145,33 @@ def _message(number: int, message: Any) -> tuple[str, str, tuple[str, ...]]:
     if message.get("tool_calls") or message.get("function_call"):
         raise invalid_request(f"{name} calls tools, which is not supported")
     texts: list[str] = []
-    images: list[str] = []
+    images: list[Picture] = []
     for kind, value in _parts(name, message.get("content")):
-        (texts if kind == "text" else images).append(value)
+        if kind == "image":
+            images.append(value)
+        elif isinstance(value, LongString):
+            raise too_long(name, value)
+        else:
+            texts.append(value)
     if images and role != "user":
         raise invalid_request(f"{name} is the {role}'s and has a picture; only users show pictures")
     return role, "\n".join(texts), tuple(images)
 
 
-def _parts(name: str, content: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(content, str):
+def _parts(name: str, content: Any) -> Iterator[tuple[str, str | LongString]]:
+    if isinstance(content, str | LongString):
         yield "text", content
         return
     if not isinstance(content, list):
         raise invalid_request(f"the content of {name} must be a string or a list of parts")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text" and isinstance(part.get("text"), str | LongString):
             yield "text", part["text"]
         elif kind == "image_url":
             image = part.get("image_url")
             url = image.get("url") if isinstance(image, dict) else image
-            if not isinstance(url, str) or ":" not in url[:16]:
+            if not isinstance(url, str | LongString) or ":" not in beginning(url):
                 raise AdapterError(
                     400,
                     "image_invalid",

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from llava_sagemaker.adapter.errors import as_adapter_error
 from llava_sagemaker.adapter.invocation import AnswerFormat
+from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_triton.delta import Delta
 
 SILENCE_SECONDS = 300.0
@@ -21,7 +22,7 @@ class EventStream(StreamingResponse):
 
     Args:
         written: how to write the answer.
-        completed: is told its whole text, once it is complete.
+        session_turn: is told its whole text, once it is complete.
         first: its first piece.
         pieces: the others.
         headers: of the answer.
@@ -31,7 +32,7 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         written: AnswerFormat,
-        completed: Callable[[str], None],
+        session_turn: SessionTurn | None,
         first: Delta,
         pieces: AsyncGenerator[Delta, None],
         headers: dict[str, str],
@@ -40,7 +41,7 @@ class EventStream(StreamingResponse):
         super().__init__(self._events(first), headers=headers, media_type="text/event-stream")
         # Not the invocation: its turn holds pictures, and the answer may take long.
         self._written = written
-        self._completed = completed
+        self._session_turn = session_turn
         self._pieces = pieces
         self._ended = ended
         self._outcome = "disconnected"
@@ -64,11 +65,17 @@ class EventStream(StreamingResponse):
                 async with asyncio.timeout(SILENCE_SECONDS):
                     piece = await anext(self._pieces)
                 text.append(piece.text)
-            self._completed("".join(text))
+            if self._session_turn is not None:
+                self._session_turn.completed("".join(text))
             self._outcome = "ok"
             if events := written.end(piece):
                 yield events
         except Exception as error:
-            failed = as_adapter_error(error)
-            self._outcome = failed.code
-            yield written.failure(failed)
+            self._outcome, told = self._failure(error)
+            yield told
+
+    def _failure(self, error: Exception) -> tuple[str, bytes]:
+        """Its code, and the events that tell it. (No name of the frame that an error has passed
+        may hold it: the two would stay until the garbage collector came.)"""
+        failed = as_adapter_error(error)
+        return failed.code, self._written.failure(failed)

@@ -25,9 +25,27 @@ MAX_REDIRECTS = 3
 MAX_HEADER_BYTES = 16 * 1024
 _PORT = 443
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)
+"""In the middle of an IPv6 address: the last 32 bits are an IPv4 address that it is sent to."""
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""All that is given out of IPv6. `is_global` means more: site-local and IPv4-compatible addresses,
-NAT64 of a site's own (64:ff9b:1::/48)."""
+"""All that is given out of IPv6, and so none of: unspecified, loopback, IPv4-compatible, NAT64 of a
+site's own (64:ff9b:1::/48), discard-only (100::/64), segment routing (5f00::/16), unique local,
+link-local, site-local, multicast."""
+_SPECIAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        # IANA's IPv4 Special-Purpose Address Registry (RFC 6890), and multicast.
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24"),
+        *("192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15"),
+        *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        # What IANA's IPv6 registry has inside of the global unicast addresses; 2001::/23 has
+        # Teredo, benchmarking, AMT, AS112, ORCHID and drone identifiers. 6to4 is looked into.
+        *("2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20"),
+    )
+)
+"""No picture is there, whatever is_global says: it lets some through that are globally reachable,
+but lead to the nearest machine of a kind, and differs between Python's releases."""
 
 Address = tuple[str, int]
 """IP address and port."""
@@ -202,9 +220,11 @@ def is_public_address(text: str) -> bool:
             return is_public_address(str(address.sixtofour))
         if address in _NAT64:
             return is_public_address(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
-        if address.teredo is not None or address not in _GLOBAL_UNICAST:
+        if int(address) >> 32 & 0xFFFF_FFFF in _ISATAP:
+            return is_public_address(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
+        if address not in _GLOBAL_UNICAST:
             return False
-    return address.is_global and not address.is_multicast
+    return address.is_global and not any(address in network for network in _SPECIAL)
 
 
 async def _resolve(host: str, port: int) -> list[Address]:

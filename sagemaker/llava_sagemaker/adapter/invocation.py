@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
 from llava_sagemaker.adapter.turns import Turn
 from llava_triton.delta import Delta
@@ -27,7 +28,7 @@ class Request:
     """`Accept: text/event-stream`."""
     body: bytes
     take: Callable[[int], None]
-    """Takes so many bytes more of what the request may have, see `BodyRoom.share`."""
+    """Takes so many bytes more of what the request may have, see `BodyShare.take`."""
 
     @property
     def opens(self) -> bool:
@@ -98,10 +99,8 @@ class Invocation:
     """The ID of the session that this opens for the caller."""
     closed: str | None = None
     """The ID of the session that this closes for the caller."""
-    reopens: bool = False
-    """The turn opens a session anew that must be open: nobody but we makes IDs."""
-    completed: Callable[[str], None] = field(default=lambda _: None)
-    """Is told the whole text of the answer, once it is complete."""
+    session_turn: SessionTurn | None = None
+    """Is told how it ends."""
 
 
 def in_session(kind: str, turn: Turn, answer: AnswerFormat, stream: bool = False) -> Invocation:
@@ -136,22 +135,3 @@ def as_json(value: Any) -> Body:
 def event(value: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """A request's JSON object.
-
-    Raises:
-        AdapterError: invalid_request, the body is something else.
-    """
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid_request(f"the body is not valid JSON ({error}); send one object") from None
-    if not isinstance(value, dict):
-        raise invalid_request(f"the body is JSON, but no object ({type(value).__name__})")
-    return value
-
-
-def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_sagemaker.adapter.json_body import LongString
 
 
 class Fetch(Protocol):
@@ -32,7 +33,9 @@ class Pictures:
         self._fetch = fetch
         self._limit = limit
 
-    async def load(self, named: Sequence[Any], take: Callable[[int], None]) -> list[bytes]:
+    async def load(
+        self, named: Sequence[Any], take: Callable[[int], None]
+    ) -> list[bytes | LongString]:
         """Pictures for the input `image`, in order.
 
         Base64 and data URIs go as they came: Triton's side decodes them.
@@ -54,10 +57,13 @@ class Pictures:
         try:
             return list(await asyncio.gather(*coming))
         finally:
-            for each in coming:  # those behind one that failed
-                each.cancel()
+            # Those behind one that failed. What failed holds this frame, which must not hold it.
+            while coming:
+                coming.pop().cancel()
 
-    async def _one(self, named: Any, take: Callable[[int], None]) -> bytes:
+    async def _one(self, named: Any, take: Callable[[int], None]) -> bytes | LongString:
+        if isinstance(named, LongString):  # no URL is so long
+            return named
         if not isinstance(named, str) or not named:
             raise AdapterError(
                 400, "image_invalid", "a picture must be base64 text, a data URI or a URL"

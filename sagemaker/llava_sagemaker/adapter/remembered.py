@@ -1,31 +1,88 @@
-"""What chat completions have said in their sessions: enough to see that a request continues it.
+"""What was said and shown in sessions: enough to see that a whole conversation continues its own.
 
-It may be forgotten at any time: the conversation is sent to the session again then.
+All of it may be forgotten at any time: after a restart it is, and of more sessions than there can
+be the ones unused for longest are. A session that is not known here may have been shown any
+picture, so it is never opened anew with a conversation that may lack one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, extended
+from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
+from llava_sagemaker.adapter.errors import unavailable
 from llava_sagemaker.adapter.turns import Turn
 from llava_triton import protocol
 
+_NOT_IN_MESSAGES = b""
+"""Stands for the digest of a picture that no chat completion showed."""
+_REFUSED = ("invalid_request", "image_invalid")
+"""Outcomes that leave a session as it was before the turn."""
+
 
 @dataclass(eq=False)
-class _Known:
-    """Of one session; a new object with every turn, so that an overtaken turn changes nothing."""
+class Known:
+    """What is known of one session."""
 
     digest: bytes | None = None
     """Of what was said; None while a turn runs, or where it is not known."""
-    shown_elsewhere: bool = False
-    """It has pictures that no chat completion showed."""
+    pictures: frozenset[bytes] = frozenset()
+    """Digests of what it may have been shown, see `Conversation.pictures`."""
+    turns: int = 0
+    """Begun so far."""
+    opening: bool = False
+    """A turn is under way that opens it, perhaps anew."""
+
+
+@dataclass(eq=False)
+class SessionTurn:
+    """A turn under way in a session that is known. It must be told how it ended."""
+
+    _remembered: Remembered
+    _session_id: str
+    _known: Known
+    _opens: bool
+    _after: Callable[[str], bytes | None]
+    """Gives the digest of what was said after the answer."""
+    _before: tuple[bytes | None, frozenset[bytes]] = field(init=False)
+    _number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = self._known
+        self._before = known.digest, known.pictures
+        known.turns += 1
+        self._number = known.turns
+        known.digest = None
+        known.opening = known.opening or self._opens
+
+    def completed(self, answer: str) -> None:
+        """The whole answer is there."""
+        self._remembered.keep(self._session_id, self._known)
+        if self._is_last:
+            self._known.digest = self._after(answer)
+
+    def ended(self, outcome: str) -> None:
+        """The request is over, complete or not.
+
+        Args:
+            outcome: as for `AdapterMetrics.ended`.
+        """
+        if self._opens:
+            self._known.opening = False
+            self._remembered.opening.pop(self._session_id, None)
+        elif self._is_last and outcome in _REFUSED:
+            self._known.digest, self._known.pictures = self._before
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no other turn has begun since: else this one's end tells little."""
+        return self._known.turns == self._number
 
 
 class Remembered:
-    """Digests of conversations by session ID, of the sessions used last.
+    """Digests of conversations and pictures by session ID, of the sessions used last.
 
     Args:
         limit: sessions to remember.
@@ -33,70 +90,81 @@ class Remembered:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known: OrderedDict[str, Known] = OrderedDict()
+        self.opening: dict[str, Known] = {}
+        """Sessions whose opening is under way: one that is refused pushes nobody out."""
 
-    def conversation(self, session_id: str) -> bytes | None:
-        """The digest of what was said in a session; None where that is not known."""
-        known = self._known.get(session_id)
-        return known.digest if known else None
+    def known(self, session_id: str) -> Known | None:
+        """What is known of a session; None: nothing, it may have been shown anything."""
+        return self._known.get(session_id) or self.opening.get(session_id)
 
-    def shown_elsewhere(self, session_id: str) -> bool:
-        """Whether a session has pictures that no chat completion showed."""
-        known = self._known.get(session_id)
-        return known is not None and known.shown_elsewhere
-
-    def other_turn_begins(self, turn: Turn) -> Callable[[], None]:
+    def other_turn_begins(self, turn: Turn) -> SessionTurn | None:
         """A session gets a turn that is no chat completion.
 
         Returns:
-            What to call when it is complete.
+            What to tell its end; None where nothing is to be remembered.
+
+        Raises:
+            AdapterError: unavailable, see `chat_begins`.
         """
         if turn.end:
             self._known.pop(turn.session_id, None)
-            return lambda: None
-        shown = protocol.IMAGE in turn.tensors
-        if not turn.start:
-            shown = shown or self.shown_elsewhere(turn.session_id)
-        known = self._put(turn.session_id, _Known(shown_elsewhere=shown), turn.start)
+            return None
+        silent = turn.tensors.keys() <= {protocol.IMAGE, protocol.SAMPLING_PARAMETERS}
+        after = NOTHING_SAID if turn.start and silent else None
+        pictures = {_NOT_IN_MESSAGES} if protocol.IMAGE in turn.tensors else set()
+        return self._begins(turn.session_id, turn.start, frozenset(pictures), lambda _: after)
 
-        def completed() -> None:
-            silent = turn.tensors.keys() <= {protocol.IMAGE, protocol.SAMPLING_PARAMETERS}
-            if turn.start and silent:
-                known.digest = NOTHING_SAID
-
-        return completed
-
-    def turn_begins(
+    def chat_begins(
         self, session_id: str, before: bytes | None, asked: Conversation, opens: bool
-    ) -> Callable[[str], None]:
-        """A session is asked.
+    ) -> SessionTurn | None:
+        """A session is asked by a chat completion.
 
         Args:
             session_id: whose.
-            opens: whether it opens with that.
             before: the digest of what was said in it before; None where that is not known.
-            asked: the question and its pictures.
+            asked: the messages.
+            opens: whether it opens with them, perhaps anew.
 
         Returns:
-            What to call with the whole answer. Until then, and for ever if the turn fails or
-            another one comes meanwhile, the session's conversation is not known.
+            What to tell the turn's end; None where nothing is to be remembered.
+
+        Raises:
+            AdapterError: unavailable, the session is being opened anew at this moment: what it was
+                given now would be lost.
         """
-        shown = self.shown_elsewhere(session_id)
-        known = self._put(session_id, _Known(shown_elsewhere=shown), opens)
+        digest = None if before is None else asked.asked_digest(before)  # and not the pictures
+        return self._begins(
+            session_id,
+            opens,
+            asked.pictures,
+            lambda answer: None if digest is None else answered(digest, answer),
+        )
 
-        def completed(answer: str) -> None:
-            # After another turn has begun this object is nobody's: it does no harm.
-            if before is not None:
-                known.digest = extended(before, asked.text, asked.images, answer)
-
-        return completed
-
-    def _put(self, session_id: str, known: _Known, opens: bool) -> _Known:
-        if not opens and session_id not in self._known:
-            # Forgotten, or an ID that somebody made up: those must not push out the others.
-            return known
-        self._known[session_id] = known
-        self._known.move_to_end(session_id)
+    def keep(self, session_id: str, known: Known) -> None:
+        """Remember a session from now on, as the one used last."""
+        if self.opening.get(session_id) is known:
+            self._known[session_id] = self.opening.pop(session_id)
+        if session_id in self._known:  # else it was closed meanwhile
+            self._known.move_to_end(session_id)
         while len(self._known) > self._limit:
             self._known.popitem(last=False)
-        return known
+
+    def _begins(
+        self,
+        session_id: str,
+        opens: bool,
+        pictures: frozenset[bytes],
+        after: Callable[[str], bytes | None],
+    ) -> SessionTurn | None:
+        known = self._known.get(session_id)
+        if known is not None and known.opening:
+            raise unavailable("another request is opening the session anew; try again later")
+        known = known or self.opening.get(session_id)
+        if known is None:
+            if not opens:
+                return None  # forgotten, or an ID that somebody made up
+            known = self.opening[session_id] = Known()
+        begun = SessionTurn(self, session_id, known, opens, after)
+        known.pictures |= pictures
+        return begun

@@ -10,15 +10,23 @@ from email.message import Message
 from starlette.requests import Request as HttpRequest
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
+from llava_sagemaker.adapter.gunzip import unpacker
 from llava_sagemaker.adapter.invocation import Request
+from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
+SILENCE_SECONDS = 10.0
+"""A body that has begun goes on within this time."""
 MOST_CONTENT_TYPE = 1000
 """Characters: reading its parameters takes the square of them."""
 LARGEST_BODIES = 16
 """All bodies that are read or answered at once may take as much as so many of the largest."""
+SMALL_BYTES = 64 * 1024
+"""A body of a question, even a long one."""
+SMALL_BODIES = 1024
+"""So many have room however many large ones there are."""
 
 
 class BodyRoom:
@@ -30,39 +38,75 @@ class BodyRoom:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._left = limit_bytes * LARGEST_BODIES
+        self._for_small = SMALL_BYTES * SMALL_BODIES
+        self._left = limit_bytes * LARGEST_BODIES + self._for_small
 
     @contextlib.contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Room for one body while the context lasts; what it gives takes so many bytes of it.
+    def share(self) -> Iterator[BodyShare]:
+        """Room for one request while the context lasts."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            self._left += share.taken
+
+    def take(self, size: int, is_small: bool) -> None:
+        """Make so many bytes less of it. Raises AdapterError, unavailable, where they are not
+        left."""
+        if size > self._left - (0 if is_small else self._for_small):
+            raise unavailable("too many large bodies are under way; try again later")
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """Make so many bytes more of it."""
+        self._left += size
+
+
+class BodyShare:
+    """One request's part of a BodyRoom.
+
+    Args:
+        room: whose part.
+    """
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room = room
+        self.taken = 0
+        """Bytes of the body and of the pictures that it names."""
+
+    def take(self, size: int) -> None:
+        """So many bytes more have come.
 
         Raises:
             AdapterError: body_too_large, or unavailable where the others leave too little.
         """
-        taken = 0
+        if self.taken + size > self._room.limit_bytes:
+            raise _too_large(self._room.limit_bytes)
+        self._room.take(size, self.taken + size <= SMALL_BYTES)
+        self.taken += size
 
-        def take(size: int) -> None:
-            nonlocal taken
-            if taken + size > self.limit_bytes:
-                raise _too_large(self.limit_bytes)
-            if size > self._left:
-                raise unavailable("too many large bodies are under way; try again later")
-            taken += size
-            self._left -= size
+    @contextlib.contextmanager
+    def parsed(self, size: int) -> Iterator[None]:
+        """What was parsed of the body takes so many bytes while the context lasts; they do not
+        count towards the body's own limit.
 
+        Raises:
+            AdapterError: unavailable.
+        """
+        self._room.take(size, self.taken <= SMALL_BYTES)
         try:
-            yield take
+            yield
         finally:
-            self._left += taken
+            self._room.give_back(size)
 
 
-async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int], None]) -> Request:
+async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) -> Request:
     """Read it.
 
     Args:
         http: the request.
         limit_bytes: of its body.
-        take: see `BodyRoom.share`.
+        share: of the room for bodies.
 
     Raises:
         AdapterError: body_too_large, unavailable, or invalid_request.
@@ -76,7 +120,12 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
     header = Message()
     header["Content-Type"] = named
     try:
-        parameters = {name.lower(): value for name, value in header.get_params([])[1:]}
+        # (A value may be more than text, by RFC 2231; none that is looked at here.)
+        parameters = {
+            name.lower(): value
+            for name, value in header.get_params([])[1:]
+            if isinstance(value, str)
+        }
     except ValueError:
         raise unknown_content_type(named) from None
     return Request(
@@ -84,8 +133,8 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
         content_type=named.partition(";")[0].strip().lower(),
         content_parameters=parameters,
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
-        body=await _body(http, limit_bytes, take),
-        take=take,
+        body=await _body(http, limit_bytes, share.take),
+        take=share.take,
     )
 
 
@@ -93,19 +142,34 @@ async def _body(http: HttpRequest, limit: int, take: Callable[[int], None]) -> b
     length = http.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
         raise _too_large(limit)
+    gzip = unpacker(http.headers.get("content-encoding", ""))
     pieces: list[bytes] = []
+    size = 0
+    now = asyncio.get_running_loop().time
+    end = now() + BODY_SECONDS
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for piece in http.stream():
-                take(len(piece))
-                pieces.append(piece)
+        async with asyncio.timeout(SILENCE_SECONDS) as silence:
+            async for received in http.stream():
+                silence.reschedule(None)  # it is our turn
+                packed: bytes | None = received
+                while packed is not None:
+                    piece, packed = packed, None
+                    if gzip is not None:
+                        piece, packed = await off_loop(size, gzip.step, piece)
+                    take(len(piece))
+                    size += len(piece)
+                    pieces.append(piece)
+                silence.reschedule(min(end, now() + SILENCE_SECONDS))
     except TimeoutError:
         raise AdapterError(
             408,
             "invalid_request",
-            f"the body has not come within {BODY_SECONDS:.0f} s; send it again",
+            f"the body has not come within {BODY_SECONDS:.0f} s, or stopped for "
+            f"{SILENCE_SECONDS:.0f} s; send it again",
         ) from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if gzip is not None:
+        gzip.end()
+    return await off_loop(size, b"".join, pieces)
 
 
 def _too_large(limit: int) -> AdapterError:

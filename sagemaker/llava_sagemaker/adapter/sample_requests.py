@@ -14,6 +14,7 @@ from llava_sagemaker.adapter.invocation import (
     as_json,
     in_session,
 )
+from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.session_ids import checked_session_id, new_session_id
 from llava_sagemaker.adapter.turns import turn
@@ -53,6 +54,8 @@ async def sample_request(
             return in_session("sample", opening, _Fixed({"session_id": session_id}))
         case "send_text_prompt":
             text = fields.get("prompt_text")
+            if isinstance(text, LongString):
+                raise too_long("prompt_text", text)
             if not isinstance(text, str) or not text:
                 raise invalid_request("prompt_text must be the question, a string")
             return in_session("sample", turn(_session(request, fields), text=text), _ResponseText())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ from llava_sagemaker.adapter.invocation import (
     in_session,
     outputs,
 )
+from llava_sagemaker.adapter.json_body import LongString, too_long
+from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import turn
@@ -98,13 +99,21 @@ def raw_picture(request: Request) -> Invocation:
 async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) -> Invocation:
     text = fields.pop("text", None)
     image = fields.pop("image", [])
+    if isinstance(text, LongString):
+        raise too_long("text", text)
     if text is not None and not isinstance(text, str):
         raise invalid_request("text must be a string")
-    images: Sequence[bytes] = await pictures.load(
-        image if isinstance(image, list) else [image], request.take
-    )
+    images = await pictures.load(image if isinstance(image, list) else [image], request.take)
     session_id = new_session_id()  # whatever the header says: only we make IDs
-    opening = turn(session_id, start=True, text=text, images=images, sampling=fields)
+    opening = await off_loop(
+        len(request.body),
+        turn,
+        session_id,
+        start=True,
+        text=text,
+        images=images,
+        sampling=fields,
+    )
     if text:
         return in_session("open", opening, _Answered(session_id), request.wants_events)
     return in_session("open", opening, _Created(session_id))

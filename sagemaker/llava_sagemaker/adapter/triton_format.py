@@ -15,15 +15,16 @@ from llava_sagemaker.adapter.invocation import (
     Request,
     as_json,
     in_session,
-    json_object,
     outputs,
 )
-from llava_sagemaker.adapter.turns import Turn, pack, utf8
+from llava_sagemaker.adapter.json_body import PIECE_BYTES, LongString
+from llava_sagemaker.adapter.turns import Tensor, Turn, packed, utf8
 from llava_triton import protocol
 from llava_triton.delta import Delta
 
 BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
 _HEADER_SIZE = "json-header-size"
+_MOST_DIGITS = 20
 _MOST_ELEMENTS = 256
 """Of an input: more than the models would take, whose own limit is told by them."""
 _INPUTS = (
@@ -42,30 +43,30 @@ _DATATYPES = {
 }
 
 
-def binary_request(request: Request) -> Invocation:
-    """A body that begins with JSON of `json-header-size` bytes, binary tensors behind it.
+def json_size(request: Request) -> int:
+    """Of a body with binary tensors: how many bytes the JSON has that it begins with.
 
     Raises:
         AdapterError: invalid_request.
     """
     given = request.content_parameters.get(_HEADER_SIZE, "")
-    if not given.isascii() or not given.isdigit() or int(given[:20]) > len(request.body):
+    digits = given.isascii() and given.isdigit() and len(given) <= _MOST_DIGITS
+    if not digits or int(given) > len(request.body):
         raise invalid_request(
             f"the content type's {_HEADER_SIZE} is {given[:80]!r}; it must be the length of the "
             f"JSON that the body begins with, at most {len(request.body)}"
         )
-    size = int(given)
-    return triton_request(request, json_object(request.body[:size]), request.body[size:])
+    return int(given)
 
 
-def triton_request(request: Request, fields: dict[str, Any], binary: bytes = b"") -> Invocation:
+def triton_request(request: Request, fields: dict[str, Any], size: int) -> Invocation:
     """An inference request.
 
     Args:
         request: its session header becomes the sequence ID, NEW_SESSION the start flag. The
             client's own `sequence_id` and `sequence_start` have no meaning here.
         fields: its JSON; the parameter `sequence_end` closes the session.
-        binary: the tensors behind the JSON.
+        size: bytes of the JSON in the body; binary tensors may stand behind it.
 
     Raises:
         AdapterError: invalid_request, naming what cannot be followed.
@@ -75,7 +76,7 @@ def triton_request(request: Request, fields: dict[str, Any], binary: bytes = b""
     if not isinstance(end, bool):
         raise invalid_request("the parameter sequence_end must be true or false")
     flags = request.session_flags(end)
-    turn = Turn(**flags, tensors=dict(_tensors(fields["inputs"], binary)))
+    turn = Turn(**flags, tensors=dict(_tensors(fields.get("inputs"), request.body, size)))
     answer = _InferenceResponse(
         _id(fields.get("id")),
         tuple(_requested(fields.get("outputs"), parameters.get("binary_data_output") is True)),
@@ -115,11 +116,10 @@ class _InferenceResponse(AnswerFormat):
         )
 
 
-def _tensors(inputs: Any, binary: bytes) -> Iterator[tuple[str, tuple[int, bytes]]]:
+def _tensors(inputs: Any, body: bytes, offset: int) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(inputs, list):
         raise invalid_request("inputs must be a list of tensors")
     seen = set()
-    offset = 0
     for tensor in inputs:
         fields = _object(tensor, "each of inputs")
         name = fields.get("name")
@@ -132,34 +132,36 @@ def _tensors(inputs: Any, binary: bytes) -> Iterator[tuple[str, tuple[int, bytes
             raise invalid_request(f"the input {name} must have the datatype BYTES")
         size = _object(fields.get("parameters", {}), "parameters").get("binary_data_size")
         if size is None:
-            elements = list(_strings(name, fields.get("data")))
-            data = pack(elements)
-            count = len(elements)
+            given = packed(list(_strings(name, fields.get("data"))))
         else:
-            if not isinstance(size, int) or not 0 <= size <= len(binary) - offset:
+            left = len(body) - offset
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
                 raise invalid_request(
                     f"the input {name} has the binary_data_size {str(size)[:80]}; "
-                    f"{len(binary) - offset} bytes are left"
+                    f"{left} bytes are left"
                 )
-            data = binary[offset : offset + size]
-            offset += size
-            count = _packed_elements(name, data)
-        if fields.get("shape") != [count]:
+            end = offset + size
+            count = _packed_elements(name, memoryview(body)[offset:end])
+            # In pieces: see `off_loop`.
+            starts = range(offset, end, PIECE_BYTES)
+            given = Tensor(count, tuple(body[at : min(at + PIECE_BYTES, end)] for at in starts))
+            offset = end
+        if fields.get("shape") != [given.elements]:
             raise invalid_request(
-                f"the input {name} has {count} elements and the shape "
-                f"{str(fields.get('shape'))[:80]}; the shape must be [{count}]"
+                f"the input {name} has {given.elements} elements and the shape "
+                f"{str(fields.get('shape'))[:80]}; the shape must be [{given.elements}]"
             )
-        yield name, (count, data)
-    if offset != len(binary):
-        raise invalid_request(f"the body goes on for {len(binary) - offset} bytes after its inputs")
+        yield name, given
+    if offset != len(body):
+        raise invalid_request(f"the body goes on for {len(body) - offset} bytes after its inputs")
 
 
-def _strings(name: str, data: Any) -> Iterator[bytes]:
-    if not isinstance(data, list) or not all(isinstance(value, str) for value in data):
+def _strings(name: str, data: Any) -> Iterator[bytes | LongString]:
+    if not isinstance(data, list) or not all(isinstance(value, str | LongString) for value in data):
         raise invalid_request(f"the input {name} must have data, a flat list of strings")
     if len(data) > _MOST_ELEMENTS:
         raise _too_many(name)
-    yield from map(utf8, data)
+    yield from (utf8(value) if isinstance(value, str) else value for value in data)
 
 
 def _too_many(name: str) -> AdapterError:
@@ -168,7 +170,7 @@ def _too_many(name: str) -> AdapterError:
     )
 
 
-def _packed_elements(name: str, data: bytes) -> int:
+def _packed_elements(name: str, data: memoryview) -> int:
     """How many elements there are, each behind its length."""
     count = position = 0
     while position < len(data):
@@ -209,7 +211,7 @@ def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[str, bool]
 
 def _element(datatype: str, value: Any) -> bytes:
     if datatype == "BYTES":
-        return pack([utf8(value)])
+        return b"".join(packed([utf8(value)]).pieces)
     return struct.pack("<i" if datatype == "INT32" else "<f", value)
 
 

@@ -13,11 +13,13 @@ import struct
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from tritonclient.grpc import service_pb2
 
+from llava_sagemaker.adapter.json_body import LongString, too_long
+from llava_sagemaker.adapter.off_loop import off_loop
 from llava_triton import protocol
 from llava_triton.delta import Delta
 from llava_triton.errors import error_from_text
@@ -33,8 +35,27 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+_LENGTH = struct.Struct("<I")
+LENGTH_BYTES = _LENGTH.size
+"""Before each element."""
 _INT32 = struct.Struct("<i")
 _FP32 = struct.Struct("<f")
+_RAW_CONTENTS = bytes([7 << 3 | 2])
+"""What comes before each of the message's `raw_input_contents`: field 7, so many bytes."""
+
+
+class Tensor(NamedTuple):
+    """A BYTES tensor [n], its elements each behind its length."""
+
+    elements: int
+    """n."""
+    pieces: tuple[bytes, ...]
+    """What it contains, cut anywhere."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what it contains."""
+        return sum(map(len, self.pieces))
 
 
 @dataclass(frozen=True)
@@ -44,22 +65,41 @@ class Turn:
     session_id: str
     start: bool = False
     end: bool = False
-    tensors: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """Input tensors by name, all BYTES [n]: n, and the elements as `pack` writes them."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Input tensors by name, all BYTES [n]."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
 
     def message(self) -> Any:
-        """The protocol's message."""
+        """The protocol's message, all but the contents of its tensors."""
         request = service_pb2.ModelInferRequest(model_name=_MODEL)
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
-        for name, (elements, data) in self.tensors.items():
-            tensor = request.inputs.add()
-            tensor.name = name
-            tensor.datatype = "BYTES"
-            tensor.shape.append(elements)
-            request.raw_input_contents.append(data)
+        for name, tensor in self.tensors.items():
+            described = request.inputs.add()
+            described.name = name
+            described.datatype = "BYTES"
+            described.shape.append(tensor.elements)
         return request
+
+    def written(self, turn_id: str) -> bytes:
+        """The message as it goes over the wire.
+
+        Args:
+            turn_id: comes back with each piece of the answer.
+        """
+        message = self.message()
+        message.id = turn_id
+        # Fields of a message may follow one another in any order. So the contents, which may be
+        # large, are copied once only, and joining bytes lets the interpreter's lock go meanwhile.
+        parts = [message.SerializeToString()]
+        for tensor in self.tensors.values():
+            parts += (_RAW_CONTENTS, _varint(tensor.size), *tensor.pieces)
+        return b"".join(parts)
 
 
 def turn(
@@ -68,7 +108,7 @@ def turn(
     start: bool = False,
     end: bool = False,
     text: str | None = None,
-    images: Sequence[bytes] = (),
+    images: Sequence[bytes | LongString] = (),
     sampling: dict[str, Any] | None = None,
     history: str | None = None,
 ) -> Turn:
@@ -82,14 +122,21 @@ def turn(
         sampling: the input `sampling_parameters`.
         history: the input `history`, JSON.
     """
-    strings: dict[str, Sequence[bytes]] = {
+    strings: dict[str, Sequence[bytes | LongString]] = {
         protocol.TEXT_INPUT: [utf8(text)] if text else [],
         protocol.IMAGE: images,
-        protocol.SAMPLING_PARAMETERS: [json.dumps(sampling).encode()] if sampling else [],
+        protocol.SAMPLING_PARAMETERS: [_json(sampling)] if sampling else [],
         protocol.HISTORY: [utf8(history)] if history else [],
     }
-    tensors = {name: (len(values), pack(values)) for name, values in strings.items() if values}
+    tensors = {name: packed(values) for name, values in strings.items() if values}
     return Turn(session_id, start, end, tensors)
+
+
+def _json(sampling: dict[str, Any]) -> bytes:
+    def refuse(value: Any) -> Any:
+        raise too_long("a sampling parameter", value)
+
+    return json.dumps(sampling, default=refuse).encode()
 
 
 def utf8(text: str) -> bytes:
@@ -97,9 +144,25 @@ def utf8(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
-def pack(values: Sequence[bytes]) -> bytes:
-    """The elements of a BYTES tensor as Triton wants them: each behind its length."""
-    return b"".join(part for value in values for part in (struct.pack("<I", len(value)), value))
+def packed(values: Sequence[bytes | LongString]) -> Tensor:
+    """The tensor with these elements."""
+    pieces: list[bytes] = []
+    for value in values:
+        if isinstance(value, LongString):
+            pieces += (_LENGTH.pack(value.size), *value.pieces)
+        else:
+            pieces += (_LENGTH.pack(len(value)), value)
+    return Tensor(len(values), tuple(pieces))
+
+
+def _varint(number: int) -> bytes:
+    """A number as the protocol's messages write it: seven bits a byte, the lowest first."""
+    digits = bytearray()
+    while number > 0x7F:
+        digits.append(number & 0x7F | 0x80)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
 
 
 class Triton:
@@ -113,7 +176,7 @@ class Triton:
         self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
         self._infer = self._channel.stream_stream(
             _METHOD,
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            request_serializer=None,  # `Turn.written`
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
         self._idle: list[Any] = []
@@ -129,9 +192,9 @@ class Triton:
             SessionError: the engine or Triton refused the turn, or it failed.
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
+        turn_id = uuid.uuid4().hex
+        message = await off_loop(turn.size, turn.written, turn_id)
         call = self._call()
-        message = turn.message()
-        turn_id = message.id = uuid.uuid4().hex
         ended = False
         try:
             with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
@@ -193,12 +256,12 @@ def _delta(response: Any) -> Delta:
 def limited(turn: Turn, seconds: float) -> Turn:
     """The same turn, its answer cut when so many seconds have passed; a shorter limit of its own
     stands. Sampling parameters that cannot be read are left for the engine to refuse."""
-    _, packed = turn.tensors.get(protocol.SAMPLING_PARAMETERS, (0, b""))
+    given = turn.tensors.get(protocol.SAMPLING_PARAMETERS)
     try:
-        sampling = json.loads(packed[4:] or b"{}")
+        sampling = json.loads(b"".join(given.pieces)[_LENGTH.size :] if given else b"{}")
         own = sampling.get("max_seconds")
         sampling["max_seconds"] = seconds if own is None else min(own, seconds)
-        data = pack([json.dumps(sampling).encode()])
+        data = packed([json.dumps(sampling).encode()])
     except (ValueError, TypeError, AttributeError, RecursionError):
         return turn
-    return replace(turn, tensors={**turn.tensors, protocol.SAMPLING_PARAMETERS: (1, data)})
+    return replace(turn, tensors={**turn.tensors, protocol.SAMPLING_PARAMETERS: data})

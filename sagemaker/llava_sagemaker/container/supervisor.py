@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import IO
 
@@ -18,17 +17,15 @@ from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.stop_signal import StopSignal
 from llava_triton.ports import PortError, free_ports
-from llava_triton.server import TritonServer
+from llava_triton.restarts import RESTARTS, DiesAgainError, keep_serving
+from llava_triton.server import ServerError, TritonServer
 
-POLL_SECONDS = 0.2
+__all__ = ["RESTARTS", "Supervisor", "check_port"]
+
 START_SECONDS = 1800.0
 """How long Triton may load: as long as SageMaker is told to wait for the first /ping."""
 DRAIN_SECONDS = 26.0
 """After SIGTERM the adapter gives running turns 25 s and ends; SageMaker kills us after 30."""
-RESTARTS = 3
-"""So often may a model's process die ..."""
-RESTARTS_SECONDS = 600.0
-"""... in this time. After that the container ends and SageMaker starts another one."""
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
@@ -36,10 +33,11 @@ _LIBC = ctypes.CDLL(None)
 class Supervisor:
     """Everything that runs in the container.
 
-    Triton does not start a Python model's process again when it has died: every later request to
-    that model fails while Triton calls itself ready. So the whole of Triton is started again then;
-    its sessions are lost, and the adapter, which stays, says so to those who ask for them. (What
-    lives but does not answer is seen by /ping, and SageMaker replaces the container.)
+    Where a process of Triton's models dies or is stopped, or Triton crashes, the whole of Triton is
+    started again (`llava_triton.restarts`); its sessions are lost, and the adapter, which stays,
+    says so to those who ask for them. What dies too often ends the container, and SageMaker starts
+    another one. (What lives but does not answer is seen by /ping, and SageMaker replaces the
+    container.)
 
     Args:
         port: where the adapter listens, on all addresses.
@@ -51,8 +49,6 @@ class Supervisor:
         self._signal = stop
         self._triton_ports: list[int] = []
         """HTTP, gRPC, metrics; the adapter knows them from its start."""
-        self._stubs: set[int] = set()
-        """Processes of Triton's models; they live as long as it does."""
         self._adapter: subprocess.Popen[bytes] | None = None
         self._triton: TritonServer | None = None
         self._log: subprocess.Popen[bytes] | None = None
@@ -63,23 +59,19 @@ class Supervisor:
 
         Raises:
             Stopped: a signal came while nothing was served.
-            ContainerError: Triton or the adapter died, or a model's process did too often.
+            ContainerError: the adapter died, or Triton or its models did too often.
             ServerError: Triton does not start.
         """
-        restarts: list[float] = []
-        while True:
-            self._start(repository)
-            if not self._watch():
-                break
-            now = time.monotonic()
-            restarts = [each for each in restarts if now - each < RESTARTS_SECONDS] + [now]
-            if len(restarts) > RESTARTS:
-                raise ContainerError(
-                    f"processes of Triton's models died {len(restarts)} times in "
-                    f"{RESTARTS_SECONDS / 60:.0f} minutes; see the log above for their last words"
-                )
-            _say("a process of Triton's models has died: starting Triton again; sessions are lost")
-            self._stop_triton()
+        try:
+            keep_serving(
+                lambda: self._start(repository),
+                self._watch,
+                lambda: self._stop_triton(at_once=True),
+                _say,
+                told=lambda: self._signal.told,
+            )
+        except DiesAgainError as error:
+            raise ContainerError(str(error)) from None
         _say(f"draining: running turns have {DRAIN_SECONDS - 1:.0f} s")
         self._stop_adapter(DRAIN_SECONDS)
 
@@ -129,36 +121,27 @@ class Supervisor:
             _say(f"starting Triton on {repository}")
             with self._signal.at_once():
                 self._triton.start(START_SECONDS)
-        self._stubs = self._triton.stubs()
         if self._cloudwatch is None:
             self._cloudwatch = MetricsToCloudWatch.from_environment(self._triton.metrics_url)
         _say(f"ready: /ping and /invocations answer on port {self._port}")
 
-    def _watch(self) -> bool:
-        """Until a signal comes (False) or a model's process has died (True).
+    def _watch(self) -> str | None:
+        """What has happened to Triton so that it must be started again.
 
         Raises:
-            ContainerError: Triton or the adapter has died.
+            ContainerError: Triton or the adapter has died, and is not to be.
         """
         assert self._triton is not None
         assert self._adapter is not None
-        while not self._signal.told:
-            if self._adapter.poll() is not None:
-                raise ContainerError(
-                    f"the session adapter has died (exit status {self._adapter.returncode}); its "
-                    "last words are above"
-                )
-            lost = not self._stubs <= self._triton.stubs()
-            if not self._triton.alive:  # looked at last: its models die with it
-                _say(self._triton.log_tail())
-                raise ContainerError(
-                    f"the Triton server has died ({self._triton.cause_of_death()}); its last words "
-                    "are above"
-                )
-            if lost:
-                return True
-            time.sleep(POLL_SECONDS)
-        return False
+        if self._adapter.poll() is not None:
+            raise ContainerError(
+                f"the session adapter has died (exit status {self._adapter.returncode}); its last "
+                "words are above"
+            )
+        try:
+            return self._triton.fault()
+        except ServerError as error:
+            raise ContainerError(f"Triton has died: {error}") from None
 
     def _stop_adapter(self, patience: float) -> None:
         """Let the adapter end its running turns, for at most so many seconds; it takes no new
@@ -172,9 +155,9 @@ class Supervisor:
         self._adapter.wait()
         self._adapter = None
 
-    def _stop_triton(self) -> None:
+    def _stop_triton(self, *, at_once: bool = False) -> None:
         if self._triton is not None:
-            self._triton.stop()
+            self._triton.stop(at_once=at_once)
             self._triton = None
         if self._log is not None:
             self._log.kill()

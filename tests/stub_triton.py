@@ -1,0 +1,124 @@
+"""A Triton without models, for tests of what stands in front: it knows sessions and echoes."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from llava_triton.server import free_ports
+
+
+@dataclass
+class Seen:
+    """A request as it arrived."""
+
+    session: str
+    start: bool
+    end: bool
+    inputs: dict[str, list[bytes]] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return self.inputs.get("text_input", [b""])[0].decode()
+
+
+class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers each turn with its text in two pieces, `wait` first until it may go on.
+
+    Turns that name no open session are refused as Triton does it, and pictures that begin with
+    `no picture` as the engine does.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.open: set[str] = set()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        (port,) = free_ports(1)
+        self.grpc_address = f"127.0.0.1:{port}"
+        self.ports = {"metrics": free_ports(1)[0]}
+        self._server = grpc.server(
+            ThreadPoolExecutor(100), options=[("grpc.max_receive_message_length", -1)]
+        )
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        assert self._server.add_insecure_port(self.grpc_address) == port
+        self._server.start()
+
+    def stop(self) -> None:
+        self.may_answer.set()
+        self._server.stop(0).wait()
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        for request in requests:
+            yield from self._answer(request)
+
+    def _answer(self, request: Any) -> Iterator[Any]:
+        parameters = request.parameters
+        seen = Seen(
+            parameters["sequence_id"].string_param,
+            parameters["sequence_start"].bool_param,
+            parameters["sequence_end"].bool_param,
+        )
+        for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True):
+            seen.inputs[tensor.name] = list(_elements(data))
+            assert list(tensor.shape) == [len(seen.inputs[tensor.name])]
+        is_ping = seen.start and seen.end and not seen.inputs
+        if not is_ping:
+            self.seen.append(seen)
+            self.may_answer.wait()
+        refusal = self._refusal(seen)
+        if refusal:
+            response = service_pb2.ModelStreamInferResponse(error_message=refusal)
+            response.infer_response.id = request.id
+            yield response
+            return
+        for text, reason in ((seen.text[:1], ""), (seen.text[1:], "stop")):
+            yield _piece(request.id, text, reason)
+
+    def _refusal(self, seen: Seen) -> str:
+        if not seen.start and seen.session not in self.open:
+            return "inference request for sequence 1 must specify the START flag"
+        if any(image.startswith(b"no picture") for image in seen.inputs.get("image", [])):
+            return "INVALID_ARG: image 1 is no picture"
+        if not seen.inputs and not seen.start and not seen.end:
+            return "INVALID_ARG: the turn asks nothing"
+        if seen.start:
+            self.open.add(seen.session)
+        if seen.end:
+            self.open.discard(seen.session)
+        return ""
+
+
+def _elements(data: bytes) -> Iterator[bytes]:
+    while data:
+        (size,) = struct.unpack_from("<I", data)
+        yield data[4 : 4 + size]
+        data = data[4 + size :]
+
+
+def _piece(request_id: str, text: str, reason: str) -> Any:
+    response = service_pb2.ModelStreamInferResponse()
+    response.infer_response.id = request_id
+    values = {
+        "text_output": _bytes(text),
+        "finish_reason": _bytes(reason),
+        **dict.fromkeys(
+            ("num_input_tokens", "num_output_tokens", "num_cached_tokens"), struct.pack("<i", 1)
+        ),
+        "first_token_ms": struct.pack("<f", 1.0),
+    }
+    for name, value in values.items():
+        response.infer_response.outputs.add().name = name
+        response.infer_response.raw_output_contents.append(value)
+    return response
+
+
+def _bytes(text: str) -> bytes:
+    return struct.pack("<I", len(text.encode())) + text.encode()
