@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -309,19 +310,104 @@ def make_places(folder: Path) -> dict[str, Path]:
 
 
 def test_hub_name_exports_the_downloaded_snapshot(
-    exported: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = []
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = Path(shutil.copytree(checkpoint, tmp_path / "snapshots" / commit))
 
-    def download(name: str, **_: object) -> str:
-        asked.append(name)
-        return str(checkpoint)
+    def download(name: str, *, revision: str | None, **_: object) -> str:
+        asked.append((name, revision))
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     # The encoder of the earlier export fits, so that this one is quick.
     repository = Path(shutil.copytree(exported, tmp_path / "repository"))
     limits = exported.parent / "limits.json"
-    command = ["--model", "llava-hf/llava-1.5-7b-hf", "--output", str(repository)]
-    assert main([*command, "--settings", str(limits)]) == 0
-    assert asked == ["llava-hf/llava-1.5-7b-hf"]
-    assert (repository / "language_model" / "1" / "checkpoint").resolve() == checkpoint
+    for revision in (None, "v1.0", commit):
+        name = "llava-hf/llava-1.5-7b-hf"
+        model = name if revision is None else f"{name}@{revision}"
+        command = ["--model", model, "--output", str(repository)]
+        assert main([*command, "--settings", str(limits)]) == 0
+        assert asked.pop() == (name, revision)
+        assert f"{name} at commit {commit}" in capsys.readouterr().out
+        assert (repository / "language_model" / "1" / "checkpoint").resolve() == snapshot
+        manifest = json.loads((repository / "export.json").read_text())
+        assert manifest["made_from"]["options"]["hub"] == {"name": name, "commit": commit}
+
+
+def with_code_of_its_own(directory: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """A checkpoint some of whose JSON files name classes of a module beside them."""
+    tiny_llava(directory)
+    (directory / "evil.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(directory.parent / 'it ran')!r}).touch()\n"
+        "class Evil: pass\n"
+    )
+    for file, said in files.items():
+        path = directory / file
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | said))
+    return directory
+
+
+OWN = "evil.Evil"
+
+
+@pytest.mark.parametrize(
+    ("files", "needed"),
+    [
+        (
+            {
+                "config.json": {"auto_map": {"AutoConfig": OWN, "AutoModel": OWN}},
+                "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [OWN, OWN]}},
+            },
+            False,
+        ),
+        (
+            {
+                "processor_config.json": {
+                    "processor_class": "Evil",
+                    "auto_map": {"AutoProcessor": OWN},
+                }
+            },
+            True,
+        ),
+        (
+            {
+                "preprocessor_config.json": {
+                    "image_processor_type": "Evil",
+                    "auto_map": {"AutoImageProcessor": OWN},
+                }
+            },
+            True,
+        ),
+    ],
+    ids=["transformers has its own", "processor", "image processor"],
+)
+def test_a_checkpoints_own_code_is_never_run(
+    tmp_path: Path, files: dict[str, dict[str, Any]], needed: bool
+) -> None:
+    """Nobody is asked either: "yes" to whatever question would not run it."""
+    checkpoint = with_code_of_its_own(tmp_path / "checkpoint", files)
+    command = [sys.executable, "-m", "llava_export", "--model", checkpoint]
+    done = subprocess.run(
+        [*command, "--output", tmp_path / "repository"],
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub")},
+    )
+    assert not (tmp_path / "it ran").exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    if needed:
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "brings Python code of its own" in done.stderr
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr

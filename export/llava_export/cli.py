@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava_export", description="Fill a Triton model repository from a LLaVA."
     )
-    parser.add_argument("--model", required=True, help="checkpoint: a directory or a hub name")
+    parser.add_argument(
+        "--model", required=True, help="checkpoint: a directory, a hub name or NAME@REVISION"
+    )
     parser.add_argument("--output", required=True, type=Path, help="model repository to fill")
     parser.add_argument(
         "--target",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_export import manifest
 from llava_export.errors import ExportError
 from llava_export.progress import step
-from llava_export.source import checkpoint_files, find_checkpoint
+from llava_export.source import Source, checkpoint_files, find_checkpoint
 from llava_triton import settings as settings_module
 from llava_triton.settings import Settings
 
@@ -31,7 +31,7 @@ class ExportJob:
     """What the user asks for."""
 
     model: str
-    """A checkpoint's directory or hub name."""
+    """A checkpoint's directory or hub name, the latter perhaps with a revision: NAME@REVISION."""
     output: Path
     """The repository to fill or to fill anew."""
     target: str = "cpu"
@@ -54,9 +54,10 @@ def export(job: ExportJob) -> bool:
     Raises:
         ExportError: it cannot be done; `job.output` is as it was.
     """
-    checkpoint = find_checkpoint(job.model)
+    source = find_checkpoint(job.model)
+    checkpoint = source.directory
     _check_output(job.output, checkpoint)
-    made_from = _fingerprint(job, checkpoint)
+    made_from = _fingerprint(job, source)
     if manifest.is_current(job.output, made_from):
         return False
     output = job.output.resolve()
@@ -76,12 +77,14 @@ def export(job: ExportJob) -> bool:
     return True
 
 
-def _fingerprint(job: ExportJob, checkpoint: Path) -> dict[str, Any]:
+def _fingerprint(job: ExportJob, source: Source) -> dict[str, Any]:
     code = [*Path(__file__).parent.glob("*.py"), Path(settings_module.__file__)]
     templates = [
         path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
+    checkpoint = source.directory
     options = asdict(job) | {"model": str(checkpoint), "output": None}
+    options["hub"] = None if source.name is None else {"name": source.name, "commit": source.commit}
     if job.target == "gpu" and job.compute_capability is None:
         from llava_export.tensorrt_engine import local_compute_capability
 
@@ -157,8 +160,13 @@ def _read_checkpoint(directory: Path) -> Checkpoint:
     config = llava_config(directory)
     weights = CheckpointWeights(directory)
     try:
-        processor = AutoProcessor.from_pretrained(directory)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ExportError(
+                f"{directory} brings Python code of its own (auto_map in one of its JSON files), "
+                "which is never run; give a checkpoint that transformers' own classes load"
+            ) from error
         reason = str(error).partition("\n")[0]
         raise ExportError(
             f"{directory} has no usable tokenizer and image processor: {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava_export.errors import ExportError
@@ -10,25 +11,38 @@ from llava_export.weights import CONFIG
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What a checkpoint is loaded from; published ones hold the weights in other formats too."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def find_checkpoint(model: str) -> Path:
-    """The directory of a checkpoint; downloads it if `model` is a hub name not seen before.
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and where it is from."""
+
+    directory: Path
+    name: str | None = None
+    """On the hub; None for a directory."""
+    commit: str | None = None
+    """Of the hub's repository: what a branch or a tag stood for when it was downloaded."""
+
+
+def find_checkpoint(model: str) -> Source:
+    """Where a checkpoint lies; downloads it if `model` is a hub name not seen before.
+
+    Args:
+        model: a directory, a hub name or `name@revision`: a branch, a tag or a commit. Without
+            one it is whatever the hub's main branch is now.
 
     Raises:
         ExportError: there is no such directory or hub name, or it holds no checkpoint.
     """
-    directory = Path(model)
-    if not directory.exists():
-        directory = _download(model)
-    directory = directory.resolve()
-    if not (directory / CONFIG).is_file():
+    source = Source(Path(model).resolve()) if Path(model).exists() else _download(model)
+    if not (source.directory / CONFIG).is_file():
         raise ExportError(
             f"{model} is no checkpoint: it has no {CONFIG}; give the directory or the hub name of "
             "a LLaVA-1.5-family checkpoint"
         )
-    return directory
+    return source
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -36,16 +50,25 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return sorted({path for pattern in FILES for path in directory.glob(pattern)})
 
 
-def _download(name: str) -> Path:
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise ExportError(f"{name} does not exist; give a checkpoint's directory or hub name")
+def _download(model: str) -> Source:
+    given = _HUB_NAME.fullmatch(model)
+    if given is None or model.startswith("."):
+        raise ExportError(
+            f"{model} does not exist; give a checkpoint's directory, hub name or NAME@REVISION"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, revision = given["name"], given["revision"]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"{name} is no directory here, and the hub does not give it: {reason}"
+            f"{model} is no directory here, and the hub does not give it: {reason}"
         ) from error
+    directory = Path(folder).resolve()
+    # The hub's client keeps a snapshot in a folder that is named by its commit.
+    commit = directory.name if _COMMIT.fullmatch(directory.name) else None
+    print(f"  {name} at commit {commit or 'unknown'}; NAME@COMMIT asks for the same again")
+    return Source(directory, name, commit)

@@ -22,7 +22,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         layers = config.vision_feature_layer
         self._layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
@@ -91,6 +91,6 @@ def llava_config(directory: Path) -> LlavaConfig:
                 f"{directory} is a checkpoint of type {kind!r}; "
                 "give one of the LLaVA-1.5 family, whose config.json has model_type 'llava'"
             )
-        return LlavaConfig.from_pretrained(directory)
+        return LlavaConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory / CONFIG} cannot be read: {error}") from error

@@ -36,9 +36,13 @@ def load_checkpoint(
     """
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source} cannot be loaded as a LLaVA checkpoint: {error}") from error
     faults = {kind: names for kind, names in report.items() if names and kind != "error_msgs"}

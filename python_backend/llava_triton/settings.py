@@ -74,11 +74,6 @@ class Settings:
             raise ValueError(f"setting dtype is {self.dtype!r}; it must be one of {DTYPES}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"setting weights is {self.weights!r}; it must be one of {WEIGHTS}")
-        if self.max_images_per_turn > self.vision_max_batch:
-            raise ValueError(
-                f"max_images_per_turn is {self.max_images_per_turn}, more than vision_max_batch "
-                f"({self.vision_max_batch}); the encoder takes a turn's pictures in one batch"
-            )
 
     @property
     def triton_idle_microseconds(self) -> int:
