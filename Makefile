@@ -69,7 +69,7 @@ accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 we
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)
 	$(python) -m benchmarks.adapter_cost
 
-soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
+soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door of a real server (20 minutes)
 	$(python) -m benchmarks.soak
 
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
