@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.doors import ADAPTER_PATH, Http, adapter
+from benchmarks.doors import ADAPTER_PATH, Http
 from benchmarks.measurement import TurnTimes
 from benchmarks.provenance import BUILD, about, write_results
+from benchmarks.stand import adapter
 from benchmarks.triton_load import TritonLoad
 from benchmarks.workload import Workload
 from llava_triton.server import TritonServer, free_ports

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tritonclient.grpc
@@ -26,7 +21,7 @@ from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, TurnMessage, session_error
 from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError, error_from_text
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server import TritonServer
 
 TRITON_PATH = "/v2/models/llava/infer"
 ADAPTER_PATH = "/invocations"
@@ -38,7 +33,6 @@ SESSION = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION = "X-Amzn-SageMaker-New-Session-Id"
 KEPT_SECONDS = 2.0
 """A connection unused for longer is opened anew; uvicorn closes it after 5 s."""
-START_SECONDS = 60.0
 _CODES = {
     "session_not_found": ErrorCode.NOT_FOUND,
     "unavailable": ErrorCode.UNAVAILABLE,
@@ -54,6 +48,10 @@ class Leavable(Transport):
     @abstractmethod
     def leave(self, turn: TurnMessage) -> None:
         """Ask, and go away without the answer."""
+
+    def cancel(self) -> None:
+        """Break off what runs, from another thread."""
+        self.close()
 
     @property
     def session(self) -> str | None:
@@ -78,6 +76,10 @@ class Grpc(GrpcTransport, Leavable):
         except InferenceServerException as error:
             if error.status() != "StatusCode.DEADLINE_EXCEEDED":
                 raise session_error(error, "gRPC") from error
+
+    def cancel(self) -> None:
+        """The stream ends, and whoever waits for its pieces hears of it."""
+        self._client.stop_stream(cancel_requests=True)
 
 
 class Http(Leavable):
@@ -216,7 +218,9 @@ class Said(NamedTuple):
     """Its ID: the adapter chooses those of the sessions that it opens."""
     first_seconds: float
     """Until the first token was here; through a door that does not stream, the whole answer."""
+    prompt_tokens: int
     cached_tokens: int
+    """Of them, those that were not computed again."""
 
 
 class Connection:
@@ -231,7 +235,7 @@ class Connection:
         asked = time.perf_counter()
         if self._streamed:
             pieces, first = [], 0.0
-            for piece in self._transport.stream(turn):
+            for piece in self.stream(turn):
                 if not first and (piece.num_output_tokens or piece.is_final):
                     first = time.perf_counter() - asked
                 pieces.append(piece)
@@ -240,17 +244,31 @@ class Connection:
             final = self._transport.ask(turn)
             text, first = final.text, time.perf_counter() - asked
         session = self._transport.session if turn.start else None
-        told = final.finish_reason
-        return Said(text, told, session or turn.session_id, first, final.num_cached_tokens)
+        return Said(
+            text,
+            final.finish_reason,
+            session or turn.session_id,
+            first,
+            final.num_input_tokens,
+            final.num_cached_tokens,
+        )
+
+    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
+        """Pieces as they come, where the door streams."""
+        return self._transport.stream(turn)
 
     def leave(self, turn: TurnMessage) -> None:
         """Ask, and go away in the middle of the answer."""
         if not self._streamed:
             self._transport.leave(turn)
             return
-        stream = AnswerStream(self._transport.stream(turn))
+        stream = AnswerStream(self.stream(turn))
         next(iter(stream))
         stream.close()
+
+    def cancel(self) -> None:
+        """Break off the stream that runs, from another thread."""
+        self._transport.cancel()
 
     def close(self) -> None:
         """Let it go."""
@@ -272,48 +290,6 @@ def doors_of(server: TritonServer, adapter_port: int) -> dict[str, Door]:
 
 DOORS = ("http", "grpc", "grpc-stream", "adapter", "adapter-stream")
 """Their names."""
-
-
-class RunningAdapter(NamedTuple):
-    """A session adapter in a process of its own."""
-
-    port: int
-    pid: int
-
-
-@contextmanager
-def adapter(server: TritonServer, repository: Path) -> Iterator[RunningAdapter]:
-    """The adapter in front of a server."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
-    command += ["--triton", server.grpc_address, "--repository", str(repository)]
-    command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
-    process = subprocess.Popen(command)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while ping(port, START_SECONDS) != 200:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the adapter does not answer")
-            time.sleep(0.05)
-        yield RunningAdapter(port, process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(START_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def ping(port: int, seconds: float) -> int:
-    """The status of an adapter's /ping; 0 where none comes in so many seconds."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=seconds) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
 
 
 _CLOSED = Delta("", "closed", 0, 0, 0, 0.0)

@@ -37,6 +37,10 @@ class ProcessWatch:
         """The processes that have ended; one that was started again in its place does not help."""
         return [f"{each.name} ({each.pid})" for each in self._known if not is_running(each.pid)]
 
+    def pid_of(self, name: str) -> int:
+        """The process of a model."""
+        return next(process.pid for process in self._known if process.name == name)
+
     def memory(self) -> dict[str, float]:
         """Resident memory by process and the server's share of /dev/shm, in MiB.
 

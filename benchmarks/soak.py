@@ -12,7 +12,6 @@ memory grew.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.doors import DOORS, Connection, Door, adapter, doors_of
+from benchmarks.doors import DOORS, Connection, Door
 from benchmarks.process_watch import (
     JUDGED_SESSIONS,
     Growth,
@@ -42,9 +41,10 @@ from benchmarks.soak_clients import (
     learn_answers,
     make_scripts,
 )
+from benchmarks.stand import Stand, export
 from llava_triton.client.transport import TurnMessage
 from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.server import ServerError, TritonServer, free_ports
+from llava_triton.server import ServerError
 from llava_triton.settings import Settings
 
 LIMITS: dict[str, Any] = {
@@ -62,16 +62,6 @@ LOOK_SECONDS = 0.5
 PROGRESS_SECONDS = 10.0
 LAST_ANSWERS_SECONDS = 60.0
 """When no more sessions are opened, the open ones must end within this time."""
-
-
-def export(repository: Path) -> None:
-    """Export the demo checkpoint with a short idle limit, unless that is there already."""
-    repository.parent.mkdir(parents=True, exist_ok=True)
-    settings = repository.with_suffix(".settings.json")
-    settings.write_text(json.dumps(LIMITS))
-    command = [sys.executable, "-m", "llava_export", "--model", str(ROOT / "demo/checkpoint")]
-    command += ["--output", str(repository), "--settings", str(settings)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def run_clients(watch: ProcessWatch, clients: Clients, tally: Tally, seconds: float) -> float:
@@ -193,25 +183,20 @@ def soak(options: argparse.Namespace) -> int:
     scripts = make_scripts(mix)
     tally = Tally(options.sessions if options.requests is None else options.requests // 2)
     print(f"exporting the demo checkpoint to {options.repository} ...", flush=True)
-    export(options.repository)
+    export(options.repository, LIMITS)
     log = options.output.with_suffix(".log")
-    with (
-        TritonServer(options.repository, *free_ports(3), log=log) as server,
-        adapter(server, options.repository) as running,
-    ):
-        every_door = doors_of(server, running.port)
-        doors = [every_door[name] for name in options.doors]
-        learn_answers(every_door["grpc-stream"], scripts)
-        watch = ProcessWatch(server.pid, running.pid)
+    with Stand(options.repository, log) as stand:
+        doors = [stand.doors[name] for name in options.doors]
+        learn_answers(stand.doors["grpc-stream"], scripts)
         clients = Clients(doors, scripts, mix, tally, options.clients)
         print(f"{options.clients} clients begin", flush=True)
         client_seconds = -time.process_time()
-        with MemorySampler(watch, lambda: tally.sessions) as sampler:
-            seconds = run_clients(watch, clients, tally, options.minutes * 60.0)
+        with MemorySampler(stand.watch, lambda: tally.sessions) as sampler:
+            seconds = run_clients(stand.watch, clients, tally, options.minutes * 60.0)
         client_seconds += time.process_time()
         checks = {}
         if not tally.counts["dead"]:
-            explain(every_door["grpc-stream"], tally)
+            explain(stand.doors["grpc-stream"], tally)
             checks = check_afterwards(doors, scripts[-1], tally)
     memory = growths(sampler.samples)
     held = verdict(tally, memory, checks)
