@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from benchmarks.doors import doors_of
 from benchmarks.process_watch import ProcessWatch
@@ -36,7 +36,7 @@ class Stand:
 
     Args:
         repository: an exported one.
-        log: for the server's output.
+        log: for the server's output; the adapter's goes beside it.
     """
 
     def __init__(self, repository: Path, log: Path) -> None:
@@ -50,7 +50,9 @@ class Stand:
         *ports, self.adapter_port = self._ports
         server = TritonServer(self.repository, *ports, log=self.log)
         self.server = self._running.enter_context(server)
-        running = self._running.enter_context(adapter(server, self.repository, self.adapter_port))
+        log = self._running.enter_context(self.log.with_suffix(".adapter.log").open("ab"))
+        before = adapter(server, self.repository, self.adapter_port, log)
+        running = self._running.enter_context(before)
         self.watch = ProcessWatch(server.pid, running.pid)
         self.doors = doors_of(server, self.adapter_port)
 
@@ -80,14 +82,14 @@ class RunningAdapter(NamedTuple):
 
 @contextmanager
 def adapter(
-    server: TritonServer, repository: Path, port: int | None = None
+    server: TritonServer, repository: Path, port: int | None = None, log: IO[bytes] | None = None
 ) -> Iterator[RunningAdapter]:
     """The adapter in front of a server; on a free port if none is named."""
     port = port or free_ports(1)[0]
     command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
     command += ["--triton", server.grpc_address, "--repository", str(repository)]
     command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_SECONDS
         while ping(port, START_SECONDS) != 200:

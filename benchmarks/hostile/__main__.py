@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,12 @@ def play(stand: Stand, honest: HonestClients, attack: Attack, quiet: dict[str, f
     seen = honest.seen()
     if not attack.alone:
         _judge_honest(seen, result, quiet)
+    with suppress(ProcessLookupError, FileNotFoundError):  # one has ended: see below
+        _judge_memory(stand, result)
     if dead := stand.watch.dead():
         result.faults["processes"] = f"ended: {', '.join(dead)}"
         print(f"  {attack.name}: {', '.join(dead)} ended; starting anew", flush=True)
         stand.restart()
-    else:
-        _judge_memory(stand, result)
     return result
 
 

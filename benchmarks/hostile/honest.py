@@ -131,7 +131,7 @@ def _converse(door: Door, scripts: list[Script], notes: _Notes) -> None:
 def _hold(connection: Connection, door: Door, script: Script, notes: _Notes) -> None:
     session: int | str = uuid.uuid4().hex
     assert script.picture is not None
-    unseen = _with_note(script.picture, session)
+    unseen = _with_note(script.picture, uuid.uuid4().hex)
     for turn in range(TURNS):
         message = script.message(session, turn, start=turn == 0, end=False)
         if turn == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +159,4 @@ def odd_names(stand: Stand) -> Play:
             raise UnsafeError(answer.decode(errors="replace")[:200])
         return "OK" if status == "200" else status
 
-    return lambda: side_by_side([lambda each=each: call(each) for each in ids])
+    return lambda: side_by_side([partial(call, each) for each in ids])
