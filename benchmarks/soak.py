@@ -98,7 +98,7 @@ def check_afterwards(address: str, script: Script, tally: Tally) -> dict[str, bo
         checks["a new session answers as before"] = said == script.answers[0]
         if tally.first_abandoned is not None:
             session_id, left_at = tally.first_abandoned
-            expired_at = left_at + Settings(**LIMITS).engine_idle_seconds + 2.0
+            expired_at = left_at + Settings(**LIMITS).session_idle_seconds + 2.0
             time.sleep(max(0.0, expired_at - time.monotonic()))
             try:
                 transport.ask(TurnMessage(session_id, text="Are you there?"))

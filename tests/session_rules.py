@@ -12,6 +12,7 @@ from PIL import Image
 from llava_triton.delta import Delta
 from llava_triton.engine.session import SessionId
 from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.protocol import NO_TENANT
 from tests.engine_harness import EngineHarness, Pending
 
 MAX_SESSIONS = 3
@@ -19,10 +20,11 @@ POOL_BLOCKS = 30
 PICTURES_ON_DEVICE, PICTURES_ON_HOST = 2, 3
 ROOM_FOR_PICTURES = PICTURES_ON_DEVICE + PICTURES_ON_HOST
 IDLE_SECONDS, LIFETIME_SECONDS = 100.0, 450.0
-GRACE_SECONDS = 5.0
-"""By which the engine outwaits Triton."""
 
-IDS: tuple[SessionId, ...] = ("a", 7, "7", "b")
+TENANTS: dict[SessionId, str] = {"a": NO_TENANT, 7: NO_TENANT, "7": "bob", "b": "bob"}
+"""Whose sessions are opened under an ID, but for a stranger's."""
+STRANGER = "eve"
+IDS: tuple[SessionId, ...] = tuple(TENANTS)
 PICTURES = [Image.new("RGB", (60, 60), (40 * number, 250 - 30 * number, 99)) for number in range(8)]
 
 
@@ -94,6 +96,7 @@ def submit(
     *,
     start: bool = False,
     end: bool = False,
+    tenant: str = NO_TENANT,
     listen: Callable[[object], None] | None = None,
 ) -> Pending:
     return harness.submit(
@@ -102,6 +105,7 @@ def submit(
         [PICTURES[number] for number in talk.pictures],
         start=start,
         end=end,
+        tenant=tenant,
         listen=listen,
         max_tokens=talk.max_tokens,
         stop=talk.stop,
@@ -117,6 +121,7 @@ class Open:
     """An open session, by the rules."""
 
     opened_at: float
+    tenant: str
     used_at: float = 0.0
     conversation: Conversation = ()
 
@@ -134,6 +139,7 @@ class Flight:
     talk: Talk
     start: bool
     end: bool
+    tenant: str
     pending: Pending
     may_be_cancelled: bool = False
     result: Reply | ErrorCode | None = None

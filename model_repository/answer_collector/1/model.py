@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Pass every request on; its answer follows through its response sender."""
         for request in requests:
+            told = json.loads(request.parameters() or "{}")
+            tenant = {name: told[name] for name in (protocol.TENANT,) if name in told}
             call = pb_utils.InferenceRequest(
                 model_name="language_model",
                 requested_output_names=list(protocol.ANSWER_OUTPUTS),
                 inputs=request.inputs(),
                 correlation_id=request.correlation_id(),
                 flags=request.flags(),
-                parameters={protocol.WHOLE_ANSWER: True},
+                parameters={protocol.WHOLE_ANSWER: True, **tenant},
             )
             self._waiting.submit(_answer, call, request.get_response_sender())
 

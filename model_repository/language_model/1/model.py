@@ -73,8 +73,8 @@ class TritonPythonModel:
                 request.get_response_sender(), self._responses, whole=whole, refused=refused
             )
             try:
-                with work_beside(self._device):  # it waits for the features' digests
-                    turn = self._turn_request(request)
+                with work_beside(self._device):  # it copies the features
+                    turn = self._turn_request(request, parameters)
             except Exception as error:
                 # Raising would fail every request of this call and is said to leak shared memory.
                 self._refuse(request, responder, as_session_error(error))
@@ -135,7 +135,7 @@ class TritonPythonModel:
         else:
             responder(error)
 
-    def _turn_request(self, request: Any) -> TurnRequest:
+    def _turn_request(self, request: Any, parameters: dict[str, Any]) -> TurnRequest:
         text, sampling = protocol.parse_turn(
             _array(request, protocol.TEXT_INPUT),
             _array(request, protocol.SAMPLING_PARAMETERS),
@@ -150,6 +150,7 @@ class TritonPythonModel:
             image_features=_features(request, self._settings.max_images_per_turn),
             history=protocol.parse_history(_array(request, protocol.HISTORY), self._settings),
             sampling=sampling,
+            tenant=protocol.parse_tenant(parameters),
         )
 
 

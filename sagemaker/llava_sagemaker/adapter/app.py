@@ -114,16 +114,16 @@ class Adapter:
         try:
             if self._metrics.in_flight > self._settings.max_queued_turns + SPARE_REQUESTS:
                 raise unavailable("too many requests are under way; try again later")
-            invocation = await self._understand(
-                await read_request(http, self._bodies.limit_bytes, take)
-            )
-            kind = invocation.kind
+            request = await read_request(http, self._bodies.limit_bytes, take)
+            invocation = await self._understand(request)
+            turn = replace(invocation.turn, tenant=request.tenant)
+            invocation, kind = replace(invocation, turn=turn), invocation.kind
             if kind != "chat":
                 other = self._remembered.other_turn_begins(invocation.turn)
                 invocation = replace(invocation, completed=lambda _: other())
             if invocation.reopens:
                 async with asyncio.timeout(SILENCE_SECONDS):
-                    await _while_connected(http, self._check_open(invocation.turn.session_id))
+                    await _while_connected(http, self._check_open(invocation.turn))
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
             pieces = self._triton.pieces(invocation.turn)
@@ -154,10 +154,10 @@ class Adapter:
         """Let the connection to Triton go."""
         await self._triton.close()
 
-    async def _check_open(self, session_id: str) -> None:
-        """Raises SessionError, NOT_FOUND, where there is no such session."""
+    async def _check_open(self, turn: Turn) -> None:
+        """Raises SessionError, NOT_FOUND, where there is no session such as the turn's."""
         try:
-            await self._triton.whole(Turn(session_id))
+            await self._triton.whole(Turn(turn.session_id, tenant=turn.tenant))
         except SessionError as error:
             if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
                 raise

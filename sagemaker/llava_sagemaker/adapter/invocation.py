@@ -12,6 +12,7 @@ from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
 from llava_sagemaker.adapter.turns import Turn
 from llava_triton.delta import Delta
+from llava_triton.protocol import NO_TENANT
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Request:
     body: bytes
     take: Callable[[int], None]
     """Takes so many bytes more of what the request may have, see `BodyRoom.share`."""
+    tenant: str = NO_TENANT
+    """Whose request it is."""
 
     @property
     def opens(self) -> bool:

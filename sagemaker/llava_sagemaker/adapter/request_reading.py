@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
 from llava_sagemaker.adapter.invocation import Request
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
+from llava_sagemaker.adapter.tenants import tenant_of
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
@@ -66,10 +67,12 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
 
     Raises:
         AdapterError: body_too_large, unavailable, or invalid_request.
+        SessionError: INVALID_ARG, the tenant's name is none.
     """
     session = http.headers.get(SESSION_ID)
     if session is not None and session != NEW_SESSION:
         session = checked_session_id(session)
+    tenant = tenant_of(http.headers)
     named = http.headers.get("content-type", "")
     if len(named) > MOST_CONTENT_TYPE:
         raise unknown_content_type(named)
@@ -86,6 +89,7 @@ async def read_request(http: HttpRequest, limit_bytes: int, take: Callable[[int]
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
         body=await _body(http, limit_bytes, take),
         take=take,
+        tenant=tenant,
     )
 
 

@@ -46,6 +46,7 @@ class Turn:
     end: bool = False
     tensors: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """Input tensors by name, all BYTES [n]: n, and the elements as `pack` writes them."""
+    tenant: str = protocol.NO_TENANT
 
     def message(self) -> Any:
         """The protocol's message."""
@@ -53,6 +54,8 @@ class Turn:
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
+        if self.tenant:
+            request.parameters[protocol.TENANT].string_param = self.tenant
         for name, (elements, data) in self.tensors.items():
             tensor = request.inputs.add()
             tensor.name = name
