@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,9 +127,9 @@ class Open:
     conversation: Conversation = ()
 
     @property
-    def pictures(self) -> set[int]:
-        """Every picture of the conversation."""
-        return {picture for talk in self.conversation for picture in talk.pictures}
+    def pictures(self) -> set[tuple[str, int]]:
+        """Every picture of the conversation, and whose it is: tenants share none."""
+        return {(self.tenant, each) for talk in self.conversation for each in talk.pictures}
 
 
 @dataclass
@@ -145,6 +146,11 @@ class Flight:
     result: Reply | ErrorCode | None = None
     sentence: str = ""
     """Of the error."""
+
+    @property
+    def pictures(self) -> set[tuple[str, int]]:
+        """Those that it brings, and whose they are."""
+        return {(self.tenant, picture) for picture in self.talk.pictures}
 
     def wait(self) -> None:
         """Take the result, once."""
@@ -184,10 +190,16 @@ class Limits:
         }
         self.surely_open = set(sessions) - perhaps_closed
         self.perhaps_open = set(sessions) | {turn.session_id for turn in turns if turn.start}
-        self.surely_held: set[int] = set()
+        self.surely_held: set[tuple[str, int]] = set()
         for session_id in self.surely_open:
             self.surely_held |= sessions[session_id].pictures
-        self.perhaps_held = {picture for turn in turns for picture in turn.talk.pictures}
+        self.tenants: defaultdict[SessionId, set[str]] = defaultdict(set)
+        """Who has a session or a turn under an ID."""
+        for session_id, session in sessions.items():
+            self.tenants[session_id].add(session.tenant)
+        for turn in turns:
+            self.tenants[turn.session_id].add(turn.tenant)
+        self.perhaps_held = {pair for turn in turns for pair in turn.pictures}
         for session in sessions.values():
             self.perhaps_held |= session.pictures
 

@@ -365,6 +365,11 @@ class EngineMachine(RuleBasedStateMachine):
         """What the rules say; where other sessions' turns decide, what they allow."""
         session = self._sessions.get(flight.session_id)
         full = flight.result is ErrorCode.UNAVAILABLE
+        if "is taken" in flight.sentence:
+            # By a session that was open when the turn came, or whose turns were on their way.
+            assert flight.start
+            assert limits.tenants[flight.session_id] - {flight.tenant}
+            return ErrorCode.INVALID_ARG
         if session is not None and session.tenant != flight.tenant:
             return ErrorCode.INVALID_ARG if flight.start else ErrorCode.NOT_FOUND
         if flight.start and session is None:
@@ -388,7 +393,7 @@ class EngineMachine(RuleBasedStateMachine):
             if full:
                 assert len(limits.perhaps_held) > ROOM_FOR_PICTURES
                 return ErrorCode.UNAVAILABLE
-            assert len(limits.surely_held.union(flight.talk.pictures)) <= ROOM_FOR_PICTURES
+            assert len(limits.surely_held | flight.pictures) <= ROOM_FOR_PICTURES
         if flight.end and flight.talk.text is None:
             return replace(reply, finish_reason="closed")
         return reply

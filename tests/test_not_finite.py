@@ -101,10 +101,9 @@ def test_logits_that_are_not_finite_end_their_turn_alone(
         return part.blocks[0] == first and part.context + len(part.ids) == behind
 
     with broken_logits(harness, value, is_broken):
-        with harness.held_device():
-            more = {"max_tokens": 60, "ignore_eos": True, "temperature": temperature}
-            doomed = harness.submit("green", "Go on", **more)
-            neighbour = going_on.submit(harness, "red")
+        neighbour = going_on.submit(harness, "red")
+        more: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "temperature": temperature}
+        doomed = harness.submit("green", "Go on", **more)
         with pytest.raises(SessionError, match="values that are not finite") as caught:
             doomed.wait()
         assert caught.value.code is ErrorCode.INTERNAL

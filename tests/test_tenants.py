@@ -48,7 +48,7 @@ def test_equal_beginnings_of_two_tenants_are_not_shared(
 
 def test_the_last_picture_that_fits_is_refused_to_whoever_brings_it(start: Start) -> None:
     """Also where another tenant has shown it: that it takes no room would tell."""
-    harness = start(pictures=1, host_pictures=1, host_blocks=0)
+    harness = start(pictures=1, host_blocks=0)
     SECRET.wait(harness, "a", start=True, tenant="alice")
     assert failure(SECRET.submit(harness, "b", start=True, tenant="bob")) is ErrorCode.UNAVAILABLE
     SECRET.wait(harness, "again", start=True, tenant="alice")
@@ -63,19 +63,44 @@ def test_a_session_is_unknown_to_other_tenants(
         return
     harness = start()
     said = Ask("The account is 12 34 56 78.")
-    said.wait(harness, "s", start=True, tenant=owner)
+    said.wait(harness, "opened", start=True, tenant=owner)
     errors = []
-    for session_id in ("s", "no such session"):
+    for session_id in ("opened", "no such session"):
         with pytest.raises(SessionError) as caught:
             Ask("What did I say?").wait(harness, session_id, tenant=stranger)
         assert caught.value.code is ErrorCode.NOT_FOUND
         errors.append(caught.value.sentence.replace(session_id, ""))
     assert errors[0] == errors[1]
-    with pytest.raises(SessionError, match="'s' is taken; choose a random one") as refused:
-        Ask("Hello!").wait(harness, "s", start=True, tenant=stranger)
+    with pytest.raises(SessionError, match="'opened' is taken; choose a random one") as refused:
+        Ask("Hello!").wait(harness, "opened", start=True, tenant=stranger)
     assert refused.value.code is ErrorCode.INVALID_ARG
     again = Ask("What did I say?")
-    assert again.wait(harness, "s", tenant=owner)[0] == alone(said, again)[-1]
+    assert again.wait(harness, "opened", tenant=owner)[0] == alone(said, again)[-1]
+
+
+def test_a_stranger_waits_for_no_turn_of_the_owner_and_takes_no_place(start: Start) -> None:
+    harness = start(max_queued_turns_per_session=2)
+    with harness.held_device() as device:
+        running = Ask("Hello!").submit(harness, "s", start=True, tenant="alice")
+        device.wait_until_busy()
+        for _ in range(5):
+            stranger = Ask("Hello?").submit(harness, "s", tenant="bob")
+            assert failure(stranger) is ErrorCode.NOT_FOUND
+        opening = Ask("Hello?").submit(harness, "s", start=True, tenant="bob")
+        assert failure(opening) is ErrorCode.INVALID_ARG
+        behind = Ask("And?").submit(harness, "s", tenant="alice")
+        assert not device.going
+    running.wait()
+    behind.wait()
+
+
+def test_a_session_whose_sequence_a_stranger_has_ended_is_not_kept(start: Start) -> None:
+    """Triton ends a sequence by its ID alone: its owner cannot reach it any more."""
+    harness = start()
+    Ask("Hello!").wait(harness, "s", start=True, tenant="alice")
+    ending = harness.submit("s", end=True, tenant="bob")
+    assert failure(ending) is ErrorCode.NOT_FOUND
+    harness.assert_nothing_is_held()
 
 
 def test_strangers_do_not_keep_a_session_alive(start: Start) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from llava_triton.conversation import ConversationRenderer
-from llava_triton.engine import Engine
-from llava_triton.engine.preparation import SHORT_TEXT_CHARACTERS
+from llava_triton.engine import Engine, preparation
 from llava_triton.errors import ErrorCode, SessionError
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, show
@@ -113,11 +112,12 @@ def test_a_turn_larger_than_the_budget_is_taken_where_none_waits(start: Start) -
 
 @contextmanager
 def held_preparation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Long texts are not made tokens of before the block ends; waits until one is tried."""
+    """A long text is not made tokens of before the block ends; waits until one is tried."""
+    most = 50
     message, tried, may = ConversationRenderer.message, threading.Event(), threading.Event()
 
     def held(renderer: ConversationRenderer, last: Any, text: str | None, images: int) -> list[int]:
-        if len(text or "") > SHORT_TEXT_CHARACTERS:
+        if len(text or "") > most:
             tried.set()
             assert may.wait(HANG_SECONDS)
         return message(renderer, last, text, images)
@@ -126,6 +126,7 @@ def held_preparation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], N
         assert tried.wait(HANG_SECONDS)
 
     with monkeypatch.context() as patch:
+        patch.setattr(preparation, "SHORT_TEXT_CHARACTERS", most)
         patch.setattr(ConversationRenderer, "message", held)
         try:
             yield wait_until_tried
@@ -133,7 +134,7 @@ def held_preparation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], N
             may.set()
 
 
-LONG = Ask("word " * (SHORT_TEXT_CHARACTERS // 5 + 1), max_tokens=3)
+LONG = Ask("word " * 20, max_tokens=3)
 
 
 def test_nobody_waits_for_another_s_long_text(

@@ -30,8 +30,8 @@ class Settings:
     max_queued_features_bytes: int = 1024 * 1024 * 1024
     """Memory for the image features of turns that have not begun: those that are being prepared,
     and, in half of it, those behind another turn of their session. Where it is full, turns with
-    pictures are refused with UNAVAILABLE; one turn always has room. It lies where features are computed, on the GPU or in host memory,
-    beside `image_features_bytes`."""
+    pictures are refused with UNAVAILABLE; one turn always has room. It lies where features are
+    computed, on the GPU or in host memory, beside `image_features_bytes`."""
     session_idle_seconds: float = 1200.0
     """A session unused for this long after the end of its last turn is closed, within a second."""
     session_lifetime_seconds: float = 86_400.0

@@ -23,7 +23,7 @@ from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.session_table import SessionTable
+from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
 from llava_triton.engine.turn import (
@@ -282,6 +282,12 @@ class Engine:
         before = lanes.of_session(request.session_id)
         if self._stopping:
             return unavailable("the server is shutting down")
+        session = self._sessions.find(request.session_id)
+        owner = before[0].request.tenant if before else session.tenant if session else None
+        if owner not in (None, request.tenant):
+            # At once: behind the owner's turns a stranger would learn that there are some.
+            refuse = taken_by_another if request.start else unknown
+            return refuse(request.session_id)
         if request.only_ends and self._ends_something(turn):
             return None  # it makes room
         if lanes.turns >= settings.max_queued_turns:
@@ -532,6 +538,8 @@ class Engine:
     def _leave(self, turn: Turn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
         self._running.pop(turn.id, None)
+        if turn.preparation is not None:
+            turn.preparation.cancel()  # it would go on holding the pictures
         if self._lanes.leave(turn):
             # As a command, not a call: a long lane of bad turns must not nest this deep.
             self._commands.put(lambda: self._begin_next(turn.request.session_id))

@@ -14,6 +14,19 @@ from llava_triton.protocol import NO_TENANT
 from llava_triton.settings import Settings
 
 
+def unknown(session_id: SessionId) -> SessionError:
+    """NOT_FOUND: a tenant has no open session of this ID."""
+    return not_found(
+        f"session {session_id!r} is unknown or has expired; open a new one by a "
+        "request with the sequence start flag"
+    )
+
+
+def taken_by_another(session_id: SessionId) -> SessionError:
+    """INVALID_ARG: another tenant has an open session of this ID."""
+    return invalid(f"the session ID {session_id!r} is taken; choose a random one")
+
+
 class SessionTable:
     """Every open session by its ID, longest unused first.
 
@@ -65,9 +78,9 @@ class SessionTable:
             SessionError: UNAVAILABLE, as `room_for`; INVALID_ARG, another tenant has an open one of
                 this ID.
         """
-        taken = self.find(session_id)
-        if taken is not None and taken.tenant != tenant:
-            raise invalid(f"the session ID {session_id!r} is taken; choose a random one")
+        session = self.find(session_id)
+        if session is not None and session.tenant != tenant:
+            raise taken_by_another(session_id)
         full = self.room_for(session_id)
         if full is not None:
             raise full
@@ -90,10 +103,7 @@ class SessionTable:
         """
         session = self.find(session_id)
         if session is None or session.tenant != tenant:
-            raise not_found(
-                f"session {session_id!r} is unknown or has expired; open a new one by a "
-                "request with the sequence start flag"
-            )
+            raise unknown(session_id)
         return session
 
     def open(self, session: Session) -> None:
