@@ -91,13 +91,13 @@ def write_repository(folder: Path, *, empty: bool, once: bool) -> None:
 
 def calls_until_death(server: TritonServer, seconds: float, clients: int) -> tuple[int, bool]:
     """Ask `caller` from many clients; how many answers came, and whether its process died."""
-    stubs, answered, ends = server.stubs(), [0] * clients, time.monotonic() + seconds
+    stubs, answered, ends = set(server.stubs()), [0] * clients, time.monotonic() + seconds
 
     def ask(number: int) -> None:
         text = triton.InferInput("text", [1], "BYTES")
         text.set_data_from_numpy(np.array([b"question"], dtype=np.object_))
         with triton.InferenceServerClient(server.grpc_address) as client:
-            while time.monotonic() < ends and stubs <= server.stubs():
+            while time.monotonic() < ends and stubs <= set(server.stubs()):
                 try:
                     client.infer("caller", [text], client_timeout=10.0)
                 except InferenceServerException:
@@ -109,7 +109,7 @@ def calls_until_death(server: TritonServer, seconds: float, clients: int) -> tup
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(answered), not stubs <= server.stubs()
+    return sum(answered), not stubs <= set(server.stubs())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def check_afterwards(doors: Sequence[Door], script: Script, tally: Tally) -> dic
         connection.close()
     if tally.first_abandoned is not None:
         session_id, left_at = tally.first_abandoned
-        expired_at = left_at + Settings(**LIMITS).engine_idle_seconds + 2.0
+        expired_at = left_at + Settings(**LIMITS).session_idle_seconds + 2.0
         time.sleep(max(0.0, expired_at - time.monotonic()))
         connection = Connection(doors[0])
         try:

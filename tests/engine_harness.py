@@ -27,6 +27,7 @@ from llava_triton.engine.step import LaunchedStep, Step
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.protocol import NO_TENANT
 from llava_triton.sampling import SamplingParameters
 from llava_triton.settings import Settings
 from tests.reference import image_features, load_reference
@@ -104,7 +105,14 @@ class EngineHarness:
         self._tokenizer = loaded.tokenizer
         self.runner = ModelRunner(loaded, self.settings, record)
         self.runner.steps_at_once = steps_at_once or self.runner.steps_at_once
-        self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
+        self.expired: list[SessionId] = []
+        """Sessions that the engine said it had closed by itself."""
+        self.engine = self._start()
+
+    def _start(self) -> Engine:
+        return Engine(
+            self.runner, self._tokenizer, self.settings, self.clock, expired=self.expired.append
+        )
 
     def features(self, images: Sequence[Image]) -> torch.Tensor | None:
         """Image features [N, T, D], each picture's the same bits whichever others are beside it;
@@ -122,6 +130,7 @@ class EngineHarness:
         start: bool = False,
         end: bool = False,
         history: Sequence[PastTurn] = (),
+        tenant: str = NO_TENANT,
         listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
@@ -135,6 +144,7 @@ class EngineHarness:
             text=text,
             image_features=self.features(images),
             history=tuple(history),
+            tenant=tenant,
             sampling=SamplingParameters(**sampling),
         )
 
@@ -161,7 +171,8 @@ class EngineHarness:
         self.engine.shutdown()
         self.runner.pages.keys.fill_(torch.nan)
         self.runner.pages.values.fill_(torch.nan)
-        self.engine = Engine(self.runner, self._tokenizer, self.settings, clock=self.clock)
+        self.expired.clear()
+        self.engine = self._start()
 
     def on_engine(self, action: Callable[[Engine], Result]) -> Result:
         """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
@@ -337,7 +348,9 @@ def _check_books(engine: Engine) -> None:
     sessions = list(engine._sessions.oldest_first())
     for running in engine._running.values():
         assert running.session in sessions, "a turn runs for a session that is not open"
-    assert engine._lanes.turns == len(engine._lanes.all())
+    turns = engine._lanes.all()
+    assert engine._lanes.turns == len(turns)
+    assert engine._lanes.features_bytes == sum(turn.request.features_bytes for turn in turns)
     _check_blocks(engine._memory, sessions)
     for session in sessions:
         _check_session(engine._memory, session)
@@ -351,6 +364,11 @@ def _check_blocks(memory: SessionMemory, sessions: Sequence[Session]) -> None:
     assert pool.holders() == [held[block] for block in range(pool.blocks)]
     assert pool.free + len(held) == pool.blocks
     assert pool.shared == sum(count > 1 for count in held.values())
+    holders: dict[int, set[str]] = {}
+    for session in sessions:
+        for block in session.key_values.blocks:
+            holders.setdefault(block, set()).add(session.tenant)
+    assert all(len(tenants) == 1 for tenants in holders.values()), "tenants share a block"
     free = [*pool._blank, *pool._remembered]
     assert sorted(free) == [block for block in range(pool.blocks) if not held[block]]
     assert {block: key for key, block in pool._by_key.items()} == pool._keys
@@ -368,7 +386,7 @@ def _check_session(memory: SessionMemory, session: Session) -> None:
         assert kv.ids
     assert len(kv.keys) == len(kv.ids) // BLOCK_TOKENS
     for index, key in enumerate(kv.keys):
-        assert key == memory._key(kv.keys[:index], kv.ids, session.images)
+        assert key == memory._key(session, kv.keys[:index], kv.ids)
         if kv.blocks:
             assert memory.pool._keys.get(kv.blocks[index], key) == key
     placeholders = kv.ids.count(memory._image_token_id)
@@ -388,6 +406,9 @@ def _check_images(engine: Engine, sessions: Sequence[Session]) -> None:
     on_device, on_host = store._on_device.values(), store._on_host.values()
     assert sorted(map(id, [*on_device, *on_host])) == sorted(map(id, shown))
     assert all(image.holders == count for image, count in shown.items())
+    for image in shown:
+        tenants = {each.tenant for each in sessions if image in each.images}
+        assert len(tenants) == 1, "tenants share a picture"
     used = (store.device_bytes, store.host_bytes)
     assert used == (sum(each.bytes for each in on_device), sum(each.bytes for each in on_host))
     assert all(bytes_ <= budget for bytes_, budget in zip(used, store._budgets, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from PIL import Image
 from llava_triton.delta import Delta
 from llava_triton.engine.session import SessionId
 from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.protocol import NO_TENANT
 from tests.engine_harness import EngineHarness, Pending
 
 MAX_SESSIONS = 3
@@ -19,10 +21,11 @@ POOL_BLOCKS = 30
 PICTURES_ON_DEVICE, PICTURES_ON_HOST = 2, 3
 ROOM_FOR_PICTURES = PICTURES_ON_DEVICE + PICTURES_ON_HOST
 IDLE_SECONDS, LIFETIME_SECONDS = 100.0, 450.0
-GRACE_SECONDS = 5.0
-"""By which the engine outwaits Triton."""
 
-IDS: tuple[SessionId, ...] = ("a", 7, "7", "b")
+TENANTS: dict[SessionId, str] = {"a": NO_TENANT, 7: NO_TENANT, "7": "bob", "b": "bob"}
+"""Whose sessions are opened under an ID, but for a stranger's."""
+STRANGER = "eve"
+IDS: tuple[SessionId, ...] = tuple(TENANTS)
 PICTURES = [Image.new("RGB", (60, 60), (40 * number, 250 - 30 * number, 99)) for number in range(8)]
 
 
@@ -94,6 +97,7 @@ def submit(
     *,
     start: bool = False,
     end: bool = False,
+    tenant: str = NO_TENANT,
     listen: Callable[[object], None] | None = None,
 ) -> Pending:
     return harness.submit(
@@ -102,6 +106,7 @@ def submit(
         [PICTURES[number] for number in talk.pictures],
         start=start,
         end=end,
+        tenant=tenant,
         listen=listen,
         max_tokens=talk.max_tokens,
         stop=talk.stop,
@@ -117,13 +122,14 @@ class Open:
     """An open session, by the rules."""
 
     opened_at: float
+    tenant: str
     used_at: float = 0.0
     conversation: Conversation = ()
 
     @property
-    def pictures(self) -> set[int]:
-        """Every picture of the conversation."""
-        return {picture for talk in self.conversation for picture in talk.pictures}
+    def pictures(self) -> set[tuple[str, int]]:
+        """Every picture of the conversation, and whose it is: tenants share none."""
+        return {(self.tenant, each) for talk in self.conversation for each in talk.pictures}
 
 
 @dataclass
@@ -134,11 +140,17 @@ class Flight:
     talk: Talk
     start: bool
     end: bool
+    tenant: str
     pending: Pending
     may_be_cancelled: bool = False
     result: Reply | ErrorCode | None = None
     sentence: str = ""
     """Of the error."""
+
+    @property
+    def pictures(self) -> set[tuple[str, int]]:
+        """Those that it brings, and whose they are."""
+        return {(self.tenant, picture) for picture in self.talk.pictures}
 
     def wait(self) -> None:
         """Take the result, once."""
@@ -178,10 +190,16 @@ class Limits:
         }
         self.surely_open = set(sessions) - perhaps_closed
         self.perhaps_open = set(sessions) | {turn.session_id for turn in turns if turn.start}
-        self.surely_held: set[int] = set()
+        self.surely_held: set[tuple[str, int]] = set()
         for session_id in self.surely_open:
             self.surely_held |= sessions[session_id].pictures
-        self.perhaps_held = {picture for turn in turns for picture in turn.talk.pictures}
+        self.tenants: defaultdict[SessionId, set[str]] = defaultdict(set)
+        """Who has a session or a turn under an ID."""
+        for session_id, session in sessions.items():
+            self.tenants[session_id].add(session.tenant)
+        for turn in turns:
+            self.tenants[turn.session_id].add(turn.tenant)
+        self.perhaps_held = {pair for turn in turns for pair in turn.pictures}
         for session in sessions.values():
             self.perhaps_held |= session.pictures
 

@@ -232,13 +232,14 @@ def test_bad_turns_change_nothing(harness: EngineHarness, text: str | None, sent
 
 def test_sessions_expire(harness: EngineHarness) -> None:
     harness.ask("idle", "Hello!", start=True)
-    harness.clock.now += 1201.0
+    harness.clock.now += 1199.0
     harness.ask("busy", "Hello!", start=True)
-    assert harness.ask("idle", "Still there?")[0]  # the engine outwaits Triton's 1200 s a little
-    harness.clock.now += 1206.0
+    assert harness.ask("idle", "Still there?")[0]
+    harness.clock.now += 1200.0
     assert failure(harness.submit("busy", "Still there?")) is ErrorCode.NOT_FOUND
     assert failure(harness.submit("idle", "Still there?")) is ErrorCode.NOT_FOUND
     assert harness.engine.statistics().sessions_expired == 2
+    assert sorted(map(str, harness.expired)) == ["busy", "idle"]
 
 
 def test_a_session_ends_after_its_lifetime() -> None:

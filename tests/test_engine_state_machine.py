@@ -26,7 +26,6 @@ from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, FailingStep
 from tests.properties import settings
 from tests.session_rules import (
-    GRACE_SECONDS,
     IDLE_SECONDS,
     IDS,
     LIFETIME_SECONDS,
@@ -37,6 +36,8 @@ from tests.session_rules import (
     PICTURES_ON_HOST,
     POOL_BLOCKS,
     ROOM_FOR_PICTURES,
+    STRANGER,
+    TENANTS,
     Closing,
     Flight,
     Limits,
@@ -141,6 +142,10 @@ class EngineMachine(RuleBasedStateMachine):
     def turn_of_whatever_session(self, session_id: SessionId, talk: Talk, end: bool) -> None:
         self._submit(session_id, talk, end=end)
 
+    @rule(session_id=ids, talk=openings, start=st.booleans(), end=seldom)
+    def turn_of_a_stranger(self, session_id: SessionId, talk: Talk, start: bool, end: bool) -> None:
+        self._submit(session_id, talk, start=start, end=end, tenant=STRANGER)
+
     @rule(
         session_id=ids,
         talk=st.sampled_from([NOTHING, Talk("o " * 450), Talk("an <image>?"), Talk("long " * 500)]),
@@ -179,11 +184,14 @@ class EngineMachine(RuleBasedStateMachine):
         self, opening: Talk, pictures: tuple[int, ...], other_talk: Talk
     ) -> None:
         """The next turn of the one writes where the other reads, unless a block is copied."""
-        one, other = IDS[:2]
+        one, other = IDS[:2]  # of one tenant
         for session_id in (one, other):
             self._submit(session_id, opening, start=True)
         self._drain()
-        if not {one, other} <= set(self._sessions):
+        if any(
+            name not in self._sessions or self._sessions[name].tenant == STRANGER
+            for name in (one, other)
+        ):
             return
         talk = Talk("Why so? " * 5, pictures, max_tokens=40)
         heard = threading.Event()
@@ -206,13 +214,13 @@ class EngineMachine(RuleBasedStateMachine):
         self._flights.append(Closing(session_id))
         self._harness.engine.close(session_id)
 
-    @rule(seconds=st.sampled_from([30.0, 60.0, 98.0, 106.0, 200.0]))
+    @rule(seconds=st.sampled_from([30.0, 60.0, 98.0, 101.0, 200.0]))
     def time_passes(self, seconds: float) -> None:
         self._drain()
         self._clock.now += seconds
         for session_id, session in list(self._sessions.items()):
             if (
-                session.used_at + IDLE_SECONDS + GRACE_SECONDS <= self._clock.now
+                session.used_at + IDLE_SECONDS <= self._clock.now
                 or session.opened_at + LIFETIME_SECONDS <= self._clock.now
             ):
                 del self._sessions[session_id]
@@ -272,10 +280,13 @@ class EngineMachine(RuleBasedStateMachine):
         *,
         start: bool = False,
         end: bool = False,
+        tenant: str | None = None,
         listen: Callable[[object], None] | None = None,
     ) -> Flight:
-        pending = submit(self._harness, session_id, talk, start=start, end=end, listen=listen)
-        flight = Flight(session_id, talk, start, end, pending)
+        tenant = TENANTS[session_id] if tenant is None else tenant
+        flags: dict[str, Any] = {"start": start, "end": end, "tenant": tenant}
+        pending = submit(self._harness, session_id, talk, **flags, listen=listen)
+        flight = Flight(session_id, talk, **flags, pending=pending)
         self._flights.append(flight)
         return flight
 
@@ -342,18 +353,25 @@ class EngineMachine(RuleBasedStateMachine):
         else:
             self._completed += 1
             if flight.start:
-                self._sessions[session_id] = Open(self._clock.now)
+                self._sessions[session_id] = Open(self._clock.now, flight.tenant)
             if flight.end:
                 del self._sessions[session_id]
             elif not talk.says_nothing:
                 self._sessions[session_id].conversation += (talk,)
-        if session_id in self._sessions:
+        if session_id in self._sessions and self._sessions[session_id].tenant == flight.tenant:
             self._sessions[session_id].used_at = self._clock.now
 
     def _expected(self, flight: Flight, limits: Limits) -> Reply | ErrorCode:
         """What the rules say; where other sessions' turns decide, what they allow."""
         session = self._sessions.get(flight.session_id)
         full = flight.result is ErrorCode.UNAVAILABLE
+        if "is taken" in flight.sentence:
+            # By a session that was open when the turn came, or whose turns were on their way.
+            assert flight.start
+            assert limits.tenants[flight.session_id] - {flight.tenant}
+            return ErrorCode.INVALID_ARG
+        if session is not None and session.tenant != flight.tenant:
+            return ErrorCode.INVALID_ARG if flight.start else ErrorCode.NOT_FOUND
         if flight.start and session is None:
             others = (
                 limits.surely_open - {flight.session_id},
@@ -375,7 +393,7 @@ class EngineMachine(RuleBasedStateMachine):
             if full:
                 assert len(limits.perhaps_held) > ROOM_FOR_PICTURES
                 return ErrorCode.UNAVAILABLE
-            assert len(limits.surely_held.union(flight.talk.pictures)) <= ROOM_FOR_PICTURES
+            assert len(limits.surely_held | flight.pictures) <= ROOM_FOR_PICTURES
         if flight.end and flight.talk.text is None:
             return replace(reply, finish_reason="closed")
         return reply

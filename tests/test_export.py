@@ -37,6 +37,14 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+LIMITS: dict[str, Any] = {
+    "max_sessions": 3,
+    "session_idle_seconds": 2.5,
+    "session_lifetime_seconds": 60,
+    "vision_max_batch": 11,
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random checkpoint")
@@ -47,8 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint's repository, self-contained and with limits of its own. Not to be changed."""
     folder = tmp_path_factory.mktemp("exported")
-    limits = {"max_sessions": 3, "session_idle_seconds": 2.5, "vision_max_batch": 11}
-    (folder / "limits.json").write_text(json.dumps(limits))
+    (folder / "limits.json").write_text(json.dumps(LIMITS))
     repository = folder / "repository"
     assert main(arguments(checkpoint, repository, folder / "limits.json")) == 0
     return repository
@@ -85,9 +92,9 @@ def test_every_model_of_the_source_is_there_with_its_code(exported: Path) -> Non
 
 def test_limits_reach_the_settings_and_triton(exported: Path) -> None:
     settings = Settings.of_repository(exported)
-    assert settings == Settings(max_sessions=3, session_idle_seconds=2.5, vision_max_batch=11)
+    assert settings == Settings(**LIMITS)
     batching = config_of(exported, "language_model").sequence_batching
-    assert batching.max_sequence_idle_microseconds == 2_500_000
+    assert batching.max_sequence_idle_microseconds == 62_500_000
     assert batching.oldest.max_candidate_sequences == settings.max_candidate_sequences
     assert config_of(exported, "vision_encoder").max_batch_size == 11
 

@@ -435,3 +435,23 @@ def test_without_boto3() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert "pip install boto3" in done.stdout
+
+
+def test_a_tenant_goes_as_a_custom_attribute(containers: list[Container], url: str) -> None:
+    seen: list[str | None] = []
+
+    async def behave(request: Request) -> Response:
+        seen.append(request.headers.get("x-amzn-sagemaker-custom-attributes"))
+        if "text/event-stream" not in request.headers["accept"]:
+            return Response(whole("yes", "stop"), media_type="application/json")
+        return await streaming(events(piece("yes", "stop")))(request)
+
+    all_behave(containers, behave)
+    for tenant, expected in (("alice", "tenant=alice"), (None, None)):
+        seen.clear()
+        with Session.open(url, tenant=tenant) as session:
+            session.ask("Hello?")
+            list(session.stream("Hello?"))
+        assert seen == [expected] * 3  # the last one closes it
+    with pytest.raises(SessionError, match="1 to 128 letters"):
+        Session.open(url, tenant="a;b")

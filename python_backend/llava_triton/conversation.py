@@ -7,14 +7,16 @@ conversation again could split an earlier answer differently and make its cached
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from llava_triton.errors import SessionError, invalid
 from llava_triton.history import PastTurn
 from llava_triton.sampling_parameters import MAX_STOP_CHARACTERS
+from llava_triton.token_bound import FewestTokens
 
 Past: TypeAlias = "tuple[Sequence[int], str | None]"
 """Token IDs up to the end of the last answer, and that answer's text; None: nothing was said."""
@@ -48,40 +50,47 @@ class ConversationRenderer:
         self._tokens_per_image = tokens_per_image
         # Stands for the last answer in a rendered window; nothing a client sends can equal it.
         self._answer_mark = uuid.uuid4().hex
+        # Stands before and behind every control token that a client or an answer has spelled.
+        self._spelled_mark = uuid.uuid4().hex
+        control = {
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        longest_first = sorted(control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._spelled = {name: _spelled_ids(tokenizer, name, control) for name in control}
+        """The tokens of a control token's name, as the text that it is for whoever writes it."""
+        self._fewest_tokens = FewestTokens(tokenizer.backend_tokenizer)
         # The first use may change how the tokenizer is set; from then on any thread may use it.
         self._tokenize(self._answer_mark)
 
-    def prompt(
-        self,
-        history: Sequence[int],
-        last_answer: str | None,
-        text: str | None,
-        images: int,
-    ) -> list[int]:
-        """Token IDs of the whole conversation up to where the model speaks.
+    def message(self, last_answer: str | None, text: str | None, images: int) -> list[int]:
+        """Token IDs that a turn adds to a conversation, up to where the model speaks.
 
         Args:
-            history: token IDs up to the end of the last answer; empty in a new conversation.
             last_answer: text of the last answer; None in a new conversation.
-            text: the user's text; None where only images came so far: the prompt then ends with
+            text: the user's text; None where only images came so far: the message then ends with
                 the last image's last token, because what follows depends on the question.
             images: number of images in this message, counting those that came without text.
 
         Returns:
-            `history`, then the new message, every image as `tokens_per_image` placeholders.
+            Every image as `tokens_per_image` placeholders. What the user spells like a control
+            token of the tokenizer, `</s>` for one, is text.
 
         Raises:
             SessionError: INVALID_ARG, the text holds the image placeholder.
         """
         self._refuse_placeholder("text_input", text or "")
         if text is None and images == 0:
-            return list(history)
+            return []
         message = self._user_message(text or "", images)
         if last_answer is None:
             new_ids = self._tokenize_opening(self._render([message]))
         else:
             window = self._render([self._user_message("", 0), self._assistant_message(), message])
-            new_ids = self._tokenize_after(last_answer, window.split(self._answer_mark, 1)[1])
+            said = self._as_text(_last_word(last_answer))
+            new_ids = self._tokenize_after(said, window.split(self._answer_mark, 1)[1])
         if new_ids.count(self._image_token_id) != images:
             raise ValueError(
                 f"the checkpoint's chat template rendered {new_ids.count(self._image_token_id)} "
@@ -90,7 +99,7 @@ class ConversationRenderer:
         if text is None:
             last_image = len(new_ids) - 1 - new_ids[::-1].index(self._image_token_id)
             new_ids = new_ids[: last_image + 1]
-        return [*history, *self._expand_images(new_ids)]
+        return self._expand_images(new_ids)
 
     def past(self, turns: Sequence[PastTurn], context: int) -> Past:
         """Turns that took place elsewhere, as if they had taken place in a new session.
@@ -100,7 +109,7 @@ class ConversationRenderer:
             context: tokens that they may be at the most.
 
         Returns:
-            What `prompt` takes.
+            What they are, as if they had been said in a new session.
 
         Raises:
             SessionError: INVALID_ARG, a text holds the image placeholder, or it is too much.
@@ -109,7 +118,8 @@ class ConversationRenderer:
         last_answer: str | None = None
         for turn in turns:
             self._refuse_placeholder("history", turn.text + turn.answer)
-            history = self.prompt(history, last_answer, turn.text, turn.images)
+            self.check_length(turn.text + turn.answer, context)
+            history += self.message(last_answer, turn.text, turn.images)
             history += self._answer_tokens(turn.answer)
             last_answer = turn.answer
             if len(history) > context:
@@ -117,15 +127,15 @@ class ConversationRenderer:
         return history, last_answer
 
     def check_length(self, text: str, context: int) -> None:
-        """Refuse a text that alone is longer than the context. Takes long where it is.
+        """Refuse a text that alone is longer than the context, whatever its tokens are.
 
         Raises:
             SessionError: INVALID_ARG.
         """
         if len(text) > context:  # fewer characters are not worth looking at
-            tokens = len(self._tokenize(text))
-            if tokens > context:
-                raise too_long(tokens, context)
+            fewest = self._fewest_tokens(text)
+            if fewest > context:
+                raise too_long(fewest, context)
 
     def _answer_tokens(self, answer: str) -> list[int]:
         """An answer as the model would have said it behind the generation prompt."""
@@ -133,7 +143,7 @@ class ConversationRenderer:
         # What the template puts between its generation prompt and an answer, a space often, is the
         # model's to say.
         lead = said[len(asked) :] if answer and said.startswith(asked) else ""
-        return self._tokenize_after(asked, lead + answer)
+        return self._tokenize_after(_last_word(asked), lead + self._as_text(answer))
 
     @cached_property
     def _around_answer(self) -> tuple[str, str]:
@@ -166,8 +176,9 @@ class ConversationRenderer:
             kept = self._decode(answer_ids[:length])
             if (lead + shown).startswith(kept):
                 rest = (lead + shown)[len(kept) :]
-                return [*answer_ids[:length], *self._tokenize_after(kept, rest)]
-        return self._tokenize(lead + shown)[: len(answer_ids)]
+                said = self._as_text(_last_word(kept))
+                return [*answer_ids[:length], *self._tokenize_after(said, self._as_text(rest))]
+        return self._tokenize(lead + self._as_text(shown))[: len(answer_ids)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -183,32 +194,59 @@ class ConversationRenderer:
             )
         )
 
-    @staticmethod
-    def _user_message(text: str, images: int) -> dict[str, Any]:
+    def _user_message(self, text: str, images: int) -> dict[str, Any]:
         content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
         if text:
-            content.append({"type": "text", "text": text})
+            content.append({"type": "text", "text": self._as_text(text)})
         return {"role": "user", "content": content}
 
     def _assistant_message(self) -> dict[str, Any]:
         content = [{"type": "text", "text": self._answer_mark}]
         return {"role": "assistant", "content": content}
 
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def _as_text(self, said: str) -> str:
+        """What somebody has said, with marks around what is spelled like a control token."""
+        mark = self._spelled_mark
+        return self._control.sub(lambda spelled: f"{mark}{spelled[0]}{mark}", said)
+
+    def _tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token IDs of a text; control tokens are text where they are marked so.
+
+        Args:
+            special: begin with what the tokenizer puts before every text.
+        """
+        # Marks are in pairs: a name between two of them, and what goes on behind it.
+        beginning, *others = text.split(self._spelled_mark)
+        ids = self._encode(beginning, special) if beginning or special else []
+        for name, rest in zip(others[::2], self._encode_inside(others[1::2]), strict=True):
+            ids += [*self._spelled[name], *rest]
+        return ids
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _encode_inside(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `_encode`, but without the space that SentencePiece puts in front of every text."""
+        if not texts:
+            return []
+        newline = self._encode("\n")
+        behind = [f"\n{text}" for text in texts]
+        encoded = self._tokenizer(behind, add_special_tokens=False)["input_ids"]
+        return [
+            ids[len(newline) :] if ids[: len(newline)] == newline else self._encode(text)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def _tokenize_opening(self, text: str) -> list[int]:
         bos = self._tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        return self._tokenize(text, special=not (bos and text.startswith(bos)))
 
-    def _tokenize_after(self, answer: str, text: str) -> list[int]:
-        """Tokenize `text` as it would be split where it follows `answer`.
+    def _tokenize_after(self, anchor: str, text: str) -> list[int]:
+        """Tokenize `text` as it would be split where it follows `anchor`.
 
         A tokenizer treats the beginning of a text differently from its middle (SentencePiece puts
-        a space in front), so the answer's last word goes along and is taken off again.
+        a space in front), so the word before goes along and is taken off again.
         """
-        anchor = (answer.split() or [""])[-1]
         anchor_ids = self._tokenize(anchor)
         ids = self._tokenize(anchor + text)
         if ids[: len(anchor_ids)] == anchor_ids:
@@ -221,3 +259,40 @@ class ConversationRenderer:
             repeat = self._tokens_per_image if token == self._image_token_id else 1
             expanded.extend([token] * repeat)
         return expanded
+
+
+def _last_word(text: str) -> str:
+    return (text.split() or [""])[-1]
+
+
+def _spelled_ids(tokenizer: Any, name: str, control: Mapping[str, int]) -> list[int]:
+    """The tokens of a control token's name, where the name is text.
+
+    Args:
+        tokenizer: whose.
+        name: of the control token.
+        control: all of them, and their IDs.
+    """
+    ids = _without_added_tokens(tokenizer.backend_tokenizer, name)
+    # The model's own vocabulary may know the whole name. (Of unknown characters it may know none.)
+    if (set(control.values()) - {tokenizer.unk_token_id}).intersection(ids):
+        ids = []
+        for character in name:
+            ids += _without_added_tokens(tokenizer.backend_tokenizer, character)
+    return ids
+
+
+def _without_added_tokens(backend: Any, text: str) -> list[int]:
+    """Token IDs of a text in the middle of another one, by the model's own vocabulary alone."""
+
+    def encode(text: str) -> list[int]:
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
+
+    # A newline before it, as in `_encode_inside`.
+    newline, ids = encode("\n"), encode("\n" + text)
+    return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)

@@ -5,6 +5,8 @@ Nothing here knows Triton, torch or transformers, so that clients can use it, to
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,8 +65,11 @@ CANCEL_TURN = "cancel_turn"
 """Request parameter: the ID of a turn to cancel, which is the request's sequence ID, too, with
 START and END; the request has no other meaning."""
 TENANT = "tenant"
-"""Request parameter: whose request it is. Tenants share no blocks of keys and values and no encoded
-pictures, so neither times nor counts tell one what another has shown or said."""
+"""Request parameter: whose request it is, see `parse_tenant`. Tenants share no blocks of keys and
+values and no encoded pictures, so neither times nor counts tell one what another has shown or
+said."""
+NO_TENANT = ""
+"""The tenant of all requests that name none."""
 ROOM = "room"
 """Request parameter: the ID of a session that is to be opened with pictures, whose decoding takes
 time. language_model answers with an error where it could not open now, else with nothing; the
@@ -110,6 +115,28 @@ def parse_history(history: np.ndarray | None, settings: Settings) -> tuple[PastT
     """
     text = _string(HISTORY, history, settings.max_text_bytes)
     return history_from_json(text) if text else ()
+
+
+_TENANT_NAME = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+def parse_tenant(parameters: Mapping[str, Any]) -> str:
+    """The tenant that a request's parameters name; `NO_TENANT` where they name none.
+
+    Raises:
+        SessionError: INVALID_ARG. An empty name is none either: it would be everybody's who forgot
+            to fill it in.
+    """
+    if TENANT not in parameters:
+        return NO_TENANT
+    tenant = parameters[TENANT]
+    if not isinstance(tenant, str) or not _TENANT_NAME.fullmatch(tenant):
+        shown = ascii(tenant)
+        raise invalid(
+            f"the tenant is {shown if len(shown) <= 80 else f'{shown[:77]}...'}; it must be a text "
+            "of 1 to 128 letters (A to Z), digits and . _ : @ / + = -"
+        )
+    return tenant
 
 
 def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:

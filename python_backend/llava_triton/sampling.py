@@ -12,7 +12,10 @@ from torch import Tensor
 from llava_triton.device import to_device
 from llava_triton.sampling_parameters import SamplingParameters
 
-__all__ = ["Draw", "Draws", "SamplingParameters", "next_tokens"]
+__all__ = ["NO_TOKEN", "Draw", "Draws", "SamplingParameters", "next_tokens"]
+
+NO_TOKEN = -1
+"""In the place of a token's ID, where the logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,19 @@ class Draws:
 def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
     """One token ID a row, int64 [N] where the logits are; waits for nothing.
 
+    `NO_TOKEN` where a row's largest logit is not finite: one is NaN or infinite, or all are ruled
+    out.
+
     Args:
         logits: [N, V], any float dtype; -inf rules a token out.
         draws: N; None takes the likeliest token.
     """
-    tokens = logits.argmax(-1)
+    largest, tokens = logits.max(-1)
     drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
     if drawn:
         rows = to_device(np.array([row for row, _ in drawn]), logits.device)
         tokens[rows] = _drawn(logits[rows], [draw for _, draw in drawn])
-    return tokens
+    return torch.where(largest.isfinite(), tokens, NO_TOKEN)
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -22,11 +22,21 @@ class Settings:
     max_sessions: int = 256
     """Sessions open at once; one more START is refused with UNAVAILABLE."""
     max_queued_turns: int = 1024
-    """Turns waiting or running over all sessions; one more is refused with UNAVAILABLE."""
+    """Turns waiting or running over all sessions; one more is refused with UNAVAILABLE. (An END
+    without text or picture is taken in an open session whatever waits: it makes room.)"""
+    max_queued_turns_per_session: int = 32
+    """Turns waiting or running in one session; one more is refused with UNAVAILABLE, so that one
+    session cannot take the places of all others."""
+    max_queued_features_bytes: int = 1024 * 1024 * 1024
+    """Memory for the image features of turns that have not begun: those that are being prepared,
+    and, in half of it, those behind another turn of their session. Where it is full, turns with
+    pictures are refused with UNAVAILABLE; one turn always has room. It lies where features are
+    computed, on the GPU or in host memory, beside `image_features_bytes`."""
     session_idle_seconds: float = 1200.0
-    """A session unused for this long is closed."""
+    """A session unused for this long after the end of its last turn is closed, within a second."""
     session_lifetime_seconds: float = 86_400.0
-    """A session is closed this long after it was opened, used or not."""
+    """A session is closed this long after it was opened, used or not; a turn that runs then is
+    answered to its end."""
     default_max_tokens: int = 256
     """Length of an answer, in tokens, when the client names none."""
     prefill_chunk_tokens: int | None = None
@@ -43,6 +53,10 @@ class Settings:
     image_features_bytes: int | None = None
     """Memory on the device for image features; null: what all sessions could need, up to 36 %
     of what is free (an eighth where the CPU is the device)."""
+    cache_freed_blocks: bool = True
+    """Whether keys and values that no open session holds on the device can still be found by a
+    session with the same beginning. false: what only ended sessions said and showed is computed
+    again; sessions that are open at the same time share as before (docs/sharing.md)."""
     encoded_images_bytes: int = 256 * 1024 * 1024
     """Memory in which the image encoder keeps what it made of the latest pictures, so that a
     picture sent again is not encoded again."""
@@ -68,6 +82,10 @@ class Settings:
             value = getattr(self, field.name)
             if field.name in ("dtype", "weights") or (value is None and field.default is None):
                 continue
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"setting {field.name} is {value!r}; it must be true or false")
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"setting {field.name} is {value!r}; it must be a number above 0")
         if self.dtype not in DTYPES:
@@ -77,19 +95,16 @@ class Settings:
 
     @property
     def triton_idle_microseconds(self) -> int:
-        """Triton's own idle limit of a sequence: a little shorter than the engine's, so that
-        the engine never drops a session that Triton would still accept a request for."""
-        return int(self.session_idle_seconds * 1_000_000)
-
-    @property
-    def engine_idle_seconds(self) -> float:
-        """The engine's idle limit. Triton does not tell the model that a sequence ended idle."""
-        return self.session_idle_seconds + 5.0
+        """Triton's own idle limit of a sequence: longer than any session lives. Triton counts from
+        a turn's arrival, whatever is answered meanwhile, and does not tell the model when it lets a
+        sequence go; so the engine alone decides, and language_model tells Triton."""
+        longest = self.session_lifetime_seconds + self.session_idle_seconds
+        return int(longest * 1_000_000)
 
     @property
     def max_candidate_sequences(self) -> int:
         """Sequences Triton admits: above `max_sessions`, so that the engine can refuse at once;
-        Triton would let one more wait silently. Refused and expired ones linger here too."""
+        Triton would let one more wait silently."""
         return max(20_000, 16 * self.max_sessions)
 
     def to_json(self) -> str:

@@ -57,7 +57,6 @@ class TritonPythonModel:
         self._device = device
         runner = ModelRunner(checkpoint, settings)
         self._picture_shape = (runner.tokens_per_image, runner.hidden_size)
-        self._engine = Engine(runner, checkpoint.tokenizer, settings)
         self._responses = ResponseThread()
         self._stopping = False
         self._secret = uuid.uuid4().hex
@@ -65,16 +64,15 @@ class TritonPythonModel:
         # for, does not wait for a release.
         self._releases = ThreadPoolExecutor(1, "releases")
         self._deliveries = ThreadPoolExecutor(1, "deliveries")
+        self._engine = Engine(runner, checkpoint.tokenizer, settings, expired=self._let_go)
         self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the engine; the answers follow through their response senders."""
         for request in requests:
             parameters = json.loads(request.parameters() or "{}")
-            if self._is_between_models(request, parameters):
-                request.get_response_sender().send(flags=FINAL)
-                continue
-            self._take(request, parameters)
+            if not self._is_between_models(request, parameters):
+                self._take(request, parameters)
 
     def finalize(self) -> None:
         """Free every session."""
@@ -96,8 +94,8 @@ class TritonPythonModel:
             tell = partial(self._release_if_refused, request.correlation_id(), tell)
         listener = WholeAnswer(tell) if whole else tell
         try:
-            with work_beside(self._device):  # it waits for the features' digests
-                turn = self._turn_request(request)
+            with work_beside(self._device):  # it copies the features
+                turn = self._turn_request(request, parameters)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
@@ -124,15 +122,26 @@ class TritonPythonModel:
             log.exception("an answer was not delivered")
 
     def _is_between_models(self, request: Any, parameters: dict[str, Any]) -> bool:
-        """Whether a request comes from disconnect_watch or from here, and is done with."""
-        turn_id = parameters.get(protocol.CANCEL_TURN)
+        """Whether a request comes from another of our models or from here; it is answered then."""
+        sender = request.get_response_sender()
         alone = request.flags() & (START | END) == START | END
+        turn_id = parameters.get(protocol.CANCEL_TURN)
         if alone and turn_id and turn_id == request.correlation_id():
             self._engine.cancel(turn_id)
-            return True
-        if alone and protocol.ROOM in parameters:
-            return True
-        return bool(parameters.get(protocol.RELEASE) == self._secret)
+        elif alone and protocol.ROOM in parameters:
+            error = self._engine.room_for_a_session(parameters[protocol.ROOM])
+            if error is not None:
+                _send_error(sender, error)
+                return True
+        elif parameters.get(protocol.RELEASE) != self._secret:
+            return False
+        sender.send(flags=FINAL)
+        return True
+
+    def _let_go(self, session_id: int | str) -> None:
+        """The engine has closed a session by itself: Triton lets its sequence go, too."""
+        if not self._stopping:
+            self._releases.submit(self._release_now, session_id, lambda: None)
 
     def _release_if_refused(
         self, session_id: int | str, tell: Listener, event: Delta | SessionError
@@ -171,7 +180,7 @@ class TritonPythonModel:
         else:
             listener(error)
 
-    def _turn_request(self, request: Any) -> TurnRequest:
+    def _turn_request(self, request: Any, parameters: dict[str, Any]) -> TurnRequest:
         text, sampling = protocol.parse_turn(
             _array(request, protocol.TEXT_INPUT),
             _array(request, protocol.SAMPLING_PARAMETERS),
@@ -186,6 +195,7 @@ class TritonPythonModel:
             image_features=self._features(request),
             history=protocol.parse_history(_array(request, protocol.HISTORY), self._settings),
             sampling=sampling,
+            tenant=protocol.parse_tenant(parameters),
         )
 
     def _features(self, request: Any) -> torch.Tensor | None:
@@ -226,7 +236,7 @@ class Responder:
     def send(self, event: Delta | SessionError) -> None:
         """Send one event; called on the response thread."""
         if isinstance(event, SessionError):
-            self._sender.send(pb_utils.InferenceResponse(error=_triton_error(event)), flags=FINAL)
+            _send_error(self._sender, event)
             return
         outputs = protocol.output_arrays(event)
         outputs[protocol.TURN_ID] = np.array([self._turn_to_watch(event)], dtype=np.object_)
@@ -236,9 +246,8 @@ class Responder:
     def give_up(self) -> None:
         """A response could not be sent: end the request, so that its client does not wait."""
         sentence = "the answer could not be sent; see the server's log"
-        error = _triton_error(SessionError(ErrorCode.INTERNAL, sentence))
         with contextlib.suppress(Exception):  # ended already: nobody is there to tell
-            self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+            _send_error(self._sender, SessionError(ErrorCode.INTERNAL, sentence))
 
     def _turn_to_watch(self, event: Delta) -> bytes:
         now = time.monotonic()
@@ -253,5 +262,6 @@ def _array(request: Any, name: str) -> np.ndarray | None:
     return None if tensor is None else tensor.as_numpy()
 
 
-def _triton_error(error: SessionError) -> Any:
-    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code.name))
+def _send_error(sender: Any, error: SessionError) -> None:
+    told = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code.name))
+    sender.send(pb_utils.InferenceResponse(error=told), flags=FINAL)

@@ -29,9 +29,15 @@ _CHANNEL = [
 
 
 class GrpcTransport(Transport):
-    """A connection to `host:port`, with one gRPC stream that all streamed turns share."""
+    """A connection to `host:port`, with one gRPC stream that all streamed turns share.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: `host:port`.
+        tenant: see `Transport`.
+    """
+
+    def __init__(self, address: str, tenant: str | None = None) -> None:
+        super().__init__(tenant)
         self._address = address
         self._client = _connect(address)
         self._arrived: queue.SimpleQueue[tuple[Any, Exception | None]] | None = None
@@ -45,6 +51,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
+                parameters=self.parameters,
             )
         except InferenceServerException as error:
             raise self._told(error) from error
@@ -61,6 +68,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
+                parameters=self.parameters,
             )
             while not ended:
                 result, error = arrived.get()

@@ -17,9 +17,15 @@ ANSWER_SECONDS = 600.0
 
 
 class HttpTransport(Transport):
-    """A connection to `host:port`."""
+    """A connection to `host:port`.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: `host:port`.
+        tenant: see `Transport`.
+    """
+
+    def __init__(self, address: str, tenant: str | None = None) -> None:
+        super().__init__(tenant)
         self._address = address
         self._client = triton.InferenceServerClient(address, network_timeout=ANSWER_SECONDS)
 
@@ -32,6 +38,7 @@ class HttpTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
+                parameters=self.parameters,
             )
         except (InferenceServerException, OSError, HTTPException) as error:
             raise session_error(error, self._address) from error

@@ -21,6 +21,7 @@ class ReplayTransport(Transport):
     """
 
     def __init__(self, transport: Transport) -> None:
+        super().__init__()  # the tenant is the other transport's
         self._transport = transport
         self._session_id: int | str = 0
         self._turns: list[PastTurn] = []

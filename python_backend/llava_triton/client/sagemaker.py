@@ -56,11 +56,20 @@ class SageMakerTransport(Transport):
         endpoint: its name.
         region: AWS region; by default what AWS's own settings say.
         endpoint_url: another SageMaker runtime than AWS's, such as a local one.
+        tenant: see `Transport`; it goes as a custom attribute.
     """
 
     def __init__(
-        self, endpoint: str, region: str | None = None, endpoint_url: str | None = None
+        self,
+        endpoint: str,
+        region: str | None = None,
+        endpoint_url: str | None = None,
+        tenant: str | None = None,
     ) -> None:
+        super().__init__(tenant)
+        self._common = {"EndpointName": endpoint}
+        if tenant is not None:
+            self._common["CustomAttributes"] = f"{protocol.TENANT}={tenant}"
         self._endpoint = endpoint
         with _told(endpoint):
             try:
@@ -72,7 +81,7 @@ class SageMakerTransport(Transport):
         """Send a turn that opens a session, under an ID that the server chooses."""
         with _told(self._endpoint):
             answer = self._client.invoke_endpoint(
-                EndpointName=self._endpoint, SessionId="NEW_SESSION", **_request(turn)
+                SessionId="NEW_SESSION", **self._common, **_request(turn)
             )
             final = _delta_of_outputs(answer["Body"].read())
         minted = answer.get("NewSessionId", "").partition(";")[0]
@@ -89,7 +98,7 @@ class SageMakerTransport(Transport):
         request = _closing() if turn.end else _request(turn)
         with _told(self._endpoint):
             answer = self._client.invoke_endpoint(
-                EndpointName=self._endpoint, SessionId=str(turn.session_id), **request
+                SessionId=str(turn.session_id), **self._common, **request
             )
             body = answer["Body"].read()
             return Delta("", "closed", 0, 0, 0, 0.0) if turn.end else _delta_of_outputs(body)
@@ -99,7 +108,7 @@ class SageMakerTransport(Transport):
         request = _request(turn) | {"Accept": "text/event-stream"}
         with _told(self._endpoint):
             events = self._client.invoke_endpoint_with_response_stream(
-                EndpointName=self._endpoint, SessionId=str(turn.session_id), **request
+                SessionId=str(turn.session_id), **self._common, **request
             )["Body"]
             try:
                 for message in messages(event["PayloadPart"]["Bytes"] for event in events):

@@ -50,6 +50,7 @@ class Session:
         image: Picture | Iterable[Picture] | None = None,
         session_id: int | str | None = None,
         replay: bool = False,
+        tenant: str | None = None,
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
@@ -64,11 +65,13 @@ class Session:
                 new one, tell it all that was said and shown, and ask again. For that the client
                 keeps the texts and the encoded pictures in memory. They go out in one request,
                 which must fit: at most as many pictures as a turn may have, on SageMaker 6 MiB.
+            tenant: whose session it is, 1 to 128 letters, digits and . _ : @ / + = -. The server
+                shares nothing of it with other tenants' sessions.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
         """
-        transport = _transport(url)
+        transport = _transport(url, tenant)
         if replay:
             transport = ReplayTransport(transport)
         try:
@@ -154,20 +157,20 @@ class Session:
         self.close()
 
 
-def _transport(url: str) -> Transport:
+def _transport(url: str, tenant: str | None) -> Transport:
     parts = urlsplit(url)
     if parts.scheme == "grpc" and parts.netloc:
         from llava_triton.client.grpc import GrpcTransport
 
-        return GrpcTransport(parts.netloc)
+        return GrpcTransport(parts.netloc, tenant)
     if parts.scheme == "http" and parts.netloc:
         from llava_triton.client.http import HttpTransport
 
-        return HttpTransport(parts.netloc)
+        return HttpTransport(parts.netloc, tenant)
     if parts.scheme == "sagemaker" and parts.netloc:
         from llava_triton.client.sagemaker import SageMakerTransport
 
-        return SageMakerTransport(parts.netloc, **_options(url, parts.query))
+        return SageMakerTransport(parts.netloc, **_options(url, parts.query), tenant=tenant)
     raise invalid(
         f"the URL is {url!r}; give grpc://host:port or http://host:port or "
         "sagemaker://endpoint-name"

@@ -59,7 +59,19 @@ class LostConnectionError(SessionError):
 
 
 class Transport(ABC):
-    """A way to a server. Its methods raise SessionError, whatever goes wrong."""
+    """A way to a server. Its methods raise SessionError, whatever goes wrong.
+
+    Args:
+        tenant: whose turns it sends; None: nobody's in particular.
+
+    Raises:
+        SessionError: INVALID_ARG, the tenant's name is none.
+    """
+
+    def __init__(self, tenant: str | None = None) -> None:
+        self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
+        """Of every request."""
+        protocol.parse_tenant(self.parameters)
 
     def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Send a turn that opens a session; the session's ID and the whole answer.

@@ -18,10 +18,12 @@ class BlockPool:
 
     Args:
         blocks: how many there are.
+        cache_freed: whether a published block that nobody holds can still be found.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, *, cache_freed: bool = True) -> None:
         self.blocks = blocks
+        self._cache_freed = cache_freed
         self._blank = list(range(blocks))[::-1]
         self._remembered: OrderedDict[int, None] = OrderedDict()
         """Free blocks whose content is still published, longest free first."""
@@ -72,6 +74,8 @@ class BlockPool:
         self._holders[block] -= 1
         self.shared -= self._holders[block] == 1
         if self._holders[block] == 0:
+            if not self._cache_freed:
+                self.withdraw(block)
             if block in self._keys:
                 self._remembered[block] = None
             else:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from llava_triton.conversation import ConversationRenderer
@@ -23,11 +23,19 @@ from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.session_table import SessionTable
+from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
-from llava_triton.engine.turn import Listener, RunningTurn, Turn, TurnRequest, closing_turn
+from llava_triton.engine.turn import (
+    Listener,
+    Prepared,
+    RunningTurn,
+    Turn,
+    TurnRequest,
+    closing_turn,
+)
 from llava_triton.errors import ErrorCode, SessionError, as_session_error, unavailable
+from llava_triton.sampling import NO_TOKEN
 from llava_triton.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -47,6 +55,13 @@ to be sent at some time anyway."""
 FIRST_TOKEN_PAUSE_SHARE = 0.25
 """Of a step's time, at the most: beside short steps the whole pause would cost more than it
 gives."""
+PREPARING_THREADS = 2
+"""For digests of pictures and for long texts: one such turn does not hold up all others that are
+long, and the cores are left to the device."""
+NOT_FINITE = (
+    "the model computed values that are not finite; the session is at its last completed turn: ask "
+    "again, or open a new session"
+)
 
 
 class Engine:
@@ -62,6 +77,8 @@ class Engine:
         tokenizer: the checkpoint's tokenizer.
         settings: limits.
         clock: seconds, for idle limits and lifetimes.
+        expired: is called on the engine's thread with the ID of every session that the engine has
+            closed because its time is over; whoever closes one otherwise knows it. Must not wait.
     """
 
     def __init__(
@@ -70,6 +87,7 @@ class Engine:
         tokenizer: object,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        expired: Callable[[SessionId], None] = lambda _: None,
     ) -> None:
         self._runner = runner
         self._settings = settings
@@ -79,7 +97,7 @@ class Engine:
         self._preparation = TurnPreparation(runner, tokenizer, self._renderer, settings)
         self._statistics = Statistics()
         self._memory = SessionMemory(
-            BlockPool(runner.pages.blocks),
+            BlockPool(runner.pages.blocks, cache_freed=settings.cache_freed_blocks),
             runner.pages,
             runner.host_kv_bytes,
             runner.image_token_id,
@@ -88,7 +106,9 @@ class Engine:
         self._images = ImageStore(
             runner.features_on_device, runner.image_bytes_on_device, runner.host_image_bytes
         )
-        self._sessions = SessionTable(self._memory, self._images, settings, clock, self._statistics)
+        self._sessions = SessionTable(
+            self._memory, self._images, settings, clock, self._statistics, expired
+        )
         self._lanes = Lanes()
         self._running: dict[str, RunningTurn] = {}
         """By the turn's ID, in the order they began."""
@@ -111,6 +131,11 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         runner.leave_threads()
         self._device = DeviceThreads(runner)
+        self._beside = ThreadPoolExecutor(
+            PREPARING_THREADS, "preparing", initializer=runner.leave_threads
+        )
+        """Prepares the turns that take long, so that nobody waits for them but their own
+        sessions."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -123,10 +148,6 @@ class Engine:
             The turn's ID, known to its caller alone.
         """
         turn = Turn(request, listener)
-        try:
-            turn.past = self._preparation.past(request)
-        except Exception as error:
-            turn.fault = as_session_error(error)
         self._command(lambda: self._enqueue(turn))
         return turn.id
 
@@ -143,6 +164,11 @@ class Engine:
         sessions, lanes = self._sessions, self._lanes
         look = self.on_thread(lambda: sessions.find(session_id) is not None or session_id in lanes)
         return look.result()
+
+    def room_for_a_session(self, session_id: SessionId) -> SessionError | None:
+        """Why a turn that opens a session under this ID would be refused now, if it would; waits
+        for nothing. Room may go before the turn comes, so the turn is asked again."""
+        return self._sessions.room_for(session_id)
 
     def statistics(self) -> Statistics:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
@@ -167,6 +193,7 @@ class Engine:
         self._command(self._stop)
         self._thread.join()
         self._device.shutdown()
+        self._beside.shutdown(cancel_futures=True)
         self._obey()
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -238,46 +265,106 @@ class Engine:
     # Turns begin ...
 
     def _enqueue(self, turn: Turn) -> None:
-        limit = self._settings.max_queued_turns
-        if self._stopping:
-            self._refuse(turn, unavailable("the server is shutting down"))
-        elif self._lanes.turns >= limit and not turn.request.end:  # an END makes room
-            self._refuse(turn, unavailable(f"{limit} turns are waiting already; try again later"))
-        else:
+        error = self._room_for(turn)
+        if error is None:
             self._lanes.join(turn)
             self._begin_next(turn.request.session_id)
+            return
+        self._refuse(turn, error)
+        if turn.request.end and not self._stopping and self._ends_something(turn):
+            # Triton has ended the sequence: the session ends when the turns before are done.
+            self._lanes.join(closing_turn(turn))
+            self._begin_next(turn.request.session_id)
+
+    def _room_for(self, turn: Turn) -> SessionError | None:
+        """Why a turn cannot be taken now."""
+        request, lanes, settings = turn.request, self._lanes, self._settings
+        before = lanes.of_session(request.session_id)
+        if self._stopping:
+            return unavailable("the server is shutting down")
+        session = self._sessions.find(request.session_id)
+        owner = before[0].request.tenant if before else session.tenant if session else None
+        if owner not in (None, request.tenant):
+            # At once: behind the owner's turns a stranger would learn that there are some.
+            refuse = taken_by_another if request.start else unknown
+            return refuse(request.session_id)
+        if request.only_ends and self._ends_something(turn):
+            return None  # it makes room
+        if lanes.turns >= settings.max_queued_turns:
+            return unavailable(
+                f"{settings.max_queued_turns} turns are waiting already; try again later"
+            )
+        if len(before) >= settings.max_queued_turns_per_session:
+            return unavailable(
+                f"{settings.max_queued_turns_per_session} turns of this session are waiting "
+                "already; wait for their answers"
+            )
+        # Half is left to turns that need not wait, so that those behind others cannot take it all.
+        most = settings.max_queued_features_bytes // (2 if before else 1)
+        waiting, new = lanes.features_bytes, request.features_bytes
+        if new and waiting and waiting + new > most:
+            return unavailable("the memory for pictures of waiting turns is full; try again later")
+        return None
+
+    def _ends_something(self, turn: Turn) -> bool:
+        """Whether an END ends what an earlier one does not."""
+        session_id = turn.request.session_id
+        before = self._lanes.of_session(session_id)
+        if before:
+            return not before[-1].request.end
+        return self._sessions.find(session_id) is not None
 
     def _begin_next(self, session_id: SessionId) -> None:
-        """Begin the first turn in a session's lane, unless it runs already."""
+        """Begin the first turn in a session's lane, unless it runs or is being prepared."""
         turn = self._lanes.head(session_id)
         if turn is None or turn.id in self._running:
+            return
+        if turn.preparation is not None and not turn.preparation.done():
             return
         request = turn.request
         try:
             session = (
-                self._sessions.make(session_id) if request.start else self._sessions.get(session_id)
+                self._sessions.make(session_id, request.tenant)
+                if request.start
+                else self._sessions.get(session_id, request.tenant)
             )
-            running = self._preparation.prepare(turn, session)
-            pictures = self._images.hold_all(request.image_digests, request.image_features)
+            prepared = self._prepared(turn, session)
+            if prepared is None:
+                return
+            running = self._preparation.begin(turn, prepared, session)
+            pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
             if request.end:
                 self._sessions.drop(session_id)  # Triton has ended the sequence for good
             else:
-                # Triton has begun to count anew; see Settings.triton_idle_microseconds.
-                self._sessions.used(session_id)
+                self._sessions.used(session_id, request.tenant)
             self._refuse(turn, as_session_error(error))
             self._leave(turn)
             return
         if request.start:
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
-        turn.forget_features()
+        self._lanes.forget_features(turn)
         self._running[turn.id] = running
         session.images += pictures
         self._memory.truncate(session, running.remembered)
         if request.is_empty:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
+
+    def _prepared(self, turn: Turn, session: Session) -> Prepared | None:
+        """The turn as its session makes it; None where it is going to be, beside this thread."""
+        said = (turn.request, session.last_answer, session.pending_images)
+        if turn.preparation is not None:
+            return turn.preparation.result()
+        if not self._preparation.takes_long(turn.request):
+            return self._preparation.prepare(*said)
+        # The session's turns wait for this one: what it was prepared for is what it will find.
+        turn.preparation = self._beside.submit(self._preparation.prepare, *said)
+        turn.preparation.add_done_callback(
+            lambda _: self._commands.put(lambda: self._begin_next(session.id))
+        )
+        return None
 
     # ... advance ...
 
@@ -337,6 +424,10 @@ class Engine:
             running = work.running
             # Ended meanwhile, its session has forgotten these tokens or never hears of them.
             if not self._is_running(running) or running.finish_reason:
+                continue
+            if token == NO_TOKEN:
+                self._memory.forget(running.session)
+                self._fail(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
                 continue
             self._memory.extend(running.session, running.next_ids(work.count))
             if running.uncomputed:
@@ -418,7 +509,7 @@ class Engine:
         if turn.request.end:  # everything is free before the client hears that it is over
             self._sessions.drop(session.id)
         else:
-            self._sessions.used(session.id)
+            self._sessions.used(session.id, session.tenant)
         self._tell(turn, running.delta(text, running.finish_reason))
         self._leave(turn)
 
@@ -436,7 +527,7 @@ class Engine:
         else:
             self._memory.truncate(session, running.remembered)
             self._sessions.forget_images(session, running.images_before)
-            self._sessions.used(session.id)
+            self._sessions.used(session.id, session.tenant)
         self._tell(turn, error)
         self._leave(turn)
 
@@ -447,6 +538,8 @@ class Engine:
     def _leave(self, turn: Turn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
         self._running.pop(turn.id, None)
+        if turn.preparation is not None:
+            turn.preparation.cancel()  # it would go on holding the pictures
         if self._lanes.leave(turn):
             # As a command, not a call: a long lane of bad turns must not nest this deep.
             self._commands.put(lambda: self._begin_next(turn.request.session_id))
@@ -477,7 +570,7 @@ class Engine:
         if turn.request.end:
             # Triton has ended the sequence: the session ends in this turn's place, when the turns
             # before it are done.
-            self._lanes.replace(turn, closing_turn(turn.request.session_id))
+            self._lanes.replace(turn, closing_turn(turn))
         else:
             self._leave(turn)
 

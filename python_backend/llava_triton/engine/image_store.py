@@ -1,4 +1,5 @@
-"""The image features of all open sessions: one copy of each picture, whoever shows it."""
+"""The image features of all open sessions: one copy of each picture, in however many sessions a
+tenant shows it."""
 
 from __future__ import annotations
 
@@ -11,15 +12,24 @@ import torch
 from torch import Tensor
 
 from llava_triton.errors import unavailable
+from llava_triton.protocol import NO_TENANT
 
 Digest = bytes
-"""SHA-256 of a picture's features: of everything that an answer can depend on."""
+"""SHA-256 of a picture's features, of everything that an answer can depend on, and of whose they
+are."""
 
 
-def digest_of(features: Tensor) -> Digest:
-    """The identity of one picture's features [T, D]: shape, type and every bit of them."""
+def salt_of(tenant: str) -> bytes:
+    """What makes the digests and keys of one tenant differ from those of all others."""
+    return hashlib.sha256(tenant.encode()).digest() if tenant else b""
+
+
+def digest_of(features: Tensor, tenant: str = NO_TENANT) -> Digest:
+    """The identity of one picture's features [T, D]: shape, type and every bit of them, and whose
+    they are. Two tenants' are never one, because one could tell that the other's is there."""
     content = features.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype} ".encode())
+    digest = hashlib.sha256(salt_of(tenant))
+    digest.update(f"{tuple(content.shape)} {content.dtype} ".encode())
     digest.update(content.view(torch.uint8).numpy().data)
     return digest.digest()
 
@@ -133,10 +143,7 @@ class ImageStore:
             victims.append(image)
             moved += image.bytes
         if moved < excess or self.host_bytes + moved > on_host:
-            raise unavailable(
-                f"the memory for pictures is full ({len(self)} pictures, "
-                f"{self.device_bytes + self.host_bytes} bytes); try again later"
-            )
+            raise unavailable("the memory for pictures is full; try again later")
         for image in victims:
             del self._on_device[image.digest]
             self._on_host[image.digest] = image

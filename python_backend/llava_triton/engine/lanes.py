@@ -15,6 +15,8 @@ class Lanes:
         self._lanes: dict[SessionId, deque[Turn]] = {}
         self.turns = 0
         """In all lanes."""
+        self.features_bytes = 0
+        """Of the pictures that these turns bring and no session has yet."""
 
     def __contains__(self, session_id: object) -> bool:
         return session_id in self._lanes
@@ -26,6 +28,7 @@ class Lanes:
         """Put a turn behind those of its session."""
         self._lanes.setdefault(turn.request.session_id, deque()).append(turn)
         self.turns += 1
+        self.features_bytes += turn.request.features_bytes
 
     def leave(self, turn: Turn) -> bool:
         """Take a turn out; returns whether there are others of its session."""
@@ -33,6 +36,7 @@ class Lanes:
         lane = self._lanes[session_id]
         lane.remove(turn)
         self.turns -= 1
+        self.features_bytes -= turn.request.features_bytes
         if not lane:
             del self._lanes[session_id]
         return bool(lane)
@@ -41,6 +45,12 @@ class Lanes:
         """Put another turn of the same session in a turn's place."""
         lane = self._lanes[turn.request.session_id]
         lane[lane.index(turn)] = other
+        self.features_bytes += other.request.features_bytes - turn.request.features_bytes
+
+    def forget_features(self, turn: Turn) -> None:
+        """A turn's session has its pictures now."""
+        self.features_bytes -= turn.request.features_bytes
+        turn.forget_features()
 
     def head(self, session_id: SessionId) -> Turn | None:
         """The first turn of a session."""

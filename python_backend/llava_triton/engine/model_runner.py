@@ -178,7 +178,7 @@ class ModelRunner:
             last = to_device(ends, self.device)
             logits = self._logits(self._embeddings(parts), self._rows(parts), last)
         tokens = next_tokens(logits, [part.draw for part in parts])
-        self._latest[: len(parts)] = tokens
+        self._latest[: len(parts)] = tokens.clamp(min=0)  # NO_TOKEN has no embedding
         told = to_host(tokens)
         timer.end()
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_triton.conversation import ConversationRenderer, Past, too_long
+import torch
+
+from llava_triton.conversation import ConversationRenderer, too_long
 from llava_triton.detokenizer import Detokenizer
+from llava_triton.device import work_beside
+from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session
-from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
 from llava_triton.errors import invalid
 from llava_triton.history import PastTurn
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
 from llava_triton.sampling import Draws
 from llava_triton.settings import Settings
+
+SHORT_TEXT_CHARACTERS = 2048
+"""Up to so many the engine's own thread makes tokens of a text, in a millisecond or two: it would
+take another thread as long to begin."""
 
 
 class TurnPreparation:
@@ -43,55 +51,44 @@ class TurnPreparation:
         """Tokens of a conversation at the most: one session may have all blocks, never more."""
         return min(self._runner.context_length, self._runner.pages.blocks * BLOCK_TOKENS)
 
-    def past(self, request: TurnRequest) -> Past:
-        """Check what needs nothing of the session, and make tokens of what was said before.
+    def takes_long(self, request: TurnRequest) -> bool:
+        """Whether to prepare a turn takes longer than to have another thread do it."""
+        return bool(
+            request.image_features is not None
+            or request.history
+            or len(request.text or "") > SHORT_TEXT_CHARACTERS
+        )
 
-        It may take long, and other turns must not wait for it: for the caller's thread.
+    def prepare(
+        self, request: TurnRequest, last_answer: str | None, pending_images: int
+    ) -> Prepared:
+        """Check a turn and make tokens of it. It may take long; for any thread.
 
-        Raises:
-            SessionError: INVALID_ARG, the turn cannot be computed, whatever its session is.
-        """
-        runner = self._runner
-        if request.is_empty and not (request.start or request.end):
-            raise invalid(
-                "the turn has neither text_input nor image; send a question, a picture or both"
-            )
-        if request.history and not request.start:
-            raise invalid(
-                "history came with a turn of an open session, which knows what was said; send it "
-                "with the sequence start flag"
-            )
-        new_images = 0
-        if request.image_features is not None:
-            new_images, per_image, width = request.image_features.shape
-            if (per_image, width) != (runner.tokens_per_image, runner.hidden_size):
-                raise invalid(
-                    f"image_features has the shape {tuple(request.image_features.shape)}; this "
-                    f"model takes [N, {runner.tokens_per_image}, {runner.hidden_size}]"
-                )
-        past_images = _pictures(request.history)
-        if past_images > new_images:
-            raise invalid(
-                f"history speaks of {past_images} pictures and 'image' holds {new_images}; send "
-                "the pictures of all past turns, in order, then those of the new turn"
-            )
-        self._renderer.check_length(request.text or "", self._context)
-        return self._renderer.past(request.history, self._context)
-
-    def prepare(self, turn: Turn, session: Session) -> RunningTurn:
-        """Work out what a turn has to compute, changing nothing.
+        Args:
+            request: the turn.
+            last_answer: text of its session's last answer; None before the first.
+            pending_images: images that came without a question since.
 
         Raises:
             SessionError: INVALID_ARG, the turn cannot be computed as it is.
         """
-        if turn.fault is not None:
-            raise turn.fault
+        new_images = self._check(request)
+        history: Sequence[int] = ()
+        if request.start:
+            history, last_answer = self._renderer.past(request.history, self._context)
+        images = pending_images + new_images - _pictures(request.history)
+        message = self._renderer.message(last_answer, request.text, images)
+        return Prepared(history, last_answer, message, images, self._digests(request))
+
+    def begin(self, turn: Turn, prepared: Prepared, session: Session) -> RunningTurn:
+        """Work out what a turn has to compute, changing nothing.
+
+        Raises:
+            SessionError: INVALID_ARG, it does not fit into the model's context.
+        """
         request = turn.request
-        said = turn.past if request.start else (session.history, session.last_answer)
-        history, last_answer = list(said[0]), said[1]
-        new_images = len(request.image_digests) - _pictures(request.history)
-        images = session.pending_images + new_images
-        prompt = self._renderer.prompt(history, last_answer, request.text, images)
+        history = prepared.history if request.start else session.history
+        prompt = [*history, *prepared.message]
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
         room = self._context - len(prompt)
         if room < (0 if request.text is None else 1):
@@ -102,17 +99,59 @@ class TurnPreparation:
         return RunningTurn(
             turn=turn,
             session=session,
-            history=history,
-            last_answer=last_answer,
+            history=list(history),
+            last_answer=prepared.last_answer,
             prompt=prompt,
             remembered=remembered,
             images_before=len(session.images),
-            images=images,
+            images=prepared.images,
             max_tokens=0 if request.text is None else min(wanted, room),
             draws=Draws(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
             cached_tokens=remembered,
         )
+
+    def _check(self, request: TurnRequest) -> int:
+        """How many pictures a turn has, if everything of it is as it should be."""
+        runner = self._runner
+        if request.is_empty and not (request.start or request.end):
+            raise invalid(
+                "the turn has neither text_input nor image; send a question, a picture or both"
+            )
+        if request.history and not request.start:
+            raise invalid(
+                "history came with a turn of an open session, which knows what was said; send it "
+                "with the sequence start flag"
+            )
+        new_images, features = 0, request.image_features
+        if features is not None:
+            new_images = features.shape[0]
+            if tuple(features.shape[1:]) != (runner.tokens_per_image, runner.hidden_size):
+                raise invalid(
+                    f"image_features has the shape {tuple(features.shape)}; this "
+                    f"model takes [N, {runner.tokens_per_image}, {runner.hidden_size}]"
+                )
+        past_images = _pictures(request.history)
+        if past_images > new_images:
+            raise invalid(
+                f"history speaks of {past_images} pictures and 'image' holds {new_images}; send "
+                "the pictures of all past turns, in order, then those of the new turn"
+            )
+        self._renderer.check_length(request.text or "", self._context)
+        return new_images
+
+    def _digests(self, request: TurnRequest) -> tuple[Digest, ...]:
+        if request.image_features is None:
+            return ()
+        with work_beside(self._runner.device):  # it waits for what is copied to the host
+            for number, features in enumerate(request.image_features, 1):
+                # A NaN among them would be both; an infinite one is the largest or the smallest.
+                if not all(torch.isfinite(each) for each in features.aminmax()):
+                    raise invalid(
+                        f"image_features holds values that are not finite, in picture {number}; "
+                        "they come from the vision encoder: send another picture"
+                    )
+            return tuple(digest_of(each, request.tenant) for each in request.image_features)
 
 
 def _pictures(history: Sequence[PastTurn]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
 from llava_triton.engine.pages import HostBlocks
+from llava_triton.protocol import NO_TENANT
 
 SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""
@@ -57,6 +58,8 @@ class Session:
     opened_at: float
     """Seconds, by the engine's clock."""
     last_used_at: float
+    tenant: str = NO_TENANT
+    """Who opened it: nobody else can use it, nor find what it has computed."""
     history: list[int] = field(default_factory=list)
     """Token IDs up to the end of the last answer."""
     last_answer: str | None = None

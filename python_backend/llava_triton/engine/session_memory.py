@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_triton.engine.block_pool import BlockKey, BlockPool
-from llava_triton.engine.image_store import Image
+from llava_triton.engine.image_store import salt_of
 from llava_triton.engine.pages import Pages
 from llava_triton.engine.session import HostCopy, Session
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
@@ -124,7 +124,7 @@ class SessionMemory:
         kv = session.key_values
         kv.ids.extend(ids)
         while (len(kv.keys) + 1) * BLOCK_TOKENS <= len(kv.ids):
-            key = self._key(kv.keys, kv.ids, session.images)
+            key = self._key(session, kv.keys, kv.ids)
             self.pool.publish(kv.blocks[len(kv.keys)], key)
             kv.keys.append(key)
 
@@ -208,7 +208,7 @@ class SessionMemory:
         kv = session.key_values
         keys = list(kv.keys)
         while (len(keys) + 1) * BLOCK_TOKENS < len(prompt):
-            key = self._key(keys, prompt, session.images)
+            key = self._key(session, keys, prompt)
             block = self.pool.find(key)
             if block is None:
                 return
@@ -220,13 +220,12 @@ class SessionMemory:
             kv.keys.append(key)
             self.counters.blocks_taken_over += 1
 
-    def _key(
-        self, keys: Sequence[BlockKey], ids: Sequence[int], images: Sequence[Image]
-    ) -> BlockKey:
-        """The key of the block that follows those of `keys`."""
+    def _key(self, session: Session, keys: Sequence[BlockKey], ids: Sequence[int]) -> BlockKey:
+        """The key of the block that follows those of `keys` in a session."""
         start = len(keys) * BLOCK_TOKENS
         inside = ids[start : start + BLOCK_TOKENS]
-        digest = hashlib.sha256(keys[-1] if keys else b"")
+        # The first block's key names the tenant, and so do all that follow from it.
+        digest = hashlib.sha256(keys[-1] if keys else salt_of(session.tenant))
         digest.update(array("q", inside).tobytes())
         pictured = inside.count(self._image_token_id)
         if pictured:
@@ -234,7 +233,7 @@ class SessionMemory:
             first = ids[:start].count(self._image_token_id)
             last = first + pictured - 1
             per_image = self._tokens_per_image
-            for image in images[first // per_image : last // per_image + 1]:
+            for image in session.images[first // per_image : last // per_image + 1]:
                 digest.update(image.digest)
         return digest.digest()
 

@@ -9,8 +9,22 @@ from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.statistics import Statistics
-from llava_triton.errors import not_found, unavailable
+from llava_triton.errors import SessionError, invalid, not_found, unavailable
+from llava_triton.protocol import NO_TENANT
 from llava_triton.settings import Settings
+
+
+def unknown(session_id: SessionId) -> SessionError:
+    """NOT_FOUND: a tenant has no open session of this ID."""
+    return not_found(
+        f"session {session_id!r} is unknown or has expired; open a new one by a "
+        "request with the sequence start flag"
+    )
+
+
+def taken_by_another(session_id: SessionId) -> SessionError:
+    """INVALID_ARG: another tenant has an open session of this ID."""
+    return invalid(f"the session ID {session_id!r} is taken; choose a random one")
 
 
 class SessionTable:
@@ -22,6 +36,7 @@ class SessionTable:
         settings: limits.
         clock: seconds.
         statistics: to count in.
+        expired: is called with the ID of every session that is closed because its time is over.
     """
 
     def __init__(
@@ -31,12 +46,14 @@ class SessionTable:
         settings: Settings,
         clock: Callable[[], float],
         statistics: Statistics,
+        expired: Callable[[SessionId], None],
     ) -> None:
         self._memory = memory
         self._images = images
         self._settings = settings
         self._clock = clock
         self._statistics = statistics
+        self._expired = expired
         self._sessions: OrderedDict[SessionId, Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -46,17 +63,29 @@ class SessionTable:
         """All of them, longest unused first."""
         return iter(self._sessions.values())
 
-    def make(self, session_id: SessionId) -> Session:
+    def room_for(self, session_id: SessionId) -> SessionError | None:
+        """Why a session of this ID could not be opened now: UNAVAILABLE, there are as many as there
+        may be, and none by this ID whose place it could take. For any thread."""
+        limit = self._settings.max_sessions
+        if session_id in self._sessions or len(self._sessions) < limit:
+            return None
+        return unavailable(f"all {limit} sessions are in use; try again later")
+
+    def make(self, session_id: SessionId, tenant: str) -> Session:
         """A new session that is not in the table yet.
 
         Raises:
-            SessionError: UNAVAILABLE, there are as many as there may be, and none by this ID whose
-                place it could take.
+            SessionError: UNAVAILABLE, as `room_for`; INVALID_ARG, another tenant has an open one of
+                this ID.
         """
-        now, limit = self._clock(), self._settings.max_sessions
-        if self.find(session_id) is None and len(self._sessions) >= limit:
-            raise unavailable(f"all {limit} sessions are in use; try again later")
-        return Session(session_id, opened_at=now, last_used_at=now)
+        session = self.find(session_id)
+        if session is not None and session.tenant != tenant:
+            raise taken_by_another(session_id)
+        full = self.room_for(session_id)
+        if full is not None:
+            raise full
+        now = self._clock()
+        return Session(session_id, opened_at=now, last_used_at=now, tenant=tenant)
 
     def find(self, session_id: SessionId) -> Session | None:
         """The open session of this ID; one that has outlived its limits is closed instead."""
@@ -66,18 +95,15 @@ class SessionTable:
             return None
         return session
 
-    def get(self, session_id: SessionId) -> Session:
-        """The open session of this ID.
+    def get(self, session_id: SessionId, tenant: str = NO_TENANT) -> Session:
+        """A tenant's open session of this ID.
 
         Raises:
-            SessionError: NOT_FOUND.
+            SessionError: NOT_FOUND, also where another tenant has opened it.
         """
         session = self.find(session_id)
-        if session is None:
-            raise not_found(
-                f"session {session_id!r} is unknown or has expired; open a new one by a "
-                "request with the sequence start flag"
-            )
+        if session is None or session.tenant != tenant:
+            raise unknown(session_id)
         return session
 
     def open(self, session: Session) -> None:
@@ -86,10 +112,10 @@ class SessionTable:
         self._sessions[session.id] = session
         self._statistics.sessions_opened += 1
 
-    def used(self, session_id: SessionId) -> None:
-        """A session's idle time begins anew, if it is open."""
+    def used(self, session_id: SessionId, tenant: str) -> None:
+        """The idle time of a tenant's session begins anew, if it is open."""
         session = self._sessions.get(session_id)
-        if session is not None:
+        if session is not None and session.tenant == tenant:
             session.last_used_at = self._clock()
             self._sessions.move_to_end(session_id)
 
@@ -121,10 +147,11 @@ class SessionTable:
     def _has_expired(self, session: Session) -> bool:
         now = self._clock()
         return (
-            session.last_used_at + self._settings.engine_idle_seconds <= now
+            session.last_used_at + self._settings.session_idle_seconds <= now
             or session.opened_at + self._settings.session_lifetime_seconds <= now
         )
 
     def _expire(self, session: Session) -> None:
         self.drop(session.id)
         self._statistics.sessions_expired += 1
+        self._expired(session.id)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llava_triton.conversation import Past
 from llava_triton.delta import Delta, FinishReason
 from llava_triton.detokenizer import Detokenizer
-from llava_triton.engine.image_store import Digest, digest_of
+from llava_triton.engine.image_store import Digest
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
+from llava_triton.protocol import NO_TENANT
 from llava_triton.sampling import Draws, SamplingParameters
 
 Listener = Callable[[Delta | SessionError], None]
@@ -37,18 +38,39 @@ class TurnRequest:
     history: tuple[PastTurn, ...] = ()
     """What was said before; only where `start`."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
-    image_digests: tuple[Digest, ...] = ()
-    """Of each picture's features; computed here, on the caller's thread."""
+    tenant: str = NO_TENANT
+    """Whose turn it is: a session is its tenant's alone, and shares with others of his alone."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self.text is None and not self.image_digests and not self.history
+        return self.text is None and self.image_features is None and not self.history
 
-    def __post_init__(self) -> None:
-        if self.image_features is not None:
-            digests = tuple(digest_of(each) for each in self.image_features)
-            object.__setattr__(self, "image_digests", digests)
+    @property
+    def only_ends(self) -> bool:
+        """Whether it closes a session and does nothing else."""
+        return self.end and not self.start and self.is_empty
+
+    @property
+    def features_bytes(self) -> int:
+        """Of its pictures' features."""
+        return 0 if self.image_features is None else self.image_features.nbytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What takes long about a turn and needs nothing of the engine's state."""
+
+    history: Sequence[int]
+    """Where the turn opens its session: token IDs of what was said before, elsewhere."""
+    last_answer: str | None
+    """Text of the last answer before this turn; None: there was none."""
+    message: Sequence[int]
+    """The tokens that the turn adds to them."""
+    images: int
+    """Images in the message, pending ones included."""
+    digests: Sequence[Digest] = ()
+    """Of its pictures."""
 
 
 @dataclass(eq=False)
@@ -63,10 +85,8 @@ class Turn:
     """When its listener last heard of it."""
     asked_for: bool = True
     """Whether a client waits for it, and so whether it counts."""
-    past: Past = ((), None)
-    """The request's `history`, as `ConversationRenderer.past` gives it."""
-    fault: SessionError | None = None
-    """Why it cannot be computed, whatever its session is."""
+    preparation: Future[Prepared] | None = None
+    """What a thread beside the engine's makes of it; None before it is first in its lane."""
 
     def forget_features(self) -> None:
         """The session has them: the request's own memory goes free."""
@@ -79,9 +99,10 @@ class Turn:
         return limit is not None and time.monotonic() - self.arrived_at >= limit
 
 
-def closing_turn(session_id: SessionId) -> Turn:
-    """A turn that ends a session and that nobody waits for."""
-    return Turn(TurnRequest(session_id, end=True), lambda _: None, asked_for=False)
+def closing_turn(turn: Turn) -> Turn:
+    """A turn that ends another one's session and that nobody waits for."""
+    ending = TurnRequest(turn.request.session_id, end=True, tenant=turn.request.tenant)
+    return Turn(ending, lambda _: None, asked_for=False)
 
 
 @dataclass(eq=False)

@@ -126,8 +126,10 @@ class Adapter:
         self._metrics.in_flight += 1
         streams = False
         try:
-            invocation = await self._understand(http, await self._read(http, share), share)
-            kind = invocation.kind
+            request = await self._read(http, share)
+            invocation = await self._understand(http, request, share)
+            turn = replace(invocation.turn, tenant=request.tenant)
+            invocation, kind = replace(invocation, turn=turn), invocation.kind
             if kind != "chat":
                 begun = self._remembered.other_turn_begins(invocation.turn)
                 invocation = replace(invocation, session_turn=begun)
@@ -172,11 +174,11 @@ class Adapter:
             raise unavailable("too many requests are under way; try again later")
         return request
 
-    async def _check_open(self, http: HttpRequest, session_id: str) -> None:
-        """Raises SessionError, NOT_FOUND, where there is no such session."""
+    async def _check_open(self, http: HttpRequest, tenant: str, session_id: str) -> None:
+        """Raises SessionError, NOT_FOUND, where the tenant has no such session."""
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                await _while_connected(http, self._triton.whole(Turn(session_id)))
+                await _while_connected(http, self._triton.whole(Turn(session_id, tenant=tenant)))
         except SessionError as error:
             if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
                 raise
@@ -202,7 +204,7 @@ class Adapter:
             elif "requestType" in fields:
                 invocation = await session_request(request, fields, self._pictures)
             elif "messages" in fields:
-                check_open = partial(self._check_open, http)
+                check_open = partial(self._check_open, http, request.tenant)
                 invocation = await chat_request(
                     request, fields, self._pictures, self._remembered, check_open
                 )

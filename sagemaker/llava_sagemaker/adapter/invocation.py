@@ -13,6 +13,7 @@ from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
 from llava_sagemaker.adapter.turns import Turn
 from llava_triton.delta import Delta
+from llava_triton.protocol import NO_TENANT
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Request:
     body: bytes
     take: Callable[[int], None]
     """Takes so many bytes more of what the request may have, see `BodyShare.take`."""
+    tenant: str = NO_TENANT
+    """Whose request it is."""
 
     @property
     def opens(self) -> bool:

@@ -14,6 +14,7 @@ from llava_sagemaker.adapter.gunzip import unpacker
 from llava_sagemaker.adapter.invocation import Request
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
+from llava_sagemaker.adapter.tenants import tenant_of
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
@@ -110,10 +111,12 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
 
     Raises:
         AdapterError: body_too_large, unavailable, or invalid_request.
+        SessionError: INVALID_ARG, the tenant's name is none.
     """
     session = http.headers.get(SESSION_ID)
     if session is not None and session != NEW_SESSION:
         session = checked_session_id(session)
+    tenant = tenant_of(http.headers)
     named = http.headers.get("content-type", "")
     if len(named) > MOST_CONTENT_TYPE:
         raise unknown_content_type(named)
@@ -135,6 +138,7 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
         wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
         body=await _body(http, limit_bytes, share.take),
         take=share.take,
+        tenant=tenant,
     )
 
 

@@ -67,6 +67,7 @@ class Turn:
     end: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Input tensors by name, all BYTES [n]."""
+    tenant: str = protocol.NO_TENANT
 
     @property
     def size(self) -> int:
@@ -79,6 +80,8 @@ class Turn:
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
+        if self.tenant:
+            request.parameters[protocol.TENANT].string_param = self.tenant
         for name, tensor in self.tensors.items():
             described = request.inputs.add()
             described.name = name
