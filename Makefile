@@ -69,8 +69,11 @@ accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 we
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)
 	$(python) -m benchmarks.adapter_cost
 
-soak: .venv/runtime compiler $(demo_repository) ## 20,000 sessions against a real server (10 minutes)
+soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door of a real server (20 minutes)
 	$(python) -m benchmarks.soak
+
+hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, with honest clients beside them (5 minutes)
+	$(python) -m benchmarks.hostile
 
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
 	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
@@ -103,7 +106,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy gpu-wheels gpu-check soak profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----

@@ -9,112 +9,26 @@ taken off: from load to load it differs by more than the adapter costs.
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tritonclient.http as triton
-
 from benchmarks.bench import Bench
+from benchmarks.doors import ADAPTER_PATH, Http
 from benchmarks.measurement import TurnTimes
 from benchmarks.provenance import BUILD, about, write_results
+from benchmarks.stand import adapter
 from benchmarks.triton_load import TritonLoad
 from benchmarks.workload import Workload
-from llava_triton.client.transport import Transport, TurnMessage
-from llava_triton.delta import Delta
 from llava_triton.server import TritonServer, free_ports
 
 HOLDS = (1, 1, 1, 16)
 """Numbers of sessions at once, each held in every round."""
 MOST_MS = 2.0
 MOST_SHARE = 0.10
-START_SECONDS = 60.0
-
-
-class AdapterTransport(Transport):
-    """One session through the adapter, over a connection that stays."""
-
-    def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300.0)
-        self._session = "NEW_SESSION"
-
-    def open(self, turn: TurnMessage) -> tuple[str, Delta]:
-        """Not needed: a session opens with its first question here."""
-        raise NotImplementedError
-
-    def ask(self, turn: TurnMessage) -> Delta:
-        """Not measured."""
-        raise NotImplementedError
-
-    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
-        """Pieces as they come."""
-        body, size = triton.InferenceServerClient.generate_request_body(turn.inputs(triton))
-        kind = "application/vnd.sagemaker-triton.binary+json"
-        headers = {
-            "Content-Type": f"{kind};json-header-size={size}",
-            "Accept": "text/event-stream",
-            "X-Amzn-SageMaker-Session-Id": self._session,
-        }
-        self._connection.request("POST", "/invocations", body, headers)
-        answer = self._connection.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(answer.read().decode())
-        opened = answer.headers.get("X-Amzn-SageMaker-New-Session-Id")
-        if opened:
-            self._session = opened.partition(";")[0]
-        while line := answer.readline():
-            if line.startswith(b"data: "):
-                yield _delta(json.loads(line[6:]))
-
-    def close(self) -> None:
-        """Close the session; let the connection go."""
-        headers = {"Content-Type": "application/json", "X-Amzn-SageMaker-Session-Id": self._session}
-        self._connection.request("POST", "/invocations", b'{"requestType": "CLOSE"}', headers)
-        self._connection.getresponse().read()
-        self._connection.close()
-
-
-def _delta(outputs: dict[str, Any]) -> Delta:
-    names = ("finish_reason", "num_input_tokens", "num_output_tokens", "num_cached_tokens")
-    values = {name: outputs[name] for name in (*names, "first_token_ms")}
-    return Delta(text=outputs["text_output"], **values)
-
-
-@contextmanager
-def adapter(server: TritonServer, repository: Path) -> Iterator[int]:
-    """The adapter in front of a server; its port."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
-    command += ["--triton", server.grpc_address, "--repository", str(repository)]
-    process = subprocess.Popen(command)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the adapter does not answer")
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2.0):
-            return True
-    except OSError:
-        return False
 
 
 def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, list[float]]]:
@@ -123,11 +37,11 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
     repository = Path(workload.repository)
     with (
         TritonServer(repository, *free_ports(3), log=log) as server,
-        adapter(server, repository) as port,
+        adapter(server, repository) as running,
     ):
         loads = {
             "T": TritonLoad(workload, server),
-            "A": TritonLoad(workload, server, lambda: AdapterTransport(port)),
+            "A": TritonLoad(workload, server, lambda: Http(running.port, ADAPTER_PATH)),
         }
         found: dict[str, dict[str, list[float]]] = {
             way: {"first_token_ms": [], "around_engine_ms": [], "tokens_per_second": []}

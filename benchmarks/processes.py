@@ -18,7 +18,8 @@ class Process:
 
     pid: int
     name: str
-    """`tritonserver`, the model's name for a stub of the Python backend, else the program's."""
+    """`tritonserver`, the model's name for a stub of the Python backend, the module's name for
+    `python -m`, else the program's."""
 
     @property
     def resident_mib(self) -> float:
@@ -59,6 +60,15 @@ def device_memory_mib() -> float | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return float(told.splitlines()[0])
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended (one that nobody has waited for yet has)."""
+    try:
+        state = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def this_process() -> Process:
@@ -110,4 +120,6 @@ def _name(pid: int) -> str:
     program = Path(arguments[0]).name if arguments else "?"
     if program == _STUB:
         return Path(arguments[1]).parents[1].name  # .../MODEL/1/model.py
+    if program.startswith("python") and "-m" in arguments:
+        return arguments[arguments.index("-m") + 1]
     return program

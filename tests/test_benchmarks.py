@@ -14,11 +14,14 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import bench
+from benchmarks.doors import DOORS
 from benchmarks.fairness import Fairness, summarize_fairness
 from benchmarks.measurement import Load, TurnTimes, check_complete
+from benchmarks.process_watch import ProcessWatch, Sample, growths
 from benchmarks.processes import device_memory_mib
 from benchmarks.report import report, rows, verdicts
-from benchmarks.soak_memory import Sample, growths
+from benchmarks.soak import run_clients
+from benchmarks.soak_clients import EVERY_KIND, FATES, Clients, Tally
 from benchmarks.transformers_baselines import Baseline
 from benchmarks.workload import QUICK, Workload, write_checkpoint
 from demo.random_checkpoint import DEMO
@@ -136,7 +139,7 @@ def test_the_adapters_cost_is_measured(tmp_path: Path) -> None:
     assert output.with_suffix(".txt").read_text() in told
 
 
-def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
+def test_soak_holds_sessions_of_every_fate_through_every_door(tmp_path: Path) -> None:
     output = tmp_path / "soak of a test.json"
     repository = tmp_path / "repository"
     run(
@@ -146,16 +149,35 @@ def test_soak_holds_sessions_of_every_fate(tmp_path: Path) -> None:
     values = json.loads(output.read_text())
     assert set(values["about"]) >= {"date", "device", "commit", "torch"}
     counts = values["counts"]
-    assert sum(counts[fate] for fate in ("closed", "abandoned", "disconnected")) == 300
-    assert min(counts[fate] for fate in ("closed", "abandoned", "disconnected")) > 0
+    assert sum(counts[fate] for fate in FATES) == 300
+    assert min(counts[fate] for fate in FATES) > 0
     assert counts["answers"] > 300
-    assert {"wrong", "lost", "error"}.isdisjoint(counts)
+    assert min(values["answers"][door] for door in DOORS) > 0
+    assert {"wrong", "lost", "hung", "dead", "error"}.isdisjoint(counts)
     assert all(values["verdict"].values())
     assert values["verdict"]["a forgotten session has expired"]
     parts = set(values["samples"][-1]["mib"])
-    assert {"tritonserver", "language_model", "image_encoder", "/dev/shm"} <= parts
+    assert {"tritonserver", "language_model", "llava_sagemaker.adapter", "/dev/shm"} <= parts
     # 300 sessions are all warm-up.
     assert "memory is flat" not in values["verdict"]
+
+
+def test_soak_stops_at_once_when_a_process_ends() -> None:
+    victim = subprocess.Popen(["sleep", "1000"])
+    watch = ProcessWatch(victim.pid)
+    assert watch.dead() == []
+    victim.kill()
+    victim.wait()
+    tally = Tally(None)
+
+    class Waiting(Clients):
+        """They would go on for ever."""
+
+        running = True
+
+    run_clients(watch, Waiting([], [], EVERY_KIND, tally, 0), tally, 1000.0)
+    assert tally.counts["dead"] == 1
+    assert f"sleep ({victim.pid})" in tally.sentences[0]
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Is the server's memory flat? Samples of it, and a verdict on them."""
+"""The server's processes: do all live, and is their memory flat?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.processes import shared_memory_mib, with_descendants
+from benchmarks.processes import Process, is_running, shared_memory_mib, with_descendants
 
 SAMPLE_SECONDS = 2.0
 ALLOWED_SHARE = 0.02
@@ -18,6 +18,40 @@ ALLOWED_MIB = 2.0
 JUDGED_SESSIONS = 2000
 """A shorter run is all warm-up: its growth is reported and not judged."""
 SHARED_MEMORY = "/dev/shm"
+
+
+class ProcessWatch:
+    """A server's processes as they are now, and what has become of them.
+
+    Args:
+        server: tritonserver's process ID.
+        others: of processes that belong to it, such as the adapter's.
+    """
+
+    def __init__(self, server: int, *others: int) -> None:
+        self._server = server
+        self._roots = (server, *others)
+        self._known = self._processes()
+
+    def dead(self) -> list[str]:
+        """The processes that have ended; one that was started again in its place does not help."""
+        return [f"{each.name} ({each.pid})" for each in self._known if not is_running(each.pid)]
+
+    def pid_of(self, name: str) -> int:
+        """The process of a model."""
+        return next(process.pid for process in self._known if process.name == name)
+
+    def memory(self) -> dict[str, float]:
+        """Resident memory by process and the server's share of /dev/shm, in MiB.
+
+        Raises:
+            OSError, ProcessLookupError: a process has ended meanwhile.
+        """
+        mib = {process.name: process.resident_mib for process in self._processes()}
+        return {**mib, SHARED_MEMORY: shared_memory_mib(self._server)}
+
+    def _processes(self) -> list[Process]:
+        return [process for root in self._roots for process in with_descendants(root)]
 
 
 @dataclass(frozen=True)
@@ -50,9 +84,9 @@ class Growth:
 class MemorySampler:
     """Samples a server's memory in a thread of its own until it is stopped."""
 
-    def __init__(self, server: int, sessions: Callable[[], int]) -> None:
+    def __init__(self, watch: ProcessWatch, sessions: Callable[[], int]) -> None:
         self.samples: list[Sample] = []
-        self._server = server
+        self._watch = watch
         self._sessions = sessions
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -69,11 +103,8 @@ class MemorySampler:
         began = time.monotonic()
         while not self._stopping.wait(SAMPLE_SECONDS):
             try:
-                mib = {
-                    process.name: process.resident_mib for process in with_descendants(self._server)
-                }
-                mib[SHARED_MEMORY] = shared_memory_mib(self._server)
-            except (OSError, ProcessLookupError):  # the server has gone: the clients will tell
+                mib = self._watch.memory()
+            except (OSError, ProcessLookupError):  # one has gone: the watch will tell
                 return
             self.samples.append(Sample(time.monotonic() - began, self._sessions(), mib))
 

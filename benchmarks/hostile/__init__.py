@@ -1,0 +1,1 @@
+"""`make hostile`: attacks, and honest clients beside them."""

@@ -1,0 +1,117 @@
+"""What a load suite stands in front of: a server and the session adapter before it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from benchmarks.doors import doors_of
+from benchmarks.process_watch import ProcessWatch
+from benchmarks.provenance import ROOT
+from llava_triton.server import TritonServer, free_ports
+
+START_SECONDS = 60.0
+
+
+def export(repository: Path, limits: dict[str, Any]) -> None:
+    """Export the demo checkpoint with other settings, unless that is there already."""
+    repository.parent.mkdir(parents=True, exist_ok=True)
+    settings = repository.with_suffix(".settings.json")
+    settings.write_text(json.dumps(limits))
+    command = [sys.executable, "-m", "llava_export", "--model", str(ROOT / "demo/checkpoint")]
+    command += ["--output", str(repository), "--settings", str(settings)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+class Stand:
+    """Both, on ports that stay the same when they are started anew.
+
+    Args:
+        repository: an exported one.
+        log: for the server's output; the adapter's goes beside it.
+    """
+
+    def __init__(self, repository: Path, log: Path) -> None:
+        self.repository = repository
+        self.log = log
+        self._ports = free_ports(4)
+        self._running = ExitStack()
+
+    def start(self) -> None:
+        """Start both."""
+        *ports, self.adapter_port = self._ports
+        server = TritonServer(self.repository, *ports, log=self.log)
+        self.server = self._running.enter_context(server)
+        log = self._running.enter_context(self.log.with_suffix(".adapter.log").open("ab"))
+        before = adapter(server, self.repository, self.adapter_port, log)
+        running = self._running.enter_context(before)
+        self.watch = ProcessWatch(server.pid, running.pid)
+        self.doors = doors_of(server, self.adapter_port)
+
+    def stop(self) -> None:
+        """Stop both."""
+        self._running.close()
+
+    def restart(self) -> None:
+        """Whatever has become of them: both anew."""
+        self.stop()
+        self.start()
+
+    def __enter__(self) -> Stand:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class RunningAdapter(NamedTuple):
+    """A session adapter in a process of its own."""
+
+    port: int
+    pid: int
+
+
+@contextmanager
+def adapter(
+    server: TritonServer, repository: Path, port: int | None = None, log: IO[bytes] | None = None
+) -> Iterator[RunningAdapter]:
+    """The adapter in front of a server; on a free port if none is named."""
+    port = port or free_ports(1)[0]
+    command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
+    command += ["--triton", server.grpc_address, "--repository", str(repository)]
+    command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while ping(port, START_SECONDS) != 200:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the adapter does not answer")
+            time.sleep(0.05)
+        yield RunningAdapter(port, process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(START_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def ping(port: int, seconds: float) -> int:
+    """The status of an adapter's /ping; 0 where none comes in so many seconds."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=seconds) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
