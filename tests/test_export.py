@@ -401,7 +401,7 @@ def test_a_checkpoints_own_code_is_never_run(
 ) -> None:
     """Nobody is asked either: "yes" to whatever question would not run it."""
     checkpoint = with_code_of_its_own(tmp_path / "checkpoint", files)
-    command = [sys.executable, "-m", "llava_export", "--model", checkpoint]
+    command: list[Any] = [sys.executable, "-m", "llava_export", "--model", checkpoint]
     done = subprocess.run(
         [*command, "--output", tmp_path / "repository"],
         input="y\n" * 9,
