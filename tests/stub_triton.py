@@ -30,7 +30,7 @@ class Seen:
 
 
 class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers each turn with its text in two pieces, `wait` first until it may go on.
+    """Answers each turn with its text in two pieces, once `may_answer` is set.
 
     Turns that name no open session are refused as Triton does it, and pictures that begin with
     `no picture` as the engine does.
@@ -41,6 +41,7 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.open: set[str] = set()
         self.may_answer = threading.Event()
         self.may_answer.set()
+        self._once = threading.Event()
         (port,) = free_ports(1)
         self.grpc_address = f"127.0.0.1:{port}"
         self.ports = {"metrics": free_ports(1)[0]}
@@ -54,6 +55,10 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def stop(self) -> None:
         self.may_answer.set()
         self._server.stop(0).wait()
+
+    def go_on_once(self) -> None:
+        """Let one turn be answered that waits."""
+        self._once.set()
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         for request in requests:
@@ -72,7 +77,10 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         is_ping = seen.start and seen.end and not seen.inputs
         if not is_ping:
             self.seen.append(seen)
-            self.may_answer.wait()
+            while not self.may_answer.wait(0.01):
+                if self._once.is_set():
+                    self._once.clear()
+                    break
         refusal = self._refusal(seen)
         if refusal:
             response = service_pb2.ModelStreamInferResponse(error_message=refusal)

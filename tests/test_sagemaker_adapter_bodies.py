@@ -514,3 +514,71 @@ def test_what_was_forgotten_may_have_had_pictures(adapter: Adapter, triton: Stub
         assert "send only the new user message" in refused.json["error"]["message"]
         assert [seen.start for seen in triton.seen if seen.session == session].count(True) == 1
     assert adapter.invoke({"messages": [user("What is it?")]}, session).status == 200
+
+
+def shown(text: str, *pictures: str) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:,{picture}"}} for picture in pictures
+    ]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def test_chats_that_use_one_session_lose_no_picture_of_one_another(
+    adapter: Adapter, triton: StubTriton
+) -> None:
+    opened = adapter.invoke({"messages": [shown("a", "one")]}, "NEW_SESSION")
+    session = opened.new_session
+    assert adapter.invoke({"messages": [shown("b", "two")]}, session).status == 200
+    # Another chat, which has not seen the second picture.
+    lacking = {"messages": [shown("a", "one"), said("a"), user("c")]}
+    refused = adapter.invoke(lacking, session)
+    assert (refused.status, refused.code) == INVALID
+    assert "has a picture" in refused.json["error"]["message"]
+    # One with all pictures may say anything else.
+    other = [shown("a", "one", "two"), said("x"), user("c")]
+    assert adapter.invoke({"messages": other}, session).status == 200
+    assert (triton.seen[-1].start, triton.seen[-1].inputs["image"]) == (
+        True,
+        [b"data:,one", b"data:,two"],
+    )
+
+
+def test_a_refused_turn_leaves_what_is_known_of_its_session(
+    adapter: Adapter, triton: StubTriton
+) -> None:
+    opened = adapter.invoke({"messages": [user("a")]}, "NEW_SESSION")
+    session = opened.new_session
+    for body in (b"no picture", b"no picture"):
+        assert adapter.invoke(body, session, "image/png").status == 400
+    following = {"messages": [user("a"), said("a"), user("b")]}
+    assert adapter.invoke(following, session).status == 200
+    assert (triton.seen[-1].start, triton.seen[-1].text) == (False, "b")
+
+
+def test_a_session_that_is_being_opened_anew_takes_nothing_else(
+    adapter: Adapter, triton: StubTriton
+) -> None:
+    session = adapter.invoke({"messages": [user("a")]}, "NEW_SESSION").new_session
+    answers: list[Answer] = []
+
+    def reopen() -> None:
+        messages = [user("x"), said("x"), user("y")]
+        answers.append(adapter.invoke({"messages": messages}, session))
+
+    reopening = threading.Thread(target=reopen)
+    seen = len(triton.seen)
+    check = 1  # whether the session is open
+    triton.may_answer.clear()
+    try:
+        reopening.start()
+        adapter.wait_until(lambda: len(triton.seen) == seen + check)
+        triton.go_on_once()
+        adapter.wait_until(lambda: len(triton.seen) == seen + check + 1)
+        assert triton.seen[-1].start
+        refused = adapter.invoke(b"a picture", session, "image/png")
+        assert (refused.status, refused.code) == (503, "unavailable")
+    finally:
+        triton.may_answer.set()
+        reopening.join()
+    assert answers[0].status == 200
+    assert adapter.invoke(b"a picture", session, "image/png").status == 200

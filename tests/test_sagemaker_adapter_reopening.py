@@ -95,3 +95,23 @@ def test_an_empty_opening_is_remembered(adapter: Adapter) -> None:
     second = chat(adapter, [user(FIRST), said(content(first)), user(SECOND)], session)
     assert cached_tokens(second) >= first["usage"]["prompt_tokens"]
     adapter.invoke({"requestType": "CLOSE"}, session)
+
+
+def test_after_a_restart_nothing_is_answered_without_its_picture(
+    server: TritonServer, demo_repository: Any
+) -> None:
+    conversation = [user("Hi"), said("Hello"), user(SECOND)]
+    sessions = []
+    for _ in range(2):
+        adapter = Adapter(server, demo_repository)
+        try:
+            adapter.wait_until(lambda: adapter.ping() == 200)  # noqa: B023
+            for session in sessions:
+                refused = adapter.invoke({"messages": conversation}, session)
+                assert (refused.status, refused.code) == (400, "invalid_request")
+                assert "send only the new user message" in refused.json["error"]["message"]
+            sessions.append(shown(adapter))
+            answers = {content(chat(adapter, [user(SECOND)], session)) for session in sessions}
+            assert len(answers) == 1
+        finally:
+            adapter.stop()

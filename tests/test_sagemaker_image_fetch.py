@@ -163,6 +163,7 @@ INSIDE = [
     *("0.0.0.0", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]"),
     *("[fd00:ec2::254]", "[fe80::1]", "224.0.0.1", "255.255.255.255"),
     *("[::127.0.0.1]", "[::169.254.169.254]", "[64:ff9b:1::a9fe:a9fe]", "[fec0::1]"),
+    *("192.0.0.8", "192.88.99.1", "[::ffff:192.88.99.1]", "[2002:c058:6301::]"),
 ]
 
 
@@ -188,6 +189,43 @@ def test_nothing_inside_is_reached(web: Any, certificate: Path, host: str) -> No
         told = refusal(net.fetch, "https://pictures.test/to/https:||inside.test|picture")
         assert told.code == "image_not_allowed"
     assert [path for _, path in web.asked if not path.startswith("/to/")] == []
+
+
+def test_no_address_of_ianas_special_registries_is_public() -> None:
+    special = [
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.0.0/29", "192.0.0.8/32", "192.0.0.9/32"),
+        *("192.0.0.10/32", "192.0.0.170/31", "192.0.2.0/24", "192.31.196.0/24"),
+        *("192.52.193.0/24", "192.88.99.0/24", "192.88.99.2/32", "192.168.0.0/16"),
+        *("192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        *("240.0.0.0/4", "255.255.255.255/32", "224.0.0.0/4"),
+        *("::1/128", "::/128", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/23"),
+        *("2001::/32", "2001:1::1/128", "2001:1::2/128", "2001:1::3/128", "2001:2::/48"),
+        *("2001:3::/32", "2001:4:112::/48", "2001:10::/28", "2001:20::/28", "2001:30::/28"),
+        *("2001:db8::/32", "2620:4f:8000::/48", "3fff::/20", "5f00::/16", "fc00::/7"),
+        *("fe80::/10", "fec0::/10", "ff00::/8"),
+    ]
+    for network in map(ipaddress.ip_network, special):
+        for address in (network[0], network[-1]):
+            forms = [str(address)]
+            if address.version == 4:
+                high, low = divmod(int(address), 1 << 16)
+                wrapped = f"{high:x}:{low:x}"
+                forms += [f"::ffff:{address}", f"64:ff9b::{wrapped}", f"2002:{wrapped}::1"]
+                forms += [f"2600:1::5efe:{wrapped}", f"2600:1::200:5efe:{wrapped}"]
+            assert [form for form in forms if is_public_address(form)] == [], network
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("93.184.215.14", "8.8.8.8", "192.0.1.1", "192.88.98.1", "223.255.255.255"),
+        *("2600:1901::1", "2a00:1450:4001::1", "2001:4860:4860::8888", "::ffff:8.8.8.8"),
+        *("64:ff9b::808:808", "2002:808:808::1"),
+    ],
+)
+def test_public_addresses(address: str) -> None:
+    assert is_public_address(address)
 
 
 @pytest.mark.parametrize(
