@@ -1,0 +1,95 @@
+"""Who decides when a session is over, and when there is room for one: the engine, not Triton."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from llava_triton.server import TritonServer, free_ports
+from tests.triton import Stream, ask, whole
+
+IDLE_SECONDS = 1.0
+LONG = {"max_tokens": 900, "ignore_eos": True}
+SHORT = {"max_tokens": 2, "ignore_eos": True}
+PATIENCE_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    demo_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server with room for one session, which soon expires."""
+    repository = tmp_path_factory.mktemp("narrow") / "repository"
+    shutil.copytree(demo_repository, repository, symlinks=True)
+    limits = {"session_idle_seconds": IDLE_SECONDS, "max_sessions": 1}
+    (repository / "settings.json").write_text(json.dumps(limits))
+    with TritonServer(repository, *free_ports(3)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(narrow: TritonServer) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    with tritonclient.grpc.InferenceServerClient(narrow.grpc_address) as connected:
+        yield connected
+
+
+def metric(server: TritonServer, name: str) -> float:
+    with urllib.request.urlopen(server.metrics_url) as response:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", response.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_an_answer_longer_than_the_idle_limit_ends_no_session(narrow: TritonServer) -> None:
+    with Stream(narrow.grpc_address) as stream:
+        began = time.monotonic()
+        first = whole(stream.turn("Tell me.", session="long", start=True, parameters=LONG))
+        took = time.monotonic() - began
+        again = whole(stream.turn("And now?", session="long", end=True, parameters=SHORT))
+    assert again.num_input_tokens > first.num_input_tokens + first.num_output_tokens
+    assert took > IDLE_SECONDS, "the answer was too short to show anything; make it longer"
+
+
+def test_triton_lets_an_expired_session_go(
+    narrow: TritonServer, client: tritonclient.grpc.InferenceServerClient
+) -> None:
+    ask(client, "Hello?", session="left", start=True, parameters=SHORT)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    said = ""
+    while "must specify the START flag" not in said:  # Triton's own words, as a stream has them
+        assert time.monotonic() < deadline, said
+        time.sleep(IDLE_SECONDS + 1.5)  # asked before, the session would live on
+        with Stream(narrow.grpc_address) as stream:
+            try:
+                whole(stream.turn("Still there?", session="left", parameters=SHORT))
+            except InferenceServerException as error:
+                said = str(error)
+
+
+def test_where_there_is_no_room_no_picture_is_decoded(
+    narrow: TritonServer, client: tritonclient.grpc.InferenceServerClient
+) -> None:
+    misses = 'llava_image_cache_total{result="miss"}'
+    picture = (Path(__file__).parents[1] / "examples/pictures/tall.webp").read_bytes()
+    with Stream(narrow.grpc_address) as stream:
+        assert next(stream.turn("Tell me.", session="only", start=True, parameters=LONG)).text
+        before = metric(narrow, misses)
+        with pytest.raises(InferenceServerException, match="UNAVAILABLE: all 1 sessions"):
+            ask(client, "And this?", session="one more", images=[picture], start=True)
+        # The one that has it may show it, and is counted: so the metric would have told.
+        stream.cancel()
+    ask(client, "What is it?", session="only", images=[picture], start=True, parameters=SHORT)
+    ask(client, session="only", end=True)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while metric(narrow, misses) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert metric(narrow, misses) == before + 1
