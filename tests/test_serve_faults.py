@@ -221,3 +221,10 @@ def test_a_signal_while_it_starts_again(serve: Callable[..., Command], repositor
     command.process.terminate()
     assert command.wait() == 0
     assert command.output.rstrip().endswith("stopped")
+
+
+def test_open_ports_are_warned_of_once(serve: Callable[..., Command]) -> None:
+    command = serve("--host", "0.0.0.0")
+    command.wait_until_ready()
+    assert command.output.count("warning: Triton's ports are open to others at 0.0.0.0") == 1
+    assert "docs/triton-ports.md" in command.output
