@@ -13,7 +13,14 @@ import torch
 from hypothesis import strategies as st
 
 from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.sampling import Draw, Draws, SamplingParameters, kept_tokens, next_tokens
+from llava_triton.sampling import (
+    NO_TOKEN,
+    Draw,
+    Draws,
+    SamplingParameters,
+    kept_tokens,
+    next_tokens,
+)
 from tests.properties import given, settings
 
 
@@ -263,10 +270,12 @@ def test_extreme_temperatures_and_logits_give_a_possible_token(
     assert chosen(logits, [Draws(parameters).at(0)]) == [1]
 
 
-def test_logits_that_are_no_numbers_give_a_token_nevertheless() -> None:
-    """On a GPU an index outside of the vocabulary would end every session of the process."""
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    """Nor an index outside of the vocabulary, which on a GPU would end every session of the
+    process: the model runner looks up no token that is none."""
     logits = torch.zeros(3, 5)
     logits[0, 2], logits[1, 3] = torch.nan, torch.inf
     draw = Draw(temperature=1.0, top_k=0, top_p=1.0, number=0.5)
     tokens = next_tokens(logits, [draw] * 3)
-    assert all(0 <= token < 5 for token in tokens.tolist())
+    assert tokens.tolist()[:2] == [NO_TOKEN, NO_TOKEN]
+    assert 0 <= tokens[2] < 5

@@ -55,9 +55,6 @@ to be sent at some time anyway."""
 FIRST_TOKEN_PAUSE_SHARE = 0.25
 """Of a step's time, at the most: beside short steps the whole pause would cost more than it
 gives."""
-PREPARING_THREADS = 2
-"""For digests of pictures and for long texts: one such turn does not hold up all others that are
-long, and the cores are left to the device."""
 NOT_FINITE = (
     "the model computed values that are not finite; the session is at its last completed turn: ask "
     "again, or open a new session"
@@ -131,11 +128,9 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         runner.leave_threads()
         self._device = DeviceThreads(runner)
-        self._beside = ThreadPoolExecutor(
-            PREPARING_THREADS, "preparing", initializer=runner.leave_threads
-        )
-        """Prepares the turns that take long, so that nobody waits for them but their own
-        sessions."""
+        self._beside = ThreadPoolExecutor(1, "preparing", initializer=runner.leave_threads)
+        """Prepares the turns that take long, so that only others of their kind wait for them. One
+        thread: they begin in the order they came."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
