@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_triton.server import TritonServer
-from tests.triton import Stream, ask
+from tests.triton import Answer, Stream, ask
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = sorted((ROOT / "examples" / "pictures").glob("*.*"))[0]
@@ -53,8 +53,8 @@ def test_a_cancelled_stream_stops_and_is_undone(server: TritonServer, grpc_clien
     assert second.num_input_tokens < first.num_input_tokens + first.num_output_tokens + 50
 
 
-def test_a_killed_client_stops_its_turn(server: TritonServer, grpc_client: Any) -> None:
-    expected = answers_of_an_undisturbed_session(grpc_client)
+def answer_after_a_killed_client(server: TritonServer, grpc_client: Any) -> Answer:
+    """A session's second answer, its client having been killed in the middle of another one."""
     session = uuid.uuid4().hex
     picture = [PICTURE.read_bytes()]
     ask(grpc_client, QUESTIONS[0], session=session, images=picture, start=True, parameters=LIMIT)
@@ -70,6 +70,15 @@ def test_a_killed_client_stops_its_turn(server: TritonServer, grpc_client: Any) 
     finally:
         client.kill()
         client.communicate()
-    second = ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
-    assert second.text == expected[1]
+    return ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
+
+
+def test_a_killed_client_stops_its_turn(server: TritonServer, grpc_client: Any) -> None:
+    _, expected = answers_of_an_undisturbed_session(grpc_client)
+    # On a busy machine the answer may be complete before the system tells of the client's end.
+    for _ in range(5):
+        second = answer_after_a_killed_client(server, grpc_client)
+        if second.num_input_tokens < 200:
+            break
     assert second.num_input_tokens < 200
+    assert second.text == expected

@@ -93,7 +93,7 @@ class TritonPythonModel:
             session or object(),
             items,
             partial(_send, sender),
-            tenant=str(parameters.get(protocol.TENANT, "")),
+            tenant=protocol.parse_tenant(parameters),
             opening=session if session and request.flags() & START else None,
         )
 
