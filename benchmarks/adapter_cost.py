@@ -91,11 +91,11 @@ def _delta(outputs: dict[str, Any]) -> Delta:
 
 
 @contextmanager
-def adapter(server: TritonServer, repository: Path) -> Iterator[int]:
-    """The adapter in front of a server; its port."""
+def adapter(triton: str, repository: Path) -> Iterator[tuple[int, int]]:
+    """The adapter in front of a server (its gRPC address); its port and process ID."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
-    command += ["--triton", server.grpc_address, "--repository", str(repository)]
+    command += ["--triton", triton, "--repository", str(repository)]
     process = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -103,7 +103,7 @@ def adapter(server: TritonServer, repository: Path) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the adapter does not answer")
             time.sleep(0.05)
-        yield port
+        yield port, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -123,7 +123,7 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
     repository = Path(workload.repository)
     with (
         TritonServer(repository, *free_ports(3), log=log) as server,
-        adapter(server, repository) as port,
+        adapter(server.grpc_address, repository) as (port, _),
     ):
         loads = {
             "T": TritonLoad(workload, server),

@@ -96,7 +96,7 @@ def test_a_large_picture_arrives_as_it_was_meant(
 
 def test_each_kind_of_request_takes_large_pictures(adapter: Adapter, triton: StubTriton) -> None:
     raw = os.urandom(3 << 20)
-    binary = {"name": "image", "datatype": "BYTES", "shape": [1]}
+    binary: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1]}
     binary["parameters"] = {"binary_data_size": len(raw) + 4}
     head = json.dumps({**question("?"), "inputs": [*question("?")["inputs"], binary]}).encode()
     kind = f"application/vnd.sagemaker-triton.binary+json;json-header-size={len(head)}"
@@ -132,7 +132,7 @@ def test_encodings_of_json(adapter: Adapter, encoding: str, size: int) -> None:
 # Bodies that are refused.
 
 MEGABYTE = 1 << 20
-LISTS = b"[" + b"[]," * MEGABYTE + b"0]"
+LISTS = b"[" + b"[]," * (MEGABYTE // 2) + b"0]"
 KEYS = b"{" + b",".join(b'"%d":0' % number for number in range(600_000)) + b"}"
 LONG = "x" * MEGABYTE
 REFUSED: dict[str, tuple[bytes, tuple[int, str], str]] = {
@@ -219,7 +219,7 @@ def test_only_small_bodies_are_read_on_the_event_loop(monkeypatch: pytest.Monkey
         reader = JsonReader(SETTINGS.max_text_bytes)
         await reader.object(await reader.outline(body))
 
-    monkeypatch.setattr(json_body.json, "loads", watched)
+    monkeypatch.setattr(json, "loads", watched)
     for size in (100, 50_000, 140_000):
         asyncio.run(read(b'{"a": "%b"}' % (b"x" * size)))
         asyncio.run(read(b'{"a": [%b 0]}' % (b"0," * size)))
