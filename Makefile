@@ -69,6 +69,9 @@ accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 we
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)
 	$(python) -m benchmarks.adapter_cost
 
+bench-bodies: .venv/runtime ## What streams notice of the worst bodies sent beside them (2 minutes)
+	$(python) -m benchmarks.large_bodies
+
 soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door of a real server (20 minutes)
 	$(python) -m benchmarks.soak
 
@@ -106,7 +109,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test lint bench bench-adapter accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----

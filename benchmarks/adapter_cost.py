@@ -37,7 +37,7 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
     repository = Path(workload.repository)
     with (
         TritonServer(repository, *free_ports(3), log=log) as server,
-        adapter(server, repository) as running,
+        adapter(server.grpc_address, repository) as running,
     ):
         loads = {
             "T": TritonLoad(workload, server),

@@ -51,7 +51,13 @@ class Stand:
         server = TritonServer(self.repository, *ports, log=self.log)
         self.server = self._running.enter_context(server)
         log = self._running.enter_context(self.log.with_suffix(".adapter.log").open("ab"))
-        before = adapter(server, self.repository, self.adapter_port, log)
+        before = adapter(
+            server.grpc_address,
+            self.repository,
+            metrics_port=server.ports["metrics"],
+            port=self.adapter_port,
+            log=log,
+        )
         running = self._running.enter_context(before)
         self.watch = ProcessWatch(server.pid, running.pid)
         self.doors = doors_of(server, self.adapter_port)
@@ -82,13 +88,27 @@ class RunningAdapter(NamedTuple):
 
 @contextmanager
 def adapter(
-    server: TritonServer, repository: Path, port: int | None = None, log: IO[bytes] | None = None
+    triton: str,
+    repository: Path,
+    *,
+    metrics_port: int | None = None,
+    port: int | None = None,
+    log: IO[bytes] | None = None,
 ) -> Iterator[RunningAdapter]:
-    """The adapter in front of a server; on a free port if none is named."""
+    """The adapter in front of a server.
+
+    Args:
+        triton: the server's gRPC address.
+        repository: what it serves.
+        metrics_port: the server's.
+        port: where the adapter is to listen; by default a free one.
+        log: for what it prints.
+    """
     port = port or free_ports(1)[0]
     command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(port)]
-    command += ["--triton", server.grpc_address, "--repository", str(repository)]
-    command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
+    command += ["--triton", triton, "--repository", str(repository)]
+    if metrics_port is not None:
+        command += ["--triton-metrics", f"127.0.0.1:{metrics_port}"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -96,7 +96,7 @@ def test_a_large_picture_arrives_as_it_was_meant(
 
 def test_each_kind_of_request_takes_large_pictures(adapter: Adapter, triton: StubTriton) -> None:
     raw = os.urandom(3 << 20)
-    binary = {"name": "image", "datatype": "BYTES", "shape": [1]}
+    binary: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [1]}
     binary["parameters"] = {"binary_data_size": len(raw) + 4}
     head = json.dumps({**question("?"), "inputs": [*question("?")["inputs"], binary]}).encode()
     kind = f"application/vnd.sagemaker-triton.binary+json;json-header-size={len(head)}"
@@ -132,7 +132,7 @@ def test_encodings_of_json(adapter: Adapter, encoding: str, size: int) -> None:
 # Bodies that are refused.
 
 MEGABYTE = 1 << 20
-LISTS = b"[" + b"[]," * MEGABYTE + b"0]"
+LISTS = b"[" + b"[]," * (MEGABYTE // 2) + b"0]"
 KEYS = b"{" + b",".join(b'"%d":0' % number for number in range(600_000)) + b"}"
 LONG = "x" * MEGABYTE
 REFUSED: dict[str, tuple[bytes, tuple[int, str], str]] = {
@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str], str]] = {
     "lists beside a picture": (b'{"a": "%b", "b": %b}' % (PICTURE.encode(), LISTS), INVALID, "bra"),
     "keys": (KEYS, INVALID, "brackets"),
     "strings side by side": (b'"' * 400_000, INVALID, "brackets"),
-    "deep": (b'{"a":' * 30_000 + b"0" + b"}" * 30_000, INVALID, "not valid JSON"),
+    "deep": (b'{"a":' * 15_000 + b"0" + b"}" * 15_000, INVALID, "not valid JSON"),
     "numbers": (b"[" + b"1" * 5000 + b"]", INVALID, "not valid JSON"),
     "a large number": (b"1" * (8 * MEGABYTE), INVALID, "besides its pictures"),
     "spaces": (b" " * (8 * MEGABYTE), INVALID, "besides its pictures"),
@@ -219,8 +219,8 @@ def test_only_small_bodies_are_read_on_the_event_loop(monkeypatch: pytest.Monkey
         reader = JsonReader(SETTINGS.max_text_bytes)
         await reader.object(await reader.outline(body))
 
-    monkeypatch.setattr(json_body.json, "loads", watched)
-    for size in (100, 50_000, 140_000):
+    monkeypatch.setattr(json, "loads", watched)
+    for size in (100, 50_000, 100_000):
         asyncio.run(read(b'{"a": "%b"}' % (b"x" * size)))
         asyncio.run(read(b'{"a": [%b 0]}' % (b"0," * size)))
     assert len(sizes["here"]) >= 3

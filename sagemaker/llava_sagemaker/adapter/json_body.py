@@ -14,12 +14,14 @@ from typing import Any
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.off_loop import LARGE_BYTES, off_loop
 
-MOST_MARKS = 150_000
+MOST_MARKS = 110_000
 """Brackets, commas, colons and strings of a body, commas inside of strings aside: so many are
-parsed in about 15 ms. The longest conversations that a model could read have some ten thousand."""
-TEXTS = 16
+parsed in 10 to 20 ms. The longest conversations that a model could read have some ten thousand."""
+TEXTS = 8
 """A body may have as many bytes besides its long strings as so many of the longest texts: texts
 with all their characters escaped, small pictures, spaces."""
+LONG_BYTES = 8 * 1024
+"""A string of a large body is long that has more."""
 PIECE_BYTES = 512 * 1024
 """A long string is read in pieces of this size."""
 _MARK_BYTES = 100
@@ -127,10 +129,15 @@ class JsonReader:
 
     def _scan(self, body: bytes) -> _Outline:
         most_rest = TEXTS * self._max_text
-        most_quotes = 2 * self._max_text  # those of a text are escaped
+        # One by one they would take seconds; a text's own are escaped.
+        quotes = 0
+        for start in range(0, len(body), PIECE_BYTES):
+            quotes += body.count(b'"', start, start + PIECE_BYTES)
+            if quotes > 2 * MOST_MARKS + 2 * self._max_text:
+                raise _too_many()
         long: list[LongString] = []
         rest: list[bytes] = []
-        rest_bytes = copied = position = marks = quotes = 0
+        rest_bytes = copied = position = marks = 0
         constants = False
         while position < len(body):
             opening = body.find(b'"', position)
@@ -141,25 +148,16 @@ class JsonReader:
             marks += len(found) + 1
             constants = constants or b"N" in found or b"I" in found
             if marks > MOST_MARKS:
-                raise invalid_request(
-                    f"the body's JSON has more than {MOST_MARKS} brackets, commas, colons and "
-                    "strings; send fewer messages at once"
-                )
+                raise _too_many()
             if opening < 0:
                 break
             closing = body.find(b'"', opening + 1)
             while closing >= 0 and _is_escaped(body, opening + 1, closing):
-                quotes += 1
-                if quotes > most_quotes:
-                    raise invalid_request(
-                        f"the body's strings have more than {most_quotes} quotation marks; "
-                        "shorten the texts"
-                    )
                 closing = body.find(b'"', closing + 1)
             if closing < 0:
                 break  # json says what is missing
             position = closing + 1
-            if closing - opening > LARGE_BYTES:
+            if closing - opening > LONG_BYTES:
                 string = _long_string(body, opening + 1, closing)
                 if string is not None:
                     rest += (body[copied:opening], b"NaN")
@@ -190,6 +188,13 @@ def beginning(string: str | LongString) -> str:
 def too_long(name: str, text: LongString) -> AdapterError:
     """What should be a text is too long for one."""
     return invalid_request(f"{name} is {text.size} bytes long; shorten it")
+
+
+def _too_many() -> AdapterError:
+    return invalid_request(
+        f"the body's JSON has more than {MOST_MARKS} brackets, commas, colons and strings, or far "
+        "too many quotation marks; send fewer messages at once"
+    )
 
 
 def _invalid(fault: str) -> AdapterError:

@@ -1,0 +1,208 @@
+"""`make bench-bodies`: what streams notice of the worst bodies that the session adapter takes.
+
+Streams of one-token pieces run through the adapter while one client at a time sends bodies of one
+kind over and over, and another asks /ping. Each kind is held for some seconds; `none` is the same
+without any body. Without a model behind it: a stub sends pieces at a steady rate, so that every
+gap is the adapter's, the machine's, or the client's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.piece_server import PieceServer
+from benchmarks.processes import with_descendants
+from benchmarks.provenance import BUILD, about, write_results
+from benchmarks.stand import adapter
+from llava_triton.settings import Settings
+
+STREAMS = 16
+MOST_GAP_MS = 50.0
+"""More than the usual gap, at most."""
+SETTINGS = Settings()
+
+
+def _bodies() -> dict[str, Callable[[], tuple[bytes, dict[str, str]]]]:
+    """Bodies by kind, near what each limit lets through."""
+    largest = SETTINGS.max_image_bytes * 4 // 3
+    as_json = {"Content-Type": "application/json"}
+    picture = b"iVBORw0KGgo+" * (largest // 12)
+
+    def chat(picture: bytes) -> bytes:
+        return (
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, '
+            b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,%b"}}]}]}' % picture
+        )
+
+    def of(body: bytes, headers: dict[str, str] = as_json) -> tuple[bytes, dict[str, str]]:
+        return body, headers
+
+    raw = {"Content-Type": "image/png", "X-Amzn-SageMaker-Session-Id": "NEW_SESSION"}
+    return {
+        "none": lambda: of(b""),
+        "lists, 6 MB": lambda: of(b"[" + b"[]," * 2_000_000 + b"0]"),
+        "lists, as many as are taken": lambda: of(b'{"a": [' + b"[]," * 36_000 + b"0]}"),
+        "1.5 million keys": lambda: of(
+            b"{" + b",".join(b'"%d":0' % number for number in range(1_500_000)) + b"}"
+        ),
+        "a text of 2 MB": lambda: of(b'{"a": "%b"}' % (b"\\n" * 1_000_000)),
+        "data URI, 6 MB": lambda: of(chat(picture[:6_000_000])),
+        "data URI, 40 MB": lambda: of(chat(picture[:40_000_000])),
+        "data URI, 40 MB, escaped": lambda: of(
+            chat(picture[:24_000_000].replace(b"+", b"\\u002B"))
+        ),
+        "picture, 40 MB": lambda: of(picture[:40_000_000], raw),
+    }
+
+
+def _stream(port: int, until: float, gaps: list[float]) -> None:
+    """Keep one stream after another open; collect what lies between its pieces, in ms."""
+    body = json.dumps({"messages": [{"role": "user", "content": "?"}], "stream": True})
+    while time.monotonic() < until:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60.0)
+        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        last = None
+        while line := answer.readline():
+            if line.startswith(b"data: {"):
+                now = time.monotonic()
+                if last is not None:
+                    gaps.append((now - last) * 1000.0)
+                last = now
+            if time.monotonic() > until:
+                break
+        connection.close()
+
+
+def _ping(port: int, until: float, times: list[float]) -> None:
+    while time.monotonic() < until:
+        began = time.monotonic()
+        _ask(port, "GET", "/ping", b"", {})
+        times.append((time.monotonic() - began) * 1000.0)
+        time.sleep(0.05)
+
+
+def _send(port: int, seconds: float, body: bytes, headers: dict[str, str]) -> list[int]:
+    """Send a body over and over; the statuses of the answers."""
+    until = time.monotonic() + seconds
+    done = []
+    while body and time.monotonic() < until:
+        done.append(_ask(port, "POST", "/invocations", body, headers))
+    return done
+
+
+def _ask(port: int, method: str, path: str, body: bytes, headers: dict[str, str]) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60.0)
+    try:
+        connection.request(method, path, body or None, headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _running(threads: list[threading.Thread]) -> Iterator[None]:
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def measure(kind: str, port: int, pid: int, seconds: float) -> dict[str, Any]:
+    """What is noticed while bodies of a kind come; times in ms, memory in MiB."""
+    body, headers = _bodies()[kind]()
+    gaps: list[float] = []
+    pings: list[float] = []
+    until = time.monotonic() + seconds
+    threads = [threading.Thread(target=_stream, args=(port, until, gaps)) for _ in range(STREAMS)]
+    threads.append(threading.Thread(target=_ping, args=(port, until, pings)))
+    # In a process of its own: what it sends must not hold up the streams' clocks.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, _running(threads):
+        done = pool.submit(_send, port, seconds, body, headers).result()
+    (process,) = (each for each in with_descendants(pid) if each.pid == pid)
+    return {
+        "kind": kind,
+        "bodies": len(done),
+        "statuses": sorted(set(done)),
+        "gap_ms": _spread(gaps),
+        "ping_ms": _spread(pings),
+        "resident_mib": process.resident_mib,
+        "peak_mib": process.peak_mib,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values),
+        "95th": statistics.quantiles(values, n=20)[-1],
+        "max": max(values),
+    }
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A table for people."""
+    lines = [
+        f"{STREAMS} streams; times in ms (median, 95th of 100, longest), memory in MiB",
+        f"{'bodies':30}{'number':>8}{'status':>8}   {'between pieces':24}{'/ping':24}"
+        f"{'resident':>9}{'peak':>7}",
+    ]
+    for row in rows:
+        times = "".join(
+            f"{' '.join(f'{row[name][part]:7.1f}' for part in ('median', '95th', 'max')):24}"
+            for name in ("gap_ms", "ping_ms")
+        )
+        status = ",".join(map(str, row["statuses"]))
+        lines.append(
+            f"{row['kind']:30}{row['bodies']:8}{status:>8}   {times}"
+            f"{row['resident_mib']:9.0f}{row['peak_mib']:7.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each kind of body")
+    parser.add_argument("--output", type=Path, default=BUILD / "bodies.json")
+    options = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="llava-bench-") as name, PieceServer() as server:
+        folder = Path(name)
+        (folder / "settings.json").write_text(SETTINGS.to_json())
+        for kind in _bodies():
+            with adapter(server.address, folder) as (port, pid):  # each with memory of its own
+                rows.append(measure(kind, port, pid, options.seconds))
+            print(f"  {kind}: done", flush=True)
+    usual = rows[0]["gap_ms"]["max"]
+    longest = max(row["gap_ms"]["max"] for row in rows)
+    met = longest <= usual + MOST_GAP_MS
+    table = report(rows) + (
+        f"\nthe longest gap is {longest:.0f} ms, without bodies {usual:.0f} ms; target: at most "
+        f"{MOST_GAP_MS:.0f} ms more: {'met' if met else 'NOT MET'}"
+    )
+    write_results(options.output, table, {"rows": rows, "target_met": met}, about())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
