@@ -44,6 +44,9 @@ MEMORY_MIB = 10.0
 MEMORY_WAIT_SECONDS = 15.0
 PLAY_SECONDS = 60.0
 QUIET_SECONDS = 20.0
+RECOVERY_SECONDS = 20.0
+"""So long after an attack every honest client must have been answered again."""
+START_SECONDS = 60.0
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Result:
     memory_before_mib: dict[str, float] = field(default_factory=dict)
     memory_after_mib: dict[str, float] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
-    """What is wrong: `answered`, `honest`, `first token`, `ping`, `processes`, `memory`."""
+    """What is wrong: `answered`, `honest`, `first token`, `ping`, `processes`, `memory`,
+    `recovery`."""
 
 
 def first_tokens(seen: Seen, quiet_p99: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -95,8 +99,11 @@ def play(stand: Stand, honest: HonestClients, attack: Attack, quiet: dict[str, f
         _judge_memory(stand, result)
     if dead := stand.watch.dead():
         result.faults["processes"] = f"ended: {', '.join(dead)}"
-        print(f"  {attack.name}: {', '.join(dead)} ended; starting anew", flush=True)
         stand.restart()
+    if still := _silent_doors(honest, RECOVERY_SECONDS):
+        result.faults["recovery"] = f"no answers at {', '.join(still)}; both were started anew"
+        stand.restart()
+        _wait_until_all_speak(honest)
     return result
 
 
@@ -226,15 +233,20 @@ def hostile(options: argparse.Namespace) -> int:
     return 0 if not any(result.faults for result in results) else 1
 
 
+def _silent_doors(honest: HonestClients, seconds: float) -> list[str]:
+    """Where no honest client gets an answer in so many seconds."""
+    honest.seen()
+    silent = set(DOORS)
+    deadline = time.monotonic() + seconds
+    while silent and time.monotonic() < deadline:
+        time.sleep(0.1)
+        silent -= set(honest.seen().first_tokens)
+    return sorted(silent)
+
+
 def _wait_until_all_speak(honest: HonestClients) -> None:
-    spoken: set[str] = set()
-    deadline = time.monotonic() + 60.0
-    while spoken != set(DOORS):
-        time.sleep(0.2)
-        seen = honest.seen()
-        spoken |= set(seen.first_tokens)
-        if time.monotonic() > deadline:
-            raise ServerError(f"honest clients get no answers: {seen.failures[:3]}")
+    if silent := _silent_doors(honest, START_SECONDS):
+        raise ServerError(f"honest clients get no answers at {', '.join(silent)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
