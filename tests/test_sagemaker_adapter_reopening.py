@@ -101,7 +101,7 @@ def test_after_a_restart_nothing_is_answered_without_its_picture(
     server: TritonServer, demo_repository: Any
 ) -> None:
     conversation = [user("Hi"), said("Hello"), user(SECOND)]
-    sessions = []
+    sessions: list[str] = []
     for _ in range(2):
         adapter = Adapter(server, demo_repository)
         try:
