@@ -133,12 +133,16 @@ def measure(kind: str, port: int, pid: int, seconds: float) -> dict[str, Any]:
     body, headers = _bodies()[kind]()
     gaps: list[float] = []
     pings: list[float] = []
-    until = time.monotonic() + seconds
-    threads = [threading.Thread(target=_stream, args=(port, until, gaps)) for _ in range(STREAMS)]
-    threads.append(threading.Thread(target=_ping, args=(port, until, pings)))
     # In a process of its own: what it sends must not hold up the streams' clocks.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool, _running(threads):
-        done = pool.submit(_send, port, seconds, body, headers).result()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(int).result()  # it has started, which takes seconds
+        until = time.monotonic() + seconds
+        threads = [
+            threading.Thread(target=_stream, args=(port, until, gaps)) for _ in range(STREAMS)
+        ]
+        threads.append(threading.Thread(target=_ping, args=(port, until, pings)))
+        with _running(threads):
+            done = pool.submit(_send, port, seconds, body, headers).result()
     (process,) = (each for each in with_descendants(pid) if each.pid == pid)
     return {
         "kind": kind,
