@@ -42,8 +42,8 @@ def test_features_that_are_not_finite_are_refused(
 
 def test_features_that_are_not_finite_are_refused_at_the_door(grpc_client: Any) -> None:
     metadata = grpc_client.get_model_config("vision_encoder").config.output[0].dims
-    features = np.full((1, *metadata), np.nan, dtype=np.float32)
-    tensor = tritonclient.grpc.InferInput("image_features", list(features.shape), "FP32")
+    features = np.full((1, *metadata), np.nan, dtype=np.float32).reshape(-1).view(np.uint8)
+    tensor = tritonclient.grpc.InferInput("image_features", list(features.shape), "UINT8")
     tensor.set_data_from_numpy(features)
     with pytest.raises(InferenceServerException) as caught:
         grpc_client.infer(

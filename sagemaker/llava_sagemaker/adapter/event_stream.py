@@ -57,17 +57,18 @@ class EventStream(StreamingResponse):
     async def _events(self, piece: Delta) -> AsyncIterator[bytes]:
         written, text = self._written, [piece.text]
         try:
-            while True:
+            while not piece.is_final:
                 if events := written.piece(piece):
                     yield events
-                if piece.is_final:
-                    break
                 async with asyncio.timeout(SILENCE_SECONDS):
                     piece = await anext(self._pieces)
                 text.append(piece.text)
+            # Before the client has the last piece: its next turn may follow at once.
             if self._session_turn is not None:
                 self._session_turn.completed("".join(text))
             self._outcome = "ok"
+            if events := written.piece(piece):
+                yield events
             if events := written.end(piece):
                 yield events
         except Exception as error:

@@ -48,6 +48,7 @@ class SessionTurn:
     """Gives the digest of what was said after the answer."""
     _before: tuple[bytes | None, frozenset[bytes]] = field(init=False)
     _number: int = field(init=False)
+    _opened: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         known = self._known
@@ -58,8 +59,10 @@ class SessionTurn:
         known.opening = known.opening or self._opens
 
     def completed(self, answer: str) -> None:
-        """The whole answer is there."""
+        """The whole answer is there. To be told before the client has it: its next turn may follow
+        at once."""
         self._remembered.keep(self._session_id, self._known)
+        self._is_open()
         if self._is_last:
             self._known.digest = self._after(answer)
 
@@ -70,10 +73,17 @@ class SessionTurn:
             outcome: as for `AdapterMetrics.ended`.
         """
         if self._opens:
-            self._known.opening = False
-            self._remembered.opening.pop(self._session_id, None)
+            self._is_open()
         elif self._is_last and outcome in _REFUSED:
             self._known.digest, self._known.pictures = self._before
+
+    def _is_open(self) -> None:
+        """A turn that opens its session no longer does; once, because another one may by then."""
+        if self._opens and not self._opened:
+            self._opened = True
+            self._known.opening = False
+            if self._remembered.opening.get(self._session_id) is self._known:
+                del self._remembered.opening[self._session_id]
 
     @property
     def _is_last(self) -> bool:
