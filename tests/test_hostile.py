@@ -22,7 +22,7 @@ def test_cheap_attacks_harm_nobody(demo_repository: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert output.exists(), done.stdout + done.stderr
     attacks = json.loads(output.read_text())["attacks"]
-    assert {"T1", "T3", "T5", "S1", "S3", "S5", "S7", "A1", "A3", "A4", "A5", "F4"} <= {
+    assert {"T1", "T3", "T5", "S1", "S5", "S7", "A1", "A3", "A4", "A5", "F4"} <= {
         attack["name"] for attack in attacks
     }
     harmed = {}
