@@ -13,6 +13,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from llava_triton.server import TritonServer, free_ports
+from tests.adapter_process import Adapter
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start
@@ -75,6 +76,17 @@ def asker(
     else:
         with Stream(server.grpc_address) as stream:
             yield lambda *args, **kwargs: whole(stream.turn(*args, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def adapter(server: TritonServer, demo_repository: Path) -> Iterator[Adapter]:
+    """A session adapter in front of `server`, one a module."""
+    adapter = Adapter(server, demo_repository)
+    try:
+        adapter.wait_until(lambda: adapter.ping() == 200)
+        yield adapter
+    finally:
+        adapter.stop()
 
 
 # Engines in the test's own process, on a tiny checkpoint.

@@ -39,16 +39,6 @@ HEADER = re.compile(r"(?P<id>[a-zA-Z0-9](-*[a-zA-Z0-9])*); Expires=\d{4}-\d\d-\d
 PATIENCE_SECONDS = 60.0
 
 
-@pytest.fixture(scope="module")
-def adapter(server: TritonServer, demo_repository: Path) -> Iterator[Adapter]:
-    adapter = Adapter(server, demo_repository)
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
-
-
 @pytest.fixture
 def session(adapter: Adapter) -> Iterator[str]:
     """One that has been shown PICTURE."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,16 +14,6 @@ from tests.container_process import question
 
 PICTURE = (ROOT / "examples" / "pictures" / "five-shapes.png").read_bytes()
 FIRST, SECOND = "How many shapes are there?", "What colour is the circle?"
-
-
-@pytest.fixture(scope="module")
-def adapter(server: TritonServer, demo_repository: Any) -> Iterator[Adapter]:
-    adapter = Adapter(server, demo_repository)
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
 
 
 def user(text: str) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +12,10 @@ from llava_sagemaker.adapter.tenants import tenant_of
 from starlette.datastructures import Headers
 
 from llava_triton.errors import SessionError
-from llava_triton.server import TritonServer
 from tests.adapter_process import Adapter
 from tests.container_process import SESSION, Answer
 
 ATTRIBUTES, PLAIN = "X-Amzn-SageMaker-Custom-Attributes", "X-Llava-Tenant"
-
-
-@pytest.fixture(scope="module")
-def adapter(server: TritonServer, demo_repository: Path) -> Iterator[Adapter]:
-    adapter = Adapter(server, demo_repository)
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
 
 
 @pytest.mark.parametrize(
