@@ -74,6 +74,9 @@ ROOM = "room"
 """Request parameter: the ID of a session that is to be opened with pictures, whose decoding takes
 time. language_model answers with an error where it could not open now, else with nothing; the
 request has no other meaning. It is a sequence of its own, with START and END."""
+MARK = "mark"
+"""Request parameter of a request without inputs (to language_model, a sequence of its own), which
+is answered with nothing: so the model has taken in everything that was passed on to it before."""
 RELEASE = "release"
 """Request parameter of an END by language_model to itself, with a value that it alone knows: the
 session never opened, and Triton shall know no more of its sequence than the engine does."""

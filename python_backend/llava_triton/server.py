@@ -25,6 +25,7 @@ from types import FrameType, TracebackType
 from typing import IO
 
 from llava_triton import server_guard
+from llava_triton.crash_handler import CrashHandler
 from llava_triton.model_processes import ModelProcesses, is_dead
 from llava_triton.ports import check_ports, free_ports
 from llava_triton.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
@@ -95,6 +96,7 @@ class TritonServer:
         self._run_folder: Path | None = None
         self._log_file: IO[bytes] | None = None
         self._log_start = 0
+        self._crash_handler: CrashHandler | None = None
         """Where in its log the server's present life begins."""
 
     @property
@@ -147,6 +149,9 @@ class TritonServer:
         """
         found = self._models.fault()
         if self.alive:  # looked at last: its models die with it
+            stuck = self._crash_handler and self._crash_handler.signal()
+            if stuck:
+                return f"the Triton server has crashed (signal {stuck}) and does not end"
             return found
         assert self._guard is not None, "not started"
         status = self._guard.wait()
@@ -209,6 +214,7 @@ class TritonServer:
         if not line:
             raise ServerError(f"{installation.binary} could not be started:\n{self.log_tail()}")
         self.pid = int(line)
+        self._crash_handler = CrashHandler(self.pid, self._log_file.fileno(), self._log_start)
 
     def _command(self, installation: Installation, run_folder: Path) -> list[str]:
         # The Python backend starts its stubs through a shell without quoting the model's path.

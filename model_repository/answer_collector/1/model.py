@@ -40,11 +40,12 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 parameters = json.loads(request.parameters() or "{}")
+                if DELIVERED_TO not in parameters and protocol.MARK not in parameters:
+                    self._hand_over(request, parameters, sender)
+                    continue
                 if DELIVERED_TO in parameters:
                     self._answer(parameters[DELIVERED_TO], from_parameters(parameters))
-                    sender.send(pb_utils.InferenceResponse([]), flags=FINAL)
-                else:
-                    self._hand_over(request, parameters, sender)
+                sender.send(pb_utils.InferenceResponse([]), flags=FINAL)
             except Exception as error:
                 _send(sender, as_session_error(error))
 

