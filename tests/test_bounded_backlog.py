@@ -54,7 +54,7 @@ def test_passes_on_two_windows_and_waits_for_the_next_models() -> None:
 
 
 def test_asks_once_a_window() -> None:
-    asked = []
+    asked: list[None] = []
     backlog = BoundedBacklog(lambda: asked.append(None))
     passing(backlog, 10 * WINDOW + 5).join(SECONDS)
     backlog.stop()

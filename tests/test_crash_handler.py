@@ -58,17 +58,17 @@ def test_a_server_that_hangs_in_its_handler_is_found(
 ) -> None:
     handler = CrashHandler(start(process, STUCK, str(int(number))), log, 0)
     os.write(log, b"I1126 all is well\n")
-    assert handler.signal() is None
+    assert handler.caught() is None
     os.write(log, f"Signal ({int(number)}) rece".encode())
-    assert handler.signal() is None
+    assert handler.caught() is None
     os.write(log, b"ived.\n 0# 0x00005570E11AA7B2 in tritonserver\n")
-    assert handler.signal() is number
+    assert handler.caught() is number
 
 
 def test_what_the_log_says_is_not_enough(log: int, process: list[subprocess.Popen[str]]) -> None:
     handler = CrashHandler(start(process, WELL), log, 0)
     os.write(log, b"Signal (6) received.\nSignal (15) received.\nSignal (99) received.\n")
-    assert handler.signal() is None
+    assert handler.caught() is None
 
 
 def test_an_earlier_server_of_the_same_log_is_none_of_ours(
@@ -76,4 +76,4 @@ def test_an_earlier_server_of_the_same_log_is_none_of_ours(
 ) -> None:
     os.write(log, b"Signal (6) received.\n")
     handler = CrashHandler(start(process, STUCK, "6"), log, os.fstat(log).st_size)
-    assert handler.signal() is None
+    assert handler.caught() is None

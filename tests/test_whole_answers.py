@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
+import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +17,7 @@ from llava_triton import protocol
 from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError, not_found
 from llava_triton.server import TritonServer
-from llava_triton.whole_answers import DELIVERED_TO, WholeAnswer, from_parameters, to_parameters
+from llava_triton.whole_answers import Inbox, Outbox, Outcome, WholeAnswer
 from tests.triton import Stream, ask, whole
 
 PLACES = 32
@@ -45,18 +47,77 @@ def test_an_error_is_told_instead_of_the_pieces_before_it() -> None:
     assert told == [error]
 
 
-@pytest.mark.parametrize("text", ["", "a\0b", '"quoted" \\', "π \ud800", "x" * 100_000])
-def test_an_answer_survives_its_way_between_the_models(text: str) -> None:
-    parameters = to_parameters("token", delta(text, "stop"))
-    assert parameters[DELIVERED_TO] == "token"
-    assert not any("\0" in value or not value.isascii() for value in parameters.values())
-    assert from_parameters(parameters) == delta(text, "stop")
+class Arrivals:
+    """An inbox, an outbox, and what has arrived."""
+
+    def __init__(self) -> None:
+        self._arrived: queue.SimpleQueue[tuple[str, Outcome]] = queue.SimpleQueue()
+        self.inbox = Inbox(lambda number, outcome: self._arrived.put((number, outcome)))
+        self.outbox = Outbox()
+
+    def next(self) -> tuple[str, Outcome]:
+        return self._arrived.get(timeout=20.0)
 
 
-def test_an_error_survives_its_way_between_the_models() -> None:
-    outcome = from_parameters(to_parameters("token", not_found("the session is gone")))
+@pytest.fixture
+def arrivals() -> Iterator[Arrivals]:
+    both = Arrivals()
+    yield both
+    both.outbox.close()
+    both.inbox.close()
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", '"quoted" \\', "π \ud800", "x" * 1_000_000])
+def test_an_answer_survives_its_way_between_the_models(arrivals: Arrivals, text: str) -> None:
+    arrivals.outbox.send(arrivals.inbox.token("7"), delta(text, "stop"))
+    assert arrivals.next() == ("7", delta(text, "stop"))
+
+
+def test_an_error_survives_its_way_between_the_models(arrivals: Arrivals) -> None:
+    arrivals.outbox.send(arrivals.inbox.token("7"), not_found("the session is gone"))
+    number, outcome = arrivals.next()
     assert isinstance(outcome, SessionError)
-    assert (outcome.code, outcome.sentence) == (ErrorCode.NOT_FOUND, "the session is gone")
+    assert (number, outcome.code, outcome.sentence) == (
+        "7",
+        ErrorCode.NOT_FOUND,
+        "the session is gone",
+    )
+
+
+@pytest.mark.parametrize(
+    "token", ["", "7", "guessed/7", "/", "x" * 1000 + "/7", "a\0b/7", "\ud800/7"]
+)
+def test_an_answer_that_nobody_waits_for_delays_no_other(
+    arrivals: Arrivals, token: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrivals.outbox.send(token, delta("forged", "stop"))
+    arrivals.outbox.send(arrivals.inbox.token("8"), delta("A circle.", "stop"))
+    assert arrivals.next() == ("8", delta("A circle.", "stop"))
+    assert "was not delivered" in caplog.text
+
+
+def test_answers_arrive_in_order_and_an_inbox_that_is_gone_is_told_of(
+    arrivals: Arrivals, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(100):
+        arrivals.outbox.send(arrivals.inbox.token(str(number)), delta("", "stop"))
+    assert [arrivals.next()[0] for _ in range(100)] == [str(number) for number in range(100)]
+    gone = Inbox(lambda *_: None)
+    gone.close()
+    arrivals.outbox.send(gone.token("1"), delta("", "stop"))
+    arrivals.outbox.send(arrivals.inbox.token("last"), delta("", "stop"))
+    assert arrivals.next()[0] == "last"
+    assert "was not delivered" in caplog.text
+
+
+def test_nobody_of_another_user_is_heard(
+    arrivals: Arrivals, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    arrivals.outbox.send(arrivals.inbox.token("1"), delta("", "stop"))
+    arrivals.outbox.close()
+    assert "another user" in caplog.text
 
 
 def others_are_answered_first(server: TritonServer) -> bool:
@@ -96,13 +157,10 @@ def test_waiting_turns_keep_nobody_elses_waiting(server: TritonServer) -> None:
 @pytest.mark.parametrize(
     "parameters",
     [
-        {DELIVERED_TO: "guessed", "answer": json.dumps(vars(delta("forged", "stop")))},
-        {DELIVERED_TO: "guessed", "error": "NOT_FOUND: forged"},
-        {DELIVERED_TO: "guessed"},
-        {DELIVERED_TO: 7, "answer": "{}"},
-        {DELIVERED_TO: "guessed", "answer": "[" * 100_000},
         {protocol.WHOLE_ANSWER: "guessed"},
+        {protocol.WHOLE_ANSWER: "guessed/guessed"},
         {protocol.WHOLE_ANSWER: 7},
+        {protocol.MARK: True},
     ],
     ids=str,
 )

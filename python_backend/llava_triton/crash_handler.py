@@ -30,7 +30,7 @@ class CrashHandler:
         self._log = log
         self._seen = start
 
-    def signal(self) -> signal.Signals | None:
+    def caught(self) -> signal.Signals | None:
         """The signal in whose handler the server has been seen since the last look; None: none."""
         said = self._said()
         # The log is the models', too: what it says is not believed without a look.

@@ -59,8 +59,8 @@ NO_FEATURES = np.zeros(0, dtype=np.uint8)
 TURN_ID = "turn_id"
 """BYTES [1]."""
 WHOLE_ANSWER = "whole_answer"
-"""Request parameter: a token. The answer is wanted whole and goes to answer_collector, which waits
-for it under this token; the request itself gets an empty response at once."""
+"""Request parameter: a token of `whole_answers.Inbox`. The answer is wanted whole and goes there;
+the request itself gets an empty response at once."""
 CANCEL_TURN = "cancel_turn"
 """Request parameter: the ID of a turn to cancel, which is the request's sequence ID, too, with
 START and END; the request has no other meaning."""

@@ -149,7 +149,7 @@ class TritonServer:
         """
         found = self._models.fault()
         if self.alive:  # looked at last: its models die with it
-            stuck = self._crash_handler and self._crash_handler.signal()
+            stuck = self._crash_handler and self._crash_handler.caught()
             if stuck:
                 return f"the Triton server has crashed (signal {stuck}) and does not end"
             return found

@@ -2,30 +2,38 @@
 
 language_model streams, and an ensemble with a model that streams is itself one that streams: so
 `llava`, which answers once, reaches it by a BLS call of answer_collector. That call hands the turn
-over and ends at once, empty. When the turn has ended, language_model calls answer_collector with
-the answer in the request's parameters.
+over and ends at once, empty. When the turn has ended, language_model sends the answer through a
+Unix socket that answer_collector listens at.
 
 No tensor comes back from a decoupled BLS call, because freeing such tensors corrupts the process
 that made the call (`benchmarks/decoupled_bls.py` shows it). And a turn that waits occupies neither
-a thread here nor one of the 32 places that Triton's Python backend has for a model's calls.
+a thread here nor one of the 32 places that Triton's Python backend has for a model's calls. (The
+answer by a BLS call of language_model costs a request of Triton's more: 4 to 5 % of all turns.)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+import socket
+import struct
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from multiprocessing.connection import Client, Connection, Listener
 
 from llava_triton.delta import Delta
 from llava_triton.errors import SessionError, error_from_text
 
-DELIVERED_TO = "delivered_to"
-"""Request parameter of a call that brings an answer: the token under which it is waited for."""
-_ANSWER, _ERROR = "answer", "error"
+log = logging.getLogger(__name__)
 
 Outcome = Delta | SessionError
 """A whole answer, or why there is none."""
+_CREDENTIALS = struct.Struct("3i")
+"""Of a socket's other end: process, user, group (unix(7), SO_PEERCRED)."""
 
 
 class WholeAnswer:
@@ -49,20 +57,104 @@ class WholeAnswer:
             self._tell(event.with_text("".join(self._pieces)))
 
 
-def to_parameters(token: str, outcome: Outcome) -> dict[str, str]:
-    """Parameters of the call that brings an outcome to who waits under `token`."""
-    if isinstance(outcome, SessionError):
-        return {DELIVERED_TO: token, _ERROR: str(outcome)}
-    # JSON in ASCII: a parameter is a C string, which ends at the first zero.
-    return {DELIVERED_TO: token, _ANSWER: json.dumps(asdict(outcome))}
+class Inbox:
+    """answer_collector's end: where answers arrive.
 
-
-def from_parameters(parameters: Mapping[str, Any]) -> Outcome:
-    """The outcome that `to_parameters` wrote.
-
-    Raises:
-        Exception: somebody else wrote them.
+    Args:
+        deliver: is called with the number under which an answer is waited for and the answer, on a
+            thread of the inbox.
     """
-    if _ERROR in parameters:
-        return error_from_text(parameters[_ERROR])
-    return Delta(**json.loads(parameters[_ANSWER]))
+
+    def __init__(self, deliver: Callable[[str, Outcome], None]) -> None:
+        self._deliver = deliver
+        self._name = uuid.uuid4().hex
+        self._closing = False
+        self._listener = Listener(_address(self._name), "AF_UNIX")
+        self._accepting = threading.Thread(target=self._accept, name="answers", daemon=True)
+        self._accepting.start()
+
+    def token(self, number: str) -> str:
+        """What a turn is handed over with, so that its answer comes here under this number."""
+        return f"{self._name}/{number}"
+
+    def close(self) -> None:
+        """No new sender is heard."""
+        self._closing = True
+        Client(_address(self._name), "AF_UNIX").close()  # else the thread would wait on
+        self._accepting.join()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            sender = self._listener.accept()
+            if self._closing or not _is_ours(sender):
+                sender.close()
+            else:
+                threading.Thread(target=self._receive, args=(sender,), daemon=True).start()
+            if self._closing:
+                return
+
+    def _receive(self, sender: Connection) -> None:
+        while True:
+            try:
+                number, outcome = _decoded(sender.recv_bytes())
+            except (EOFError, OSError):  # language_model has ended
+                return
+            self._deliver(number, outcome)
+
+
+class Outbox:
+    """language_model's end: sends answers, in order, beside the engine's thread."""
+
+    def __init__(self) -> None:
+        self._inboxes: dict[str, Connection] = {}
+        """By name; in life there is one."""
+        self._thread = ThreadPoolExecutor(1, "deliveries")
+
+    def send(self, token: str, outcome: Outcome) -> None:
+        """Send an outcome to who waits for it under `token`. Returns at once; a failure is logged,
+        as when a client, not answer_collector, has made the token up."""
+        self._thread.submit(self._send, token, outcome)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._thread.shutdown()
+        for inbox in self._inboxes.values():
+            inbox.close()
+
+    def _send(self, token: str, outcome: Outcome) -> None:
+        name, _, number = token.rpartition("/")
+        try:
+            inbox = self._inboxes.get(name)
+            if inbox is None:
+                inbox = Client(_address(name), "AF_UNIX")
+                if not _is_ours(inbox):
+                    inbox.close()
+                    raise PermissionError("another user listens there")
+                self._inboxes[name] = inbox
+            inbox.send_bytes(_encoded(number, outcome))
+        except Exception as error:
+            self._inboxes.pop(name, None)
+            log.warning("an answer was not delivered: %r", error)
+
+
+def _address(name: str) -> str:
+    """No file: a name in the kernel's abstract namespace, which goes with its process."""
+    return f"\0llava-triton-answers-{name}"
+
+
+def _is_ours(connection: Connection) -> bool:
+    """Whether the other end is of our own user: the names of such sockets are no secrets."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.geteuid())
+
+
+def _encoded(number: str, outcome: Outcome) -> bytes:
+    told = str(outcome) if isinstance(outcome, SessionError) else asdict(outcome)
+    return json.dumps([number, told]).encode()
+
+
+def _decoded(message: bytes) -> tuple[str, Outcome]:
+    number, told = json.loads(message)
+    return number, error_from_text(told) if isinstance(told, str) else Delta(**told)

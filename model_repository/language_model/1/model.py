@@ -29,7 +29,7 @@ from llava_triton.flat_features import unflattened
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
 from llava_triton.settings import Settings
-from llava_triton.whole_answers import Outcome, WholeAnswer, to_parameters
+from llava_triton.whole_answers import Outbox, WholeAnswer
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,9 @@ class TritonPythonModel:
         self._responses = ResponseThread()
         self._stopping = False
         self._secret = uuid.uuid4().hex
-        # BLS calls, all without tensors, by one thread a kind: a delivery, which somebody waits
-        # for, does not wait for a release.
+        self._outbox = Outbox()
+        # The only thread that makes BLS calls; they have no tensors.
         self._releases = ThreadPoolExecutor(1, "releases")
-        self._deliveries = ThreadPoolExecutor(1, "deliveries")
         self._engine = Engine(runner, checkpoint.tokenizer, settings, expired=self._let_go)
         self._metrics = Publisher(pb_utils, lambda: engine_metrics(self._engine.statistics()))
 
@@ -80,7 +79,7 @@ class TritonPythonModel:
         self._metrics.stop()
         self._engine.shutdown()
         self._releases.shutdown()
-        self._deliveries.shutdown()
+        self._outbox.close()
         self._responses.stop()
 
     def _take(self, request: Any, parameters: dict[str, Any]) -> None:
@@ -89,7 +88,7 @@ class TritonPythonModel:
         stream = Responder(sender, self._responses)
         tell: Listener = stream.put
         if whole:
-            tell = partial(self._deliver, str(parameters[protocol.WHOLE_ANSWER]))
+            tell = partial(self._outbox.send, str(parameters[protocol.WHOLE_ANSWER]))
         if request.flags() & (START | END) == START:
             tell = partial(self._release_if_refused, request.correlation_id(), tell)
         listener = WholeAnswer(tell) if whole else tell
@@ -101,25 +100,8 @@ class TritonPythonModel:
             self._refuse(request, listener, as_session_error(error))
         else:
             stream.turn_id = self._engine.submit(turn, listener)
-        if whole:  # the call that brought it ends here; the answer is brought by one of ours
+        if whole:  # the call that brought it ends here; the answer goes another way
             sender.send(flags=FINAL)
-
-    def _deliver(self, token: str, outcome: Outcome) -> None:
-        if not self._stopping:  # else answer_collector is stopping too, and tells
-            self._deliveries.submit(self._deliver_now, token, outcome)
-
-    def _deliver_now(self, token: str, outcome: Outcome) -> None:
-        try:
-            response = pb_utils.InferenceRequest(
-                model_name="answer_collector",
-                requested_output_names=[],
-                inputs=[],
-                parameters=to_parameters(token, outcome),
-            ).exec()
-            if response.has_error():
-                log.warning("an answer was not delivered: %s", response.error())
-        except Exception:
-            log.exception("an answer was not delivered")
 
     def _is_between_models(self, request: Any, parameters: dict[str, Any]) -> bool:
         """Whether a request comes from another of our models or from here; it is answered then."""
