@@ -17,7 +17,8 @@ from tritonclient.utils import InferenceServerException
 from llava_triton.server import TritonServer, free_ports
 from tests.triton import Stream, ask, whole
 
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 0.2
+"""Less than a fast machine takes for `LONG`."""
 LONG = {"max_tokens": 900, "ignore_eos": True}
 SHORT = {"max_tokens": 2, "ignore_eos": True}
 PATIENCE_SECONDS = 120.0
@@ -48,14 +49,24 @@ def metric(server: TritonServer, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def test_an_answer_longer_than_the_idle_limit_ends_no_session(narrow: TritonServer) -> None:
+def outlives_its_idle_limit(narrow: TritonServer) -> bool:
+    """Whether a session goes on after an answer that took longer than a session may be idle."""
     with Stream(narrow.grpc_address) as stream:
         began = time.monotonic()
         first = whole(stream.turn("Tell me.", session="long", start=True, parameters=LONG))
         took = time.monotonic() - began
-        again = whole(stream.turn("And now?", session="long", end=True, parameters=SHORT))
-    assert again.num_input_tokens > first.num_input_tokens + first.num_output_tokens
+        try:
+            again = whole(stream.turn("And now?", session="long", end=True, parameters=SHORT))
+        except InferenceServerException as error:
+            assert "NOT_FOUND" in str(error) or "START flag" in str(error)
+            return False
     assert took > IDLE_SECONDS, "the answer was too short to show anything; make it longer"
+    return again.num_input_tokens > first.num_input_tokens + first.num_output_tokens
+
+
+def test_an_answer_longer_than_the_idle_limit_ends_no_session(narrow: TritonServer) -> None:
+    # On a busy machine the question after it may come too late: again, then.
+    assert any(outlives_its_idle_limit(narrow) for _ in range(5))
 
 
 def test_triton_lets_an_expired_session_go(
@@ -86,8 +97,15 @@ def test_where_there_is_no_room_no_picture_is_decoded(
             ask(client, "And this?", session="one more", images=[picture], start=True)
         # The one that has it may show it, and is counted: so the metric would have told.
         stream.cancel()
-    ask(client, "What is it?", session="only", images=[picture], start=True, parameters=SHORT)
-    ask(client, session="only", end=True)
+    ask(
+        client,
+        "What is it?",
+        session="only",
+        images=[picture],
+        start=True,
+        end=True,
+        parameters=SHORT,
+    )
     deadline = time.monotonic() + PATIENCE_SECONDS
     while metric(narrow, misses) == before:
         assert time.monotonic() < deadline
