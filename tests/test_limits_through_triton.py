@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from llava_triton.client.transport import TurnMessage
 from llava_triton.server import TritonServer, free_ports
 from tests.triton import Stream, ask, whole
 
@@ -57,8 +59,7 @@ def outlives_its_idle_limit(narrow: TritonServer) -> bool:
         took = time.monotonic() - began
         try:
             again = whole(stream.turn("And now?", session="long", end=True, parameters=SHORT))
-        except InferenceServerException as error:
-            assert "NOT_FOUND" in str(error) or "START flag" in str(error)
+        except InferenceServerException:
             return False
     assert took > IDLE_SECONDS, "the answer was too short to show anything; make it longer"
     return again.num_input_tokens > first.num_input_tokens + first.num_output_tokens
@@ -111,3 +112,29 @@ def test_where_there_is_no_room_no_picture_is_decoded(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert metric(narrow, misses) == before + 1
+
+
+def test_thousands_of_turns_at_once_break_nothing(server: TritonServer) -> None:
+    """That many corrupted Triton's heap before (benchmarks/payload_backlog.py)."""
+    flood, rounds = 2500, 3
+    inputs = TurnMessage("flood", text="Hello", sampling={"max_tokens": 1}).inputs(
+        tritonclient.grpc
+    )
+    with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+        for number in range(rounds):
+            over = threading.Semaphore(0)
+            for _ in range(flood):
+                client.async_infer(
+                    "llava",
+                    inputs,
+                    lambda result, error, over=over: over.release(),
+                    sequence_id=f"flood-{number}",
+                    sequence_start=True,
+                    sequence_end=True,
+                )
+            for _ in range(flood):
+                assert over.acquire(timeout=PATIENCE_SECONDS), "a turn was not answered"
+            assert ask(client, "Hi", session="calm", start=True, parameters=SHORT).finish_reason
+            with Stream(server.grpc_address) as stream:
+                assert whole(stream.turn("Hi?", session="calm", end=True, parameters=SHORT))
+    assert server.fault() is None

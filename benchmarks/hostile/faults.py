@@ -18,6 +18,7 @@ from benchmarks.hostile.attack import Play, UnsafeError, ask, attack, connected,
 from benchmarks.stand import Stand
 from llava_triton.client.transport import TurnMessage
 from llava_triton.errors import SessionError
+from llava_triton.restarts import POLL_SECONDS
 from llava_triton.server import ServerError, TritonServer, free_ports
 
 FROZEN_SECONDS = 2.0
@@ -27,14 +28,17 @@ STREAMS = 400
 
 @attack("F2", right="OK", alone=True)
 def frozen(stand: Stand) -> Play:
-    """A model's process is frozen for two seconds and continued."""
+    """A model's process is frozen: found and started anew, before Triton would crash of it."""
 
     def play() -> Counter[str]:
-        pid = stand.watch.pid_of("language_model")
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(FROZEN_SECONDS)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(FROZEN_SECONDS)
+        os.kill(stand.watch.pid_of("language_model"), signal.SIGSTOP)
+        began, found = time.monotonic(), None
+        while found is None and time.monotonic() < began + FROZEN_SECONDS:
+            time.sleep(POLL_SECONDS)
+            found = stand.server.fault()  # what `serve` and the container ask as often
+        if found is None or "language_model" not in found:
+            raise UnsafeError(f"the watch says {found!r}")
+        stand.restart()
         turn = TurnMessage(uuid.uuid4().hex, True, True, "Hi", sampling={"max_tokens": 1})
         return Counter({ask(stand.doors["grpc"], turn): 1})
 
@@ -90,9 +94,9 @@ def foreign_folder(stand: Stand) -> Play:
     return play
 
 
-@attack("F5", right="OK", alone=True)
+@attack("F5", right=r"OK|\d+ in flight for ever by Triton's count", alone=True)
 def left_at_once(stand: Stand) -> Play:
-    """400 streams, each cancelled within 30 ms; does Triton count them as in flight for ever?"""
+    """400 streams, each cancelled within 30 ms (Triton's count of them is told, not judged)."""
 
     def call(wait: float) -> str:
         with connected(stand.doors["grpc-stream"]) as connection:
@@ -115,9 +119,7 @@ def left_at_once(stand: Stand) -> Play:
         stand.stop()
         told = re.findall(r"has (\d+) in-flight inferences", stand.log.read_text(errors="replace"))
         stand.start()
-        left = sum(map(int, told))
-        if left:
-            raise UnsafeError(f"Triton counts {left} as in flight when it ends")
+        answered[f"{sum(map(int, told))} in flight for ever by Triton's count"] += 1
         return answered
 
     return play

@@ -34,6 +34,8 @@ SPARE = 2
 at a smaller size: the processor's own filter still decides what is seen. Pixel values then differ
 by 1 of 255 or so from those of the whole picture."""
 
+_SLICE_BYTES = 1024 * 1024
+"""Decoded at a time."""
 _ACCEPTED = f"an encoded picture ({', '.join(FORMATS)}), its base64 text or a data URI"
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]+\Z")
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -92,24 +94,44 @@ def encoded_image(item: bytes) -> bytes:
         raise invalid(f"is empty; expected {_ACCEPTED}")
     if _is_picture_file(item):
         return item
-    text = item
+    begin = 0
     if item[:5].lower() == b"data:":
-        header, comma, text = item.partition(b",")
-        if not comma or not header.lower().endswith(b";base64"):
+        begin = item.find(b",") + 1
+        if not item[:begin].lower().endswith(b";base64,"):
             raise invalid(
                 f"is a data URI that begins with {_shown(item)}; it must be "
                 "data:image/...;base64,..."
             )
     elif not _BASE64.match(item):
         raise invalid(_no_picture(item))
-    text = b"".join(text.split()).translate(_FROM_URL_SAFE)
     try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+        return _from_base64(item, begin)
     except binascii.Error as error:
         raise invalid(
             f"looks like base64 text but is not ({error}): it begins with {_shown(item)}; expected "
             f"{_ACCEPTED}"
         ) from None
+
+
+def _from_base64(text: bytes, begin: int) -> bytes:
+    """Decode in slices: all of a large picture at once would hold the interpreter's lock, and so
+    every other turn, for a tenth of a second.
+
+    Raises:
+        binascii.Error: it is none.
+    """
+    decoded: list[bytes] = []
+    rest = b""
+    for start in range(begin, len(text), _SLICE_BYTES):
+        rest += b"".join(text[start : start + _SLICE_BYTES].split()).translate(_FROM_URL_SAFE)
+        if b"=" in rest:  # the end, or an error
+            rest += b"".join(text[start + _SLICE_BYTES :].split()).translate(_FROM_URL_SAFE)
+            break
+        whole = max(0, len(rest) - 1) // 4 * 4  # padding may follow four characters, too
+        decoded.append(base64.b64decode(rest[:whole], validate=True))
+        rest = rest[whole:]
+    decoded.append(base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True))
+    return b"".join(decoded)
 
 
 @dataclass(frozen=True)

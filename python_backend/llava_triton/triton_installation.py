@@ -11,6 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_triton.large_blocks import LARGE_BLOCK_BYTES
 from llava_triton.server_error import ServerError
 
 
@@ -28,6 +29,9 @@ of a decode step (12 layers of 768) cost 24 instead of 16 ms there: waking takes
 
 Large tensors lie in large pages: a tenth to a quarter less time for the same products.
 """
+
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK_BYTES)}
+"""How Triton's processes keep memory: see `large_blocks`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Installation:
         _put_first(environment, "LD_LIBRARY_PATH", [str(path) for path in libraries])
         # What a model prints belongs in the log at once, not when its buffer is full.
         environment["PYTHONUNBUFFERED"] = "1"
-        for name, value in CPU_ENVIRONMENT.items():
+        for name, value in (CPU_ENVIRONMENT | MEMORY_ENVIRONMENT).items():
             environment.setdefault(name, value)
         return environment
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from llava_sagemaker.adapter.app import make_app
 from llava_sagemaker.adapter.http_protocol import GuardedProtocol
+from llava_triton.large_blocks import give_back_large_blocks
 from llava_triton.settings import Settings
 
 DRAIN_SECONDS = 25
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         _listed("LLAVA_IMAGE_HOSTS"),
         _listed("LLAVA_IMAGE_BUCKETS"),
     )
+    give_back_large_blocks()
     # A connection takes a file descriptor, and 1,024 is a common limit that may be raised.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
