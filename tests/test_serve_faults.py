@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -228,3 +230,29 @@ def test_open_ports_are_warned_of_once(serve: Callable[..., Command]) -> None:
     command.wait_until_ready()
     assert command.output.count("warning: Triton's ports are open to others at 0.0.0.0") == 1
     assert "docs/triton-ports.md" in command.output
+
+
+# What Python does with an exception that is raised in a finalizer: it prints it and goes on.
+DROPPED = """
+import os, signal, time
+from llava_triton import server
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        (lambda: None)()
+
+signal.signal(signal.SIGTERM, server._interrupt)
+try:
+    Finalized()
+    time.sleep(20.0)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_a_signal_that_a_finalizer_drops_is_heard() -> None:
+    command = [sys.executable, "-c", DROPPED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS)
+    assert "Exception ignored" in done.stderr
+    assert done.stdout == "heard\n"

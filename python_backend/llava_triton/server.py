@@ -364,6 +364,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """End the command once; more signals must not disturb the clean-up."""
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    # Python drops what is raised in a finalizer: once more, then, until `main` has heard of it.
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
     raise KeyboardInterrupt
 
 
@@ -441,6 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         server.stop()
     print("stopped", flush=True)
     return 0

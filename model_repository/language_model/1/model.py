@@ -115,12 +115,13 @@ class TritonPythonModel:
             if error is not None:
                 _send_error(sender, error)
                 return True
-        elif not (alone and protocol.MARK in parameters) and (
-            parameters.get(protocol.RELEASE) != self._secret
-        ):
+        elif not ((alone and protocol.MARK in parameters) or self._is_release(parameters)):
             return False
         sender.send(flags=FINAL)
         return True
+
+    def _is_release(self, parameters: dict[str, Any]) -> bool:
+        return parameters.get(protocol.RELEASE) == self._secret
 
     def _let_go(self, session_id: int | str) -> None:
         """The engine has closed a session by itself: Triton lets its sequence go, too."""
