@@ -74,7 +74,7 @@ def hold(engine: Engine, encoder: Encoder, number: int) -> list[Asked]:
             start=index == 0,
             end=index == len(conversation.turns) - 1,
             text=turn.question,
-            image_features=encoder.features(next(pictures)) if turn.picture else None,
+            image_features=(encoder.features(next(pictures)),) if turn.picture else (),
             sampling=SamplingParameters(max_tokens=MAX_TOKENS),
         )
         answer = _ask(engine, request)

@@ -63,9 +63,9 @@ class Encoder:
         self._encode = vision_encoding(repository, self._settings)
 
     def features(self, picture: bytes) -> torch.Tensor:
-        """One picture -> [1, T, D]."""
+        """Of one picture [T, D]."""
         features = self._encode(self._pixels.of_encoded([picture], self._settings))
-        return torch.as_tensor(features)
+        return torch.as_tensor(features)[0]
 
 
 @dataclasses.dataclass
@@ -150,7 +150,7 @@ class EngineLoad:
         finished: queue.SimpleQueue[Asked],
         picture: bytes | None,
     ) -> None:
-        features = None if picture is None else self._encoder.features(picture)
+        features = () if picture is None else (self._encoder.features(picture),)
         request = TurnRequest(
             session_id=f"{load}-{session}",
             start=turn == 0,

@@ -132,8 +132,7 @@ def start(
         host_blocks: int | None = None,
         **limits: Any,
     ) -> EngineHarness:
-        features = quiet.features(PICTURES[:1])
-        assert features is not None
+        (features,) = quiet.features(PICTURES[:1])
         one = features.numel() * features.itemsize
         if blocks is not None:
             limits["kv_cache_bytes"] = blocks * quiet.runner.block_bytes

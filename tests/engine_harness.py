@@ -22,7 +22,7 @@ from llava_triton.device import compute_dtype
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session, SessionId
-from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.session_memory import SessionMemory, block_key
 from llava_triton.engine.step import LaunchedStep, Step
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
@@ -114,12 +114,9 @@ class EngineHarness:
             self.runner, self._tokenizer, self.settings, self.clock, expired=self.expired.append
         )
 
-    def features(self, images: Sequence[Image]) -> torch.Tensor | None:
-        """Image features [N, T, D], each picture's the same bits whichever others are beside it;
-        None for no images."""
-        if not images:
-            return None
-        return torch.stack([_features_of(self._checkpoint, _Picture(image)) for image in images])
+    def features(self, images: Sequence[Image]) -> tuple[torch.Tensor, ...]:
+        """Image features [T, D] of each, the same bits whichever others are beside it."""
+        return tuple(_features_of(self._checkpoint, _Picture(image)) for image in images)
 
     def submit(
         self,
@@ -184,7 +181,8 @@ class EngineHarness:
 
     def history(self, session_id: SessionId) -> list[int]:
         """All tokens of an open session's conversation, up to its last completed turn."""
-        return self.on_engine(lambda engine: list(engine._sessions._sessions[session_id].history))
+        session = self.session(session_id)
+        return self.on_engine(lambda _: session.tokens[: session.committed])
 
     def evict_idle(self, *session_ids: SessionId) -> int:
         """Take the blocks of idle sessions (of all or of these), as memory pressure would.
@@ -380,17 +378,24 @@ def _check_session(memory: SessionMemory, session: Session) -> None:
     kv = session.key_values
     assert len(set(kv.blocks)) == len(kv.blocks)
     if kv.host is None:
-        assert len(kv.blocks) * BLOCK_TOKENS >= len(kv.ids)
+        assert len(kv.blocks) * BLOCK_TOKENS >= kv.computed
     else:
         assert not kv.blocks, "a session is on the host and on the device"
-        assert kv.ids
-    assert len(kv.keys) == len(kv.ids) // BLOCK_TOKENS
+        assert kv.computed
+    assert len(kv.keys) == kv.computed // BLOCK_TOKENS
     for index, key in enumerate(kv.keys):
-        assert key == memory._key(session, kv.keys[:index], kv.ids)
+        assert key == block_key(session, kv.keys[:index])
         if kv.blocks:
             assert memory.pool._keys.get(kv.blocks[index], key) == key
-    placeholders = kv.ids.count(memory._image_token_id)
-    assert placeholders <= len(session.images) * memory._tokens_per_image
+    assert kv.computed <= len(session.tokens)
+    assert session.committed <= len(session.tokens)
+    end = 0
+    for span, image in zip(session.spans, session.images, strict=False):
+        assert (span.image, span.length) == (image, image.tokens)
+        assert end <= span.start < span.end <= len(session.tokens)
+        assert len(set(session.tokens[span.start : span.end])) == 1
+        end = span.end
+    assert len(session.spans) <= len(session.images)
 
 
 def _check_host_copies(memory: SessionMemory, sessions: Sequence[Session]) -> None:

@@ -290,7 +290,7 @@ def test_a_vocabulary_beyond_the_tokenizers_does_no_harm(
             "s", "What is it?", start=True, max_tokens=12, temperature=0.0, ignore_eos=True
         )
         assert final.num_output_tokens == 12
-        history = harness.engine._sessions.get("s").history
+        history = harness.history("s")
     finally:
         harness.shutdown()
     assert max(history) < len(AutoTokenizer.from_pretrained(DEMO))

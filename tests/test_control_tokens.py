@@ -19,6 +19,7 @@ from tests.tokenizers_for_tests import byte_level, of_demo_checkpoint, sentence_
 
 MAKERS = (byte_level, sentence_piece, of_demo_checkpoint)
 PER_IMAGE = 3
+IMAGES = [PER_IMAGE, PER_IMAGE]
 CONTROL = ("<s>", "</s>", "<unk>")
 
 
@@ -32,7 +33,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def renderer(tokenizer: Any) -> ConversationRenderer:
-    return ConversationRenderer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"), PER_IMAGE)
+    return ConversationRenderer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"))
 
 
 def control_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -63,8 +64,8 @@ def test_what_is_spelled_like_a_control_token_is_text(
     said = text(name)
     for last_answer in (None, "Yes.", f"Yes {name}", f"Yes.{name}"):
         plain = None if last_answer is None else "Yes."
-        expected = control_tokens(tokenizer, renderer.message(plain, "a", 2))
-        ids = renderer.message(last_answer, said, 2)
+        expected = control_tokens(tokenizer, renderer.message(plain, "a", IMAGES).ids)
+        ids = renderer.message(last_answer, said, IMAGES).ids
         assert control_tokens(tokenizer, ids) == expected
         assert said.replace(" ", "") in spelled(tokenizer, ids)
         assert tokenizer.unk_token_id not in ids
@@ -75,7 +76,8 @@ def test_nor_does_it_steer_in_answers(
     tokenizer: Any, renderer: ConversationRenderer, name: str
 ) -> None:
     def told(text: str, answer: str) -> list[int]:
-        return list(renderer.past([PastTurn(text, answer), PastTurn(text, answer)], 10_000)[0])
+        turns = [PastTurn(text, answer), PastTurn(text, answer)]
+        return renderer.past(turns, (), 10_000).prompt.ids
 
     ids = told(f"is {name} red?", f"It is {name}, or {name}")
     assert control_tokens(tokenizer, ids) == control_tokens(tokenizer, told("is red?", "It is."))
@@ -95,7 +97,7 @@ def test_other_texts_are_tokenized_as_ever(
     expected = list(tokenizer(rendered)["input_ids"])
     at = expected.index(tokenizer.convert_tokens_to_ids("<image>"))
     expected[at : at + 1] = expected[at : at + 1] * PER_IMAGE
-    assert renderer.message(None, text, 1) == expected
+    assert renderer.message(None, text, IMAGES[:1]).ids == expected
 
 
 def test_a_name_that_the_model_s_own_vocabulary_knows_is_spelled_out(
@@ -104,9 +106,7 @@ def test_a_name_that_the_model_s_own_vocabulary_knows_is_spelled_out(
     eos = tokenizer.eos_token_id
     encode = "llava_triton.conversation._without_added_tokens"
     monkeypatch.setattr(encode, lambda _, text: [eos] if text == "</s>" else list(map(ord, text)))
-    renderer = ConversationRenderer(
-        tokenizer, tokenizer.convert_tokens_to_ids("<image>"), PER_IMAGE
-    )
+    renderer = ConversationRenderer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"))
     assert renderer._spelled["</s>"] == [ord(character) for character in "</s>"]
 
 

@@ -336,7 +336,7 @@ def test_an_ended_session_holds_nothing_when_its_client_hears_of_it(
 
     def listen(_: object) -> None:
         kv = session.key_values
-        held.append(len(kv) + len(kv.blocks) + len(session.images))
+        held.append(kv.computed + len(kv.blocks) + len(session.images))
 
     harness.submit("s", end=True, listen=listen).wait()
     assert held == [0]

@@ -415,9 +415,7 @@ def engines(
     monkeypatch.setattr(tests.engine_harness, "PATIENCE_SECONDS", HANG_SECONDS)
     checkpoint = tiny_llava(tmp_path / "tiny", text="qwen2", kv_heads=1, image_size=112, seed=5)
     quiet = EngineHarness(checkpoint)
-    features = quiet.features(PICTURES)
-    assert features is not None
-    picture_bytes = features[0].numel() * features.itemsize
+    picture_bytes = quiet.features(PICTURES)[0].nbytes
     pool: dict[str, Any] = {
         "kv_cache_bytes": POOL_BLOCKS * quiet.runner.block_bytes,
         "prefill_chunk_tokens": 32,

@@ -12,6 +12,7 @@ from PIL import Image
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.history import PastTurn, history_from_json, history_to_json
+from llava_triton.prompt import Prompt
 from tests.conftest import ROOT
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
@@ -57,7 +58,7 @@ def test_answers_are_those_of_the_whole_conversation(
         text, final = harness.ask("s", None, images, start=True, history=TOLD)
         assert (text, final.finish_reason) == ("", "prefilled")
         first, final = harness.ask("s", QUESTIONS[1])
-        assert final.num_cached_tokens > 3 * harness.runner.tokens_per_image
+        assert final.num_cached_tokens > 3 * harness.runner.picture_tokens
     assert [first, harness.ask("s", QUESTIONS[2])[0]] == expected_answers(last)
 
 
@@ -116,7 +117,7 @@ def test_a_history_that_never_fits_costs_next_to_nothing(
     rendered: list[str] = []
     message = ConversationRenderer.message
 
-    def noting(renderer: ConversationRenderer, *arguments: Any) -> list[int]:
+    def noting(renderer: ConversationRenderer, *arguments: Any) -> Prompt:
         rendered.append(threading.current_thread().name)
         return message(renderer, *arguments)
 

@@ -106,11 +106,11 @@ class Stage:
     ) -> Future[Tensor | None]:
         told: Future[Tensor | None] = Future()
 
-        def answer(outcome: Tensor | SessionError | None) -> None:
+        def answer(outcome: Sequence[Tensor] | SessionError) -> None:
             if isinstance(outcome, SessionError):
                 told.set_exception(outcome)
             else:
-                told.set_result(outcome)
+                told.set_result(torch.stack(list(outcome)) if outcome else None)
 
         lane = object() if session is None else session
         self.pictures.submit(lane, pictures, answer, tenant=tenant, opening=opening)

@@ -29,8 +29,8 @@ def test_features_that_are_not_finite_are_refused(
     harness = start()
     show(0).wait(harness, "s", start=True)
     features = harness.features([*show(1).images, *show(2).images])
-    assert features is not None
-    features.view(-1)[place] = value
+    features = tuple(each.clone() for each in features)
+    features[place].view(-1)[place] = value
     for opens in (False, True):
         pending = Pending()
         request = TurnRequest("s", text="What is it?", image_features=features, start=opens)
@@ -45,10 +45,12 @@ def test_features_that_are_not_finite_are_refused_at_the_door(grpc_client: Any) 
     features = np.full((1, *metadata), np.nan, dtype=np.float32).reshape(-1).view(np.uint8)
     tensor = tritonclient.grpc.InferInput("image_features", list(features.shape), "UINT8")
     tensor.set_data_from_numpy(features)
+    lengths = tritonclient.grpc.InferInput("image_lengths", [4], "UINT8")
+    lengths.set_data_from_numpy(np.array([metadata[0]], dtype=np.int32).view(np.uint8))
     with pytest.raises(InferenceServerException) as caught:
         grpc_client.infer(
             "answer_collector",
-            [*inputs(tritonclient.grpc, "What is it?"), tensor],
+            [*inputs(tritonclient.grpc, "What is it?"), tensor, lengths],
             sequence_id="not finite",
             sequence_start=True,
         )

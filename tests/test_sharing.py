@@ -40,7 +40,7 @@ def ends_in_a_shared_block(harness: EngineHarness, session_id: SessionId) -> boo
 
     def look(engine: Engine) -> bool:
         kv, pool = engine._sessions.get(session_id).key_values, engine._memory.pool
-        index, inside = divmod(len(kv.ids), BLOCK_TOKENS)
+        index, inside = divmod(kv.computed, BLOCK_TOKENS)
         return inside > 0 and pool.is_shared(kv.blocks[index])
 
     return harness.on_engine(look)
@@ -124,8 +124,7 @@ def test_pictures_that_differ_in_one_pixel(start: Start, alone: Alone) -> None:
 
 def test_features_that_differ_in_one_bit(start: Start) -> None:
     harness = start()
-    features = harness.features(PICTURES[:1])
-    assert features is not None
+    (features,) = harness.features(PICTURES[:1])
     for number, place in enumerate((None, 0, -1)):
         other = features.clone()
         if place is not None:
@@ -135,7 +134,7 @@ def test_features_that_differ_in_one_bit(start: Start) -> None:
             number,
             start=True,
             text="What is it?",
-            image_features=other,
+            image_features=(other,),
             sampling=SamplingParameters(max_tokens=2),
         )
         harness.engine.submit(request, pending.events.put)
@@ -150,18 +149,17 @@ def test_a_running_turn_holds_no_second_copy_of_its_pictures(start: Start) -> No
         session_id="s",
         start=True,
         text="Go on",
-        image_features=harness.features(PICTURES[:2]),
+        image_features=tuple(each.clone() for each in harness.features(PICTURES[:2])),
         sampling=SamplingParameters(max_tokens=300, ignore_eos=True),
     )
-    assert asked.image_features is not None
-    features = weakref.ref(asked.image_features)
+    features = [weakref.ref(each) for each in asked.image_features]
     began = threading.Event()
     harness.engine.submit(asked, lambda _: began.set())
     del asked
     assert began.wait(HANG_SECONDS)
     harness.on_engine(lambda engine: None)  # what began it is over
     gc.collect()
-    assert features() is None
+    assert [each() for each in features] == [None, None]
     assert harness.engine.statistics().images == 2
 
 

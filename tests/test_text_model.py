@@ -132,7 +132,7 @@ def test_bfloat16_agrees_roughly(tmp_path: Path) -> None:
         harness = EngineHarness(checkpoint, dtype=dtype)
         try:
             harness.ask("s", "What is it?", start=True, max_tokens=8, ignore_eos=True)
-            first.append(list(harness.engine._sessions.get("s").history))
+            first.append(harness.history("s"))
         finally:
             harness.shutdown()
     assert first[0][:-7] == first[1][:-7]  # prompt and first token: later ones may drift apart

@@ -12,6 +12,7 @@ import pytest
 from llava_triton.conversation import ConversationRenderer
 from llava_triton.engine import Engine, preparation
 from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.prompt import Prompt
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, show
 
@@ -83,8 +84,7 @@ def test_only_an_end_that_frees_something_is_taken_where_all_places_are(start: S
 
 
 def test_features_of_waiting_turns_have_a_budget(start: Start, alone: Alone) -> None:
-    features = start().features(PICTURES[:1])
-    assert features is not None
+    (features,) = start().features(PICTURES[:1])
     harness = start(max_queued_features_bytes=6 * features.nbytes)
     with harness.held_device() as device:
         running = show(0).submit(harness, "s", start=True)
@@ -116,7 +116,7 @@ def held_preparation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], N
     most = 50
     message, tried, may = ConversationRenderer.message, threading.Event(), threading.Event()
 
-    def held(renderer: ConversationRenderer, last: Any, text: str | None, images: int) -> list[int]:
+    def held(renderer: ConversationRenderer, last: Any, text: str | None, images: Any) -> Prompt:
         if len(text or "") > most:
             tried.set()
             assert may.wait(HANG_SECONDS)

@@ -38,8 +38,9 @@ SHAPES: dict[tuple[str, str, str], list[list[int]]] = {
         for name in ("text_input", "sampling_parameters", "history")
     },
     **{
-        (model, "image_features", kind): [*ONE_DIMENSION, *PRODUCTS]
+        (model, name, kind): [*ONE_DIMENSION, *PRODUCTS]
         for model in ("answer_collector", "language_model")
+        for name in ("image_features", "image_lengths")
         for kind in ("UINT8", "FP32")
     },
 }
@@ -54,6 +55,13 @@ class Tensor:
     kind: str
     shape: list[int]
     data: bytes
+
+
+BESIDE = {
+    "image_features": ("image_lengths", struct.pack("<I", 36)),
+    "image_lengths": ("image_features", bytes(4 * 36 * 128)),
+}
+"""What comes with a tensor that is refused alone: one picture's."""
 
 
 def tensors(negative: bool) -> Iterator[Tensor]:
@@ -92,7 +100,7 @@ def unharmed(victim: TritonServer) -> Iterator[TritonServer]:
 
 
 def over_grpc(server: TritonServer, sent: list[Tensor]) -> list[str]:
-    """Send each tensor alone, as a session's only turn; errors, or empty texts."""
+    """Send each tensor, alone if need not be, as a session's only turn; errors, or empty texts."""
 
     def request(tensor: Tensor) -> Any:
         made = service_pb2.ModelInferRequest(model_name=tensor.model)
@@ -101,6 +109,10 @@ def over_grpc(server: TritonServer, sent: list[Tensor]) -> list[str]:
             made.parameters[flag].bool_param = True
         made.inputs.add(name=tensor.name, datatype=tensor.kind, shape=tensor.shape)
         made.raw_input_contents.append(tensor.data)
+        if tensor.name in BESIDE:
+            name, data = BESIDE[tensor.name]
+            made.inputs.add(name=name, datatype="UINT8", shape=[len(data)])
+            made.raw_input_contents.append(data)
         return made
 
     told = []
@@ -165,11 +177,32 @@ def ask(server: TritonServer, model: str, tensor: dict[str, Any], data: bytes = 
         connection.close()
 
 
-@pytest.mark.parametrize("size", [1, 4 * 36 * 128 - 1, 9 * 4 * 36 * 128])
+@pytest.mark.parametrize("size", [0, 1, 4 * 36 * 128 - 1, 9 * 4 * 36 * 128])
 def test_features_of_another_size_are_refused_in_a_sentence(
     unharmed: TritonServer, size: int
 ) -> None:
     tensor = Tensor("language_model", "image_features", "UINT8", [size], bytes(size))
     (error,) = over_grpc(unharmed, [tensor])
-    assert f"image_features has {size} bytes; it takes 18432 a picture" in error
+    assert f"image_features has {size} bytes; it takes 512 a token" in error
+    assert "and image_lengths speaks of 36 tokens" in error
+    assert "INVALID_ARG" in error
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        (b"\0\0\0", "image_lengths has 3 bytes; it takes 4 a picture"),
+        (struct.pack("<2i", 36, 0), "image_lengths holds 2 numbers, the least 0"),
+        (struct.pack("<2i", 37, -1), "image_lengths holds 2 numbers, the least -1"),
+        (struct.pack("<9i", *[4] * 9), "image_lengths holds 9 numbers, the least 4"),
+        (struct.pack("<2i", 30, 7), "image_lengths speaks of 37 tokens"),
+        (b"", "image_lengths speaks of 0 tokens"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused_in_a_sentence(
+    unharmed: TritonServer, lengths: bytes, told: str
+) -> None:
+    tensor = Tensor("language_model", "image_lengths", "UINT8", [len(lengths)], lengths)
+    (error,) = over_grpc(unharmed, [tensor])
+    assert told in error
     assert "INVALID_ARG" in error

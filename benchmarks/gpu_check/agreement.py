@@ -180,7 +180,8 @@ def compare(
                 start=index == 0,
             )
         ).wait()
-        history = way.on_engine(lambda engine: list(engine._sessions._sessions[SESSION].history))
+        session = way.on_engine(lambda engine: engine._sessions.get(SESSION))
+        history = session.tokens[: session.committed]
         length = answer.done.num_input_tokens
         got = history[length:]
         expected, logits = reference.answer(history[:length], pictures, tokens)

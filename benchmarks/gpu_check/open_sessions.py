@@ -41,7 +41,7 @@ class OpenSessions:
         before = self._used_bytes()
         self._open_until(self._sizes.opened_sessions, time.perf_counter() + OPENING_SECONDS)
         runner = self._way.runner
-        numbers = runner.tokens_per_image * runner.hidden_size
+        numbers = runner.picture_tokens * runner.hidden_size
         picture = numbers * self._way.place.dtype.itemsize
         # Some may have found room in what was reserved before.
         each = max(picture, (self._used_bytes() - before) / self._open)

@@ -82,7 +82,7 @@ class ComingBack:
         """A turn in a session that has met its fate, and the bytes of what it remembered."""
         sizes, way = self._sizes, self._way
         picture = self._workload.picture(PICTURES, number)
-        picture_tokens = way.runner.tokens_per_image
+        picture_tokens = way.runner.picture_tokens
         text = self._workload.text(max(4, sizes.context_tokens - picture_tokens), f"m{number}")
         way.ask(Ask(SESSION, picture=picture, text=text, answer_tokens=1, start=True)).wait()
         size = way.on_engine(lambda engine: _leave(engine, fate))

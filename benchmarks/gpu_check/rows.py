@@ -207,7 +207,7 @@ def engine_rows(options: Options, **limits: Any) -> tuple[Rows, EngineWay]:
         way.text_config,
         known,
         place.dtype.itemsize,
-        way.runner.tokens_per_image,
+        way.runner.picture_tokens,
         place.sizes,
         options.findings,
     )

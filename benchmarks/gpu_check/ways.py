@@ -173,11 +173,11 @@ class EngineWay:
     def ask(self, ask: Ask) -> Answer:
         """See `Way`. Encoding a picture is part of the answer's time, making features up is not."""
         answer = Answer()
-        features = None
+        features: tuple[Tensor, ...] = ()
         if ask.picture is not None and self._features is not None:
-            features = self._features(ask.picture)
+            features = tuple(self._features(ask.picture))
         elif ask.picture is not None:
-            features = self._random_features(ask.picture)
+            features = (self._random_features(ask.picture),)
             answer.asked_at = time.perf_counter()
         request = TurnRequest(
             session_id=ask.session,
@@ -203,7 +203,7 @@ class EngineWay:
         """As small as embeddings are."""
         device = self.runner.device
         generator = torch.Generator(device).manual_seed(zlib.crc32(picture))
-        shape = (1, self.runner.tokens_per_image, self.runner.hidden_size)
+        shape = (self.runner.picture_tokens, self.runner.hidden_size)
         return torch.randn(shape, generator=generator, device=device).mul_(0.02)
 
     def on_engine(self, action: Callable[[Engine], Result]) -> Result:

@@ -10,16 +10,25 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 from llava_triton.errors import SessionError, invalid
 from llava_triton.history import PastTurn
+from llava_triton.prompt import Prompt, expanded
 from llava_triton.sampling_parameters import MAX_STOP_CHARACTERS
 from llava_triton.token_bound import FewestTokens
 
-Past: TypeAlias = "tuple[Sequence[int], str | None]"
-"""Token IDs up to the end of the last answer, and that answer's text; None: nothing was said."""
+
+@dataclass(frozen=True)
+class Past:
+    """What was said before a turn."""
+
+    prompt: Prompt
+    """Up to the end of the last answer."""
+    last_answer: str | None
+    """That answer's text; None: nothing was said."""
 
 
 def too_long(tokens: int, context: int) -> SessionError:
@@ -40,14 +49,12 @@ class ConversationRenderer:
     Args:
         tokenizer: the checkpoint's tokenizer, with a chat template.
         image_token_id: the placeholder that stands for image features.
-        tokens_per_image: how many features one image has, `T`.
     """
 
-    def __init__(self, tokenizer: Any, image_token_id: int, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: Any, image_token_id: int) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
-        self._tokens_per_image = tokens_per_image
         # Stands for the last answer in a rendered window; nothing a client sends can equal it.
         self._answer_mark = uuid.uuid4().hex
         # Stands before and behind every control token that a client or an answer has spelled.
@@ -65,66 +72,62 @@ class ConversationRenderer:
         # The first use may change how the tokenizer is set; from then on any thread may use it.
         self._tokenize(self._answer_mark)
 
-    def message(self, last_answer: str | None, text: str | None, images: int) -> list[int]:
-        """Token IDs that a turn adds to a conversation, up to where the model speaks.
+    def message(
+        self, last_answer: str | None, text: str | None, images: Sequence[int] = ()
+    ) -> Prompt:
+        """What a turn adds to a conversation, up to where the model speaks.
 
         Args:
             last_answer: text of the last answer; None in a new conversation.
             text: the user's text; None where only images came so far: the message then ends with
                 the last image's last token, because what follows depends on the question.
-            images: number of images in this message, counting those that came without text.
+            images: tokens of each image in this message, those first that came without text.
 
         Returns:
-            Every image as `tokens_per_image` placeholders. What the user spells like a control
-            token of the tokenizer, `</s>` for one, is text.
+            Every image as so many placeholders. What the user spells like a control token of the
+            tokenizer, `</s>` for one, is text.
 
         Raises:
             SessionError: INVALID_ARG, the text holds the image placeholder.
         """
         self._refuse_placeholder("text_input", text or "")
-        if text is None and images == 0:
-            return []
-        message = self._user_message(text or "", images)
+        if text is None and not images:
+            return Prompt()
+        message = self._user_message(text or "", len(images))
         if last_answer is None:
             new_ids = self._tokenize_opening(self._render([message]))
         else:
             window = self._render([self._user_message("", 0), self._assistant_message(), message])
             said = self._as_text(_last_word(last_answer))
             new_ids = self._tokenize_after(said, window.split(self._answer_mark, 1)[1])
-        if new_ids.count(self._image_token_id) != images:
-            raise ValueError(
-                f"the checkpoint's chat template rendered {new_ids.count(self._image_token_id)} "
-                f"image placeholders for {images} images"
-            )
+        prompt = expanded(new_ids, self._image_token_id, images)
         if text is None:
-            last_image = len(new_ids) - 1 - new_ids[::-1].index(self._image_token_id)
-            new_ids = new_ids[: last_image + 1]
-        return self._expand_images(new_ids)
+            del prompt.ids[prompt.spans[-1].end :]
+        return prompt
 
-    def past(self, turns: Sequence[PastTurn], context: int) -> Past:
+    def past(self, turns: Sequence[PastTurn], images: Sequence[int], context: int) -> Past:
         """Turns that took place elsewhere, as if they had taken place in a new session.
 
         Args:
             turns: what was said.
+            images: tokens of each image that was shown in them.
             context: tokens that they may be at the most.
-
-        Returns:
-            What they are, as if they had been said in a new session.
 
         Raises:
             SessionError: INVALID_ARG, a text holds the image placeholder, or it is too much.
         """
-        history: list[int] = []
+        history, shown = Prompt(), 0
         last_answer: str | None = None
         for turn in turns:
             self._refuse_placeholder("history", turn.text + turn.answer)
             self.check_length(turn.text + turn.answer, context)
-            history += self.message(last_answer, turn.text, turn.images)
-            history += self._answer_tokens(turn.answer)
-            last_answer = turn.answer
+            lengths = images[shown : shown + turn.images]
+            history.append(self.message(last_answer, turn.text, lengths))
+            history.append(Prompt(self._answer_tokens(turn.answer)))
+            last_answer, shown = turn.answer, shown + turn.images
             if len(history) > context:
                 raise too_long(len(history), context)
-        return history, last_answer
+        return Past(history, last_answer)
 
     def check_length(self, text: str, context: int) -> None:
         """Refuse a text that alone is longer than the context, whatever its tokens are.
@@ -252,13 +255,6 @@ class ConversationRenderer:
         if ids[: len(anchor_ids)] == anchor_ids:
             return ids[len(anchor_ids) :]
         return self._tokenize(text)
-
-    def _expand_images(self, ids: list[int]) -> list[int]:
-        expanded: list[int] = []
-        for token in ids:
-            repeat = self._tokens_per_image if token == self._image_token_id else 1
-            expanded.extend([token] * repeat)
-        return expanded
 
 
 def _last_word(text: str) -> str:

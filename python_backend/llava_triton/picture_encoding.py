@@ -59,9 +59,9 @@ Encode = Callable[[np.ndarray], Tensor]
 taken back. Only ever called on one thread."""
 AskForRoom = Callable[[Hashable], None]
 """Raises SessionError where a session could not open now. Only ever called on one thread."""
-Answer = Callable[[Tensor | SessionError | None], None]
-"""Is called once a turn: with its pictures' features [N, T, D], None where it has no picture, or
-why there are none."""
+Answer = Callable[[Sequence[Tensor] | SessionError], None]
+"""Is called once a turn: with the features [T, D] of each of its pictures, or why there are
+none."""
 
 
 @dataclass(eq=False)
@@ -178,7 +178,7 @@ class PictureEncoding:
                 if before is None:
                     self._start(turn)
                 return
-        _tell(turn, None)
+        _tell(turn, [])
 
     def shutdown(self) -> None:
         """Let pictures that are worked on finish; the turns that wait are refused."""
@@ -387,12 +387,12 @@ class PictureEncoding:
                 if turn.items:
                     self._start(turn)
                     return
-            _tell(turn, None)
+            _tell(turn, [])
 
 
-def _tell(turn: _Turn, outcome: list[Tensor] | SessionError | None) -> None:
+def _tell(turn: _Turn, outcome: list[Tensor] | SessionError) -> None:
     try:
-        turn.answer(torch.stack(outcome) if isinstance(outcome, list) else outcome)
+        turn.answer(outcome)
     except Exception as error:  # such as no memory for all of them, or none that is shared
         failure = _failure(error)
         with contextlib.suppress(Exception):  # nobody is there to tell

@@ -51,11 +51,15 @@ ANSWER_OUTPUTS = (
 PIXEL_VALUES = "pixel_values"
 """FP32 [N, 3, H, W]."""
 IMAGE_FEATURES = "image_features"
-"""Of vision_encoder: FP32 [N, T, D]. To language_model: UINT8 [4 N T D], the same numbers' bytes,
-none where the turn has no picture. Triton 2.51 multiplies the dimensions of a client's tensor
-without looking for an overflow, so [2**53, 36, 128] of FP32 passes for no bytes, and the process
-that makes an array of it dies. A shape of one dimension and one byte cannot overflow."""
-NO_FEATURES = np.zeros(0, dtype=np.uint8)
+"""Of vision_encoder: FP32 [N, T, D]. To language_model: UINT8 [4 R D], the bytes of the rows of all
+the turn's pictures, one picture behind another; none where it has no picture. Triton 2.51
+multiplies the dimensions of a client's tensor without looking for an overflow, so [2**53, 36, 128]
+of FP32 passes for no bytes, and the process that makes an array of it dies. A shape of one
+dimension and one byte cannot overflow."""
+IMAGE_LENGTHS = "image_lengths"
+"""UINT8 [4 N]: how many of the rows are each picture's, INT32 as bytes for the same reason."""
+NOTHING = np.zeros(0, dtype=np.uint8)
+"""Either of them where a turn has no picture."""
 TURN_ID = "turn_id"
 """BYTES [1]."""
 WHOLE_ANSWER = "whole_answer"

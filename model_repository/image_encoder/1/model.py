@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class TritonPythonModel:
             opening=session if session and request.flags() & START else None,
         )
 
-    def _answer(self, sender: Any, outcome: Tensor | SessionError | None) -> None:
+    def _answer(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
         if not isinstance(outcome, SessionError):  # an error goes no further
             self._backlog.pass_one()
         _send(sender, outcome)
@@ -159,17 +160,20 @@ def _tell_language_model(parameters: dict[str, Any]) -> None:
             raise error_from_text(response.error().message())
 
 
-def _send(sender: Any, outcome: Tensor | SessionError | None) -> None:
+def _send(sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
     if isinstance(outcome, SessionError):
         code = getattr(pb_utils.TritonError, outcome.code.name)
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))
-    elif outcome is None:
-        # An empty tensor, not no tensor: an omitted output would reset the sequence flags that
-        # Triton hands to the ensemble's next step.
-        nothing = pb_utils.Tensor(protocol.IMAGE_FEATURES, protocol.NO_FEATURES)
-        response = pb_utils.InferenceResponse([nothing])
+    elif not outcome:
+        # Empty tensors, not none: an omitted output would reset the sequence flags that Triton
+        # hands to the ensemble's next step.
+        names = (protocol.IMAGE_FEATURES, protocol.IMAGE_LENGTHS)
+        nothing = [pb_utils.Tensor(name, protocol.NOTHING) for name in names]
+        response = pb_utils.InferenceResponse(nothing)
     else:
+        rows, lengths = flattened(outcome)
         # The tensor, not its capsule: Triton then waits for the stream that is filling it.
-        features = pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, flattened(outcome))
-        response = pb_utils.InferenceResponse([features])
+        features = pb_utils.Tensor.from_dlpack(protocol.IMAGE_FEATURES, rows)
+        tensors = [features, pb_utils.Tensor(protocol.IMAGE_LENGTHS, lengths)]
+        response = pb_utils.InferenceResponse(tensors)
     sender.send(response, flags=FINAL)

@@ -24,7 +24,7 @@ from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.turn import Listener
-from llava_triton.errors import ErrorCode, SessionError, as_session_error
+from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
 from llava_triton.flat_features import unflattened
 from llava_triton.metrics import Publisher, engine_metrics
 from llava_triton.responses import ResponseThread
@@ -56,7 +56,7 @@ class TritonPythonModel:
         self._settings = settings
         self._device = device
         runner = ModelRunner(checkpoint, settings)
-        self._picture_shape = (runner.tokens_per_image, runner.hidden_size)
+        self._width = runner.hidden_size
         self._responses = ResponseThread()
         self._stopping = False
         self._secret = uuid.uuid4().hex
@@ -183,19 +183,23 @@ class TritonPythonModel:
             tenant=protocol.parse_tenant(parameters),
         )
 
-    def _features(self, request: Any) -> torch.Tensor | None:
-        """The request's image features [N, T, D]; None where it has no image.
+    def _features(self, request: Any) -> tuple[torch.Tensor, ...]:
+        """The features [T, D] of each of the request's pictures.
 
         Raises:
             SessionError: INVALID_ARG, another size.
         """
         tensor = pb_utils.get_input_tensor_by_name(request, protocol.IMAGE_FEATURES)
-        if tensor is None:
-            return None
+        lengths = _array(request, protocol.IMAGE_LENGTHS)
+        if tensor is None and lengths is None:
+            return ()
+        if tensor is None or lengths is None:
+            raise invalid("image_features and image_lengths come together; send both or neither")
         # The request's memory is Triton's again once the answer is sent; the session outlives it.
         return unflattened(
             torch.utils.dlpack.from_dlpack(tensor.to_dlpack()),
-            *self._picture_shape,
+            lengths,
+            self._width,
             self._settings.max_images_per_turn,
         )
 

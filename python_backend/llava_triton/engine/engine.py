@@ -21,7 +21,7 @@ from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
-from llava_triton.engine.session import Session, SessionId
+from llava_triton.engine.session import Session, SessionId, common_prefix
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
 from llava_triton.engine.statistics import Statistics
@@ -88,17 +88,13 @@ class Engine:
     ) -> None:
         self._runner = runner
         self._settings = settings
-        self._renderer = ConversationRenderer(
-            tokenizer, runner.image_token_id, runner.tokens_per_image
-        )
+        self._renderer = ConversationRenderer(tokenizer, runner.image_token_id)
         self._preparation = TurnPreparation(runner, tokenizer, self._renderer, settings)
         self._statistics = Statistics()
         self._memory = SessionMemory(
             BlockPool(runner.pages.blocks, cache_freed=settings.cache_freed_blocks),
             runner.pages,
             runner.host_kv_bytes,
-            runner.image_token_id,
-            runner.tokens_per_image,
         )
         self._images = ImageStore(
             runner.features_on_device, runner.image_bytes_on_device, runner.host_image_bytes
@@ -234,7 +230,7 @@ class Engine:
     def _let_first_tokens_go(self) -> None:
         """Where the device computes on the cores that also send, let it wait for first tokens."""
         computes_on_our_cores = self._runner.steps_at_once == 1
-        if computes_on_our_cores and any(len(turn.answer) == 1 for turn in self._with_new_tokens):
+        if computes_on_our_cores and any(turn.answer_tokens == 1 for turn in self._with_new_tokens):
             self._tell_new_tokens()
             share = FIRST_TOKEN_PAUSE_SHARE * self._scheduler.clock.decode_seconds
             time.sleep(min(FIRST_TOKEN_PAUSE_SECONDS, share))
@@ -248,7 +244,7 @@ class Engine:
         for running in list(self._running.values()):
             if running.turn.is_over_time:
                 self._end_over_time(running)
-            elif not running.answer and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
+            elif not running.answer_tokens and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
                 self._tell(running.turn, running.delta(""))
         if now >= self._next_sweep_at:
             self._next_sweep_at = now + SWEEP_SECONDS
@@ -342,14 +338,21 @@ class Engine:
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
         session.images += pictures
+        if request.start:
+            session.append(prepared.past.prompt)
+            session.committed = len(session.tokens)
+        running.kept = session.replace_message(prepared.message)
+        running.last_answer = prepared.past.last_answer
+        running.pending_images = len(prepared.message.spans)
         self._memory.truncate(session, running.remembered)
+        running.cached_tokens = session.key_values.computed
         if request.is_empty:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
 
     def _prepared(self, turn: Turn, session: Session) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
-        said = (turn.request, session.last_answer, session.pending_images)
+        said = (turn.request, session.last_answer, session.pending_lengths)
         if turn.preparation is not None:
             return turn.preparation.result()
         if not self._preparation.takes_long(turn.request):
@@ -389,15 +392,9 @@ class Engine:
             self._device.compute(step, lambda done: self._commands.put(lambda: self._land(done)))
 
     def _part(self, work: Work) -> StepPart:
-        running, runner = work.running, self._runner
-        return step_part(
-            work.ids,
-            running.session,
-            work.tokens_under_way,
-            running.draws.at(work.answer_tokens_before),
-            runner.image_token_id,
-            runner.tokens_per_image,
-        )
+        running = work.running
+        draw = running.draws.at(work.answer_tokens_before)
+        return step_part(work.ids, running.session, work.tokens_under_way, draw)
 
     def _land(self, done: Future[StepResult]) -> None:
         """The device has computed the oldest step under way."""
@@ -424,7 +421,7 @@ class Engine:
                 self._memory.forget(running.session)
                 self._fail(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
                 continue
-            self._memory.extend(running.session, running.next_ids(work.count))
+            self._memory.extend(running.session, work.count)
             if running.uncomputed:
                 continue
             self._with_new_tokens.append(running)
@@ -444,9 +441,9 @@ class Engine:
         if token in self._runner.eos_token_ids and not running.turn.request.sampling.ignore_eos:
             running.finish_reason = "stop"
             return
-        running.answer.append(token)
-        running.unread.append(token)
-        if len(running.answer) == running.max_tokens:
+        running.session.tokens.append(token)
+        running.unread += 1
+        if running.answer_tokens == running.max_tokens:
             running.finish_reason = "length"
 
     def _step_failed(self, turns: list[RunningTurn], error: Exception) -> None:
@@ -484,29 +481,38 @@ class Engine:
     def _complete(self, running: RunningTurn, text: str = "") -> None:
         turn, session = running.turn, running.session
         text += running.detokenizer.flush()
-        if running.max_tokens == 0:
-            session.history, session.last_answer = running.history, running.last_answer
-            session.pending_images = running.images
-        else:
-            shown = running.detokenizer.text
-            answer = running.answer
-            if running.detokenizer.stopped:
-                answer = self._renderer.tokens_of(answer, shown)
-            session.history = [*running.prompt, *answer]
-            session.last_answer = shown
-            session.pending_images = 0
+        final = running.delta(text, running.finish_reason)
         counters = self._statistics
+        counters.answer_tokens += final.num_output_tokens
+        if running.max_tokens == 0:
+            session.last_answer = running.last_answer
+            session.pending_images = running.pending_images
+        else:
+            if running.detokenizer.stopped:
+                self._keep_what_was_shown(running)
+            session.last_answer = running.detokenizer.text
+            session.pending_images = 0
+            session.committed = len(session.tokens)
         counters.turns_completed += turn.asked_for
         if running.finish_reason != "closed":
             counters.prompt_tokens_reused += running.cached_tokens
-            counters.prompt_tokens_computed += len(running.prompt) - running.cached_tokens
-        counters.answer_tokens += len(running.answer)
+            counters.prompt_tokens_computed += running.prompt_tokens - running.cached_tokens
         if turn.request.end:  # everything is free before the client hears that it is over
             self._sessions.drop(session.id)
         else:
             self._sessions.used(session.id, session.tenant)
-        self._tell(turn, running.delta(text, running.finish_reason))
+        self._tell(turn, final)
         self._leave(turn)
+
+    def _keep_what_was_shown(self, running: RunningTurn) -> None:
+        """A stop string has cut an answer, perhaps inside a token: what follows builds on what is
+        left of it."""
+        session = running.session
+        answer = session.tokens[running.prompt_tokens :]
+        shown = self._renderer.tokens_of(answer, running.detokenizer.text)
+        same = running.prompt_tokens + common_prefix(answer, shown)
+        session.tokens[running.prompt_tokens :] = shown
+        self._memory.truncate(session, same)
 
     def _fail(self, running: RunningTurn, error: SessionError) -> None:
         """End a turn without an answer: its session is as it was before the turn began."""
@@ -520,7 +526,8 @@ class Engine:
             # ended the sequence and nobody can reach it again.
             self._sessions.drop(session.id)
         else:
-            self._memory.truncate(session, running.remembered)
+            session.truncate(running.kept)
+            self._memory.truncate(session, min(running.remembered, len(session.tokens)))
             self._sessions.forget_images(session, running.images_before)
             self._sessions.used(session.id, session.tenant)
         self._tell(turn, error)
@@ -540,7 +547,7 @@ class Engine:
             self._commands.put(lambda: self._begin_next(turn.request.session_id))
 
     def _end_over_time(self, running: RunningTurn) -> None:
-        if running.answer:
+        if running.answer_tokens:
             running.finish_reason = "time_limit"
             self._complete(running)
         else:

@@ -45,6 +45,11 @@ class Image:
     """How many times sessions hold it."""
 
     @property
+    def tokens(self) -> int:
+        """How many the language model reads of it, `T`."""
+        return int(self.features.shape[0])
+
+    @property
     def bytes(self) -> int:
         """Of the features."""
         return self.features.numel() * self.features.itemsize
@@ -97,19 +102,19 @@ class ImageStore:
         image.holders += 1
         return image
 
-    def hold_all(self, digests: Sequence[Digest], features: Tensor | None) -> list[Image]:
+    def hold_all(self, digests: Sequence[Digest], features: Sequence[Tensor]) -> list[Image]:
         """The pictures of a turn, all of them held or none.
 
         Args:
             digests: N.
-            features: [N, T, D]; None where N = 0.
+            features: of each [T, D].
 
         Raises:
             SessionError: as `hold`.
         """
         held: list[Image] = []
         try:
-            for digest, each in zip(digests, () if features is None else features, strict=True):
+            for digest, each in zip(digests, features, strict=True):
                 held.append(self.hold(digest, each))
         except Exception:
             for image in held:

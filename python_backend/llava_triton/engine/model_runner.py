@@ -56,7 +56,6 @@ class ModelRunner:
         config = model.config
         self._threads = cpu_threads(model)
         self.image_token_id = int(config.image_token_id)
-        self.tokens_per_image = _tokens_per_image(config)
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
         # What is left refers to the text model only: the vision tower's memory goes free.
         model.model.vision_tower = None
@@ -69,7 +68,11 @@ class ModelRunner:
             settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]
         )
         free = device_memory(self.device)
-        picture_bytes = self.tokens_per_image * self.hidden_size * self._text_model.dtype.itemsize
+        row_bytes = self.hidden_size * self._text_model.dtype.itemsize
+        self.picture_tokens = _picture_tokens(config)
+        """Of one picture as the vision tower makes it. Memory is planned for pictures of so many;
+        what a session brings may have more or fewer."""
+        picture_bytes = self.picture_tokens * row_bytes
         self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
         blocks = blocks_for(
             settings,
@@ -203,17 +206,18 @@ class ModelRunner:
 
     def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
         ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])
-        is_image = ids == self.image_token_id
-        ids[is_image] = 0
-        embeddings = self._text_model.embedding[self._known(to_device(ids, self.device))]
-        pictures = [
-            rows.image.features[rows.first : rows.last].to(self.device, non_blocking=True)
-            for part in parts
-            for rows in part.image_rows
-        ]
+        starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+        pictures, places = [], []
+        for start, part in zip(starts, parts, strict=False):
+            for rows in part.image_rows:
+                features = rows.image.features[rows.first : rows.last]
+                pictures.append(features.to(self.device, non_blocking=True))
+                places.append(np.arange(len(features)) + start + rows.at)
         if pictures:
-            places = to_device(np.flatnonzero(is_image), self.device)
-            embeddings[places] = torch.cat(pictures)
+            ids[np.concatenate(places)] = 0  # a placeholder need not have an embedding
+        embeddings = self._text_model.embedding[self._known(to_device(ids, self.device))]
+        if pictures:
+            embeddings[to_device(np.concatenate(places), self.device)] = torch.cat(pictures)
         return embeddings
 
     def _rows(self, parts: list[StepPart] | Any) -> Rows:
@@ -239,11 +243,13 @@ def cpu_threads(model: Any) -> int:
     return 1 if parameters < SMALL_MODEL_PARAMETERS else len(os.sched_getaffinity(0))
 
 
-def _tokens_per_image(config: Any) -> int:
-    """T, from the vision tower's geometry and the way features are selected."""
+def _picture_tokens(config: Any) -> int:
+    """One for each patch; CLIP has a class token first; "default" leaves the first one out."""
     vision = config.vision_config
     patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
-    return patches if config.vision_feature_select_strategy == "default" else patches + 1
+    class_token = int(vision.model_type == "clip_vision_model")
+    left_out = int(config.vision_feature_select_strategy == "default")
+    return patches + class_token - left_out
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

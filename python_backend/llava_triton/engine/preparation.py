@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llava_triton.conversation import ConversationRenderer, too_long
+from llava_triton.conversation import ConversationRenderer, Past, too_long
 from llava_triton.detokenizer import Detokenizer
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
@@ -16,6 +16,7 @@ from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
 from llava_triton.errors import invalid
 from llava_triton.history import PastTurn
 from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.prompt import Prompt
 from llava_triton.sampling import Draws
 from llava_triton.settings import Settings
 
@@ -54,31 +55,33 @@ class TurnPreparation:
     def takes_long(self, request: TurnRequest) -> bool:
         """Whether to prepare a turn takes longer than to have another thread do it."""
         return bool(
-            request.image_features is not None
+            request.image_features
             or request.history
             or len(request.text or "") > SHORT_TEXT_CHARACTERS
         )
 
     def prepare(
-        self, request: TurnRequest, last_answer: str | None, pending_images: int
+        self, request: TurnRequest, last_answer: str | None, pending: Sequence[int]
     ) -> Prepared:
         """Check a turn and make tokens of it. It may take long; for any thread.
 
         Args:
             request: the turn.
             last_answer: text of its session's last answer; None before the first.
-            pending_images: images that came without a question since.
+            pending: tokens of each image that came without a question since.
 
         Raises:
             SessionError: INVALID_ARG, the turn cannot be computed as it is.
         """
-        new_images = self._check(request)
-        history: Sequence[int] = ()
+        self._check(request)
+        shown = _pictures(request.history)
+        lengths = [len(features) for features in request.image_features]
+        past = Past(Prompt(), last_answer)
         if request.start:
-            history, last_answer = self._renderer.past(request.history, self._context)
-        images = pending_images + new_images - _pictures(request.history)
-        message = self._renderer.message(last_answer, request.text, images)
-        return Prepared(history, last_answer, message, images, self._digests(request))
+            past = self._renderer.past(request.history, lengths[:shown], self._context)
+        images = [*pending, *lengths[shown:]]
+        message = self._renderer.message(past.last_answer, request.text, images)
+        return Prepared(past, message, self._digests(request))
 
     def begin(self, turn: Turn, prepared: Prepared, session: Session) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing.
@@ -87,33 +90,24 @@ class TurnPreparation:
             SessionError: INVALID_ARG, it does not fit into the model's context.
         """
         request = turn.request
-        history = prepared.history if request.start else session.history
-        prompt = [*history, *prepared.message]
+        before = len(prepared.past.prompt) if request.start else session.committed
+        prompt_tokens = before + len(prepared.message)
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
-        room = self._context - len(prompt)
+        room = self._context - prompt_tokens
         if room < (0 if request.text is None else 1):
-            raise too_long(len(prompt), self._context)
-        remembered = session.reusable_prefix(prompt)
-        if request.text is not None:
-            remembered = min(remembered, len(prompt) - 1)  # the last one's logits begin the answer
+            raise too_long(prompt_tokens, self._context)
         return RunningTurn(
             turn=turn,
             session=session,
-            history=list(history),
-            last_answer=prepared.last_answer,
-            prompt=prompt,
-            remembered=remembered,
+            prompt_tokens=prompt_tokens,
             images_before=len(session.images),
-            images=prepared.images,
             max_tokens=0 if request.text is None else min(wanted, room),
             draws=Draws(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
-            cached_tokens=remembered,
         )
 
-    def _check(self, request: TurnRequest) -> int:
-        """How many pictures a turn has, if everything of it is as it should be."""
-        runner = self._runner
+    def _check(self, request: TurnRequest) -> None:
+        """Raises INVALID_ARG where anything of a turn is not as it should be."""
         if request.is_empty and not (request.start or request.end):
             raise invalid(
                 "the turn has neither text_input nor image; send a question, a picture or both"
@@ -123,25 +117,26 @@ class TurnPreparation:
                 "history came with a turn of an open session, which knows what was said; send it "
                 "with the sequence start flag"
             )
-        new_images, features = 0, request.image_features
-        if features is not None:
-            new_images = features.shape[0]
-            if tuple(features.shape[1:]) != (runner.tokens_per_image, runner.hidden_size):
+        tokens, width = 0, self._runner.hidden_size
+        for number, features in enumerate(request.image_features, 1):
+            if features.dim() != 2 or not len(features) or features.shape[1] != width:
                 raise invalid(
-                    f"image_features has the shape {tuple(features.shape)}; this "
-                    f"model takes [N, {runner.tokens_per_image}, {runner.hidden_size}]"
+                    f"image_features has the shape {list(features.shape)} for picture {number}; "
+                    f"this model takes [T, {width}], with one row for each token of the picture"
                 )
-        past_images = _pictures(request.history)
-        if past_images > new_images:
+            tokens += len(features)
+        if tokens > self._context:
+            raise too_long(tokens, self._context)
+        past_images, images = _pictures(request.history), len(request.image_features)
+        if past_images > images:
             raise invalid(
-                f"history speaks of {past_images} pictures and 'image' holds {new_images}; send "
+                f"history speaks of {past_images} pictures and 'image' holds {images}; send "
                 "the pictures of all past turns, in order, then those of the new turn"
             )
         self._renderer.check_length(request.text or "", self._context)
-        return new_images
 
     def _digests(self, request: TurnRequest) -> tuple[Digest, ...]:
-        if request.image_features is None:
+        if not request.image_features:
             return ()
         with work_beside(self._runner.device):  # it waits for what is copied to the host
             for number, features in enumerate(request.image_features, 1):

@@ -9,7 +9,7 @@ from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.step import token_after
 from llava_triton.engine.step_clock import StepClock
-from llava_triton.engine.turn import RunningTurn
+from llava_triton.engine.turn import Phase, RunningTurn
 
 QUESTION_TOKENS = 32
 """Prompts of no more tokens than this together are computed whole in one step: a question's answer
@@ -42,7 +42,7 @@ class Work:
     @property
     def answer_tokens_before(self) -> int:
         """Tokens of the answer when the step begins."""
-        return len(self.running.answer) + (self.follows is not None)
+        return self.running.answer_tokens + (self.follows is not None)
 
 
 class Scheduler:
@@ -131,7 +131,7 @@ class Scheduler:
             row = rows.get(turn.turn.id)
             if row is None or under_way[row].count < turn.uncomputed:
                 return []
-            if len(turn.answer) + 1 < turn.max_tokens:
+            if turn.answer_tokens + 1 < turn.max_tokens:
                 if not self._make_room(turn, (), coming=1):
                     return []
                 works.append(Work(turn, 1, decoding=True, follows=(row, under_way[row])))
@@ -157,15 +157,14 @@ class Scheduler:
         return True
 
     def _has_room(self, turn: RunningTurn, coming: int) -> bool:
-        tokens = len(turn.prompt) + len(turn.answer) + coming
-        if turn.admitted:
-            return self._memory.reserve(turn.session, tokens)
-        if not self._memory.admit(turn.session, turn.prompt, tokens):
+        session = turn.session
+        if turn.phase is Phase.COMPUTING:
+            return self._memory.reserve(session, len(session.tokens) + coming)
+        if not self._memory.admit(session):
             return False
-        turn.admitted = True
-        if not turn.begun:
-            turn.begun = True
-            turn.cached_tokens = min(len(turn.session.key_values), len(turn.prompt))
+        if turn.phase is Phase.NEW:
+            turn.cached_tokens = min(session.key_values.computed, turn.prompt_tokens)
+        turn.phase = Phase.COMPUTING
         return True
 
     def _victim(self, younger: Sequence[RunningTurn]) -> Session | None:
@@ -174,7 +173,7 @@ class Scheduler:
                 return session
         for turn in reversed(younger):
             if turn.session.key_values.blocks:
-                turn.admitted = False
+                turn.phase = Phase.PUT_BACK
                 return turn.session
         return None
 
@@ -183,4 +182,4 @@ def _is_question(turn: RunningTurn, most: int) -> bool:
     """Whether a turn has a prompt to compute of at most so many tokens."""
     if turn.decoding:
         return False
-    return max(turn.uncomputed, len(turn.prompt) - turn.cached_tokens) <= most
+    return max(turn.uncomputed, turn.prompt_tokens - turn.cached_tokens) <= most

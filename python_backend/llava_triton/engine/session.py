@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
 from llava_triton.engine.pages import HostBlocks
+from llava_triton.prompt import Prompt, Span
 from llava_triton.protocol import NO_TENANT
 
 SessionId = int | str
@@ -32,18 +34,22 @@ class KeyValues:
     `SessionMemory` alone changes it.
     """
 
-    ids: list[int] = field(default_factory=list)
-    """The tokens whose keys and values exist."""
+    computed: int = 0
+    """How many of the session's first tokens have keys and values."""
     blocks: list[int] = field(default_factory=list)
-    """The block table: at least as many as `ids` need; empty while they are in host memory."""
+    """The block table: at least as many as these need; empty while they are in host memory."""
     keys: list[BlockKey] = field(default_factory=list)
-    """Of the blocks that `ids` fill."""
+    """Of the blocks that these fill."""
     host: HostCopy | None = None
     dropped: bool = False
     """Whether they were forgotten under pressure and have not been needed since."""
 
-    def __len__(self) -> int:
-        return len(self.ids)
+
+@dataclass(frozen=True, eq=False)
+class PictureSpan(Span):
+    """The tokens of one picture of a session."""
+
+    image: Image
 
 
 @dataclass(eq=False)
@@ -60,21 +66,69 @@ class Session:
     last_used_at: float
     tenant: str = NO_TENANT
     """Who opened it: nobody else can use it, nor find what it has computed."""
-    history: list[int] = field(default_factory=list)
-    """Token IDs up to the end of the last answer."""
+    tokens: list[int] = field(default_factory=list)
+    """Of the whole conversation, the turn under way included. The first `committed` of them are
+    there to stay; the keys and values of the first `key_values.computed` exist."""
+    spans: list[PictureSpan] = field(default_factory=list)
+    """The pictures among `tokens`, in order."""
+    committed: int = 0
+    """Tokens up to the end of the last answer. Those of pictures that came without a question since
+    are behind them, and the next message begins with the same."""
     last_answer: str | None = None
     """Text of the last answer; None before the first."""
-    pending_images: int = 0
-    """Images that came without a question since the last answer."""
     images: list[Image] = field(default_factory=list)
-    """Every picture of the conversation, in order."""
+    """Every picture of the conversation, in order. The last ones may have no tokens."""
+    pending_images: int = 0
+    """Those of them that came without a question since the last answer."""
     key_values: KeyValues = field(default_factory=KeyValues)
 
-    def reusable_prefix(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens are remembered."""
-        length = 0
-        for remembered, wanted in zip(self.key_values.ids, prompt, strict=False):
-            if remembered != wanted:
-                break
-            length += 1
-        return length
+    @property
+    def pending_lengths(self) -> list[int]:
+        """Tokens of each pending image."""
+        return [image.tokens for image in self.images[len(self.images) - self.pending_images :]]
+
+    def append(self, message: Prompt) -> None:
+        """Put tokens behind all others; their pictures are the next ones of `images`."""
+        before = len(self.tokens)
+        for span in message.spans:
+            image = self.images[len(self.spans)]
+            self.spans.append(PictureSpan(before + span.start, span.length, image))
+        self.tokens += message.ids
+
+    def replace_message(self, message: Prompt) -> int:
+        """Put a message in the place of what is not committed.
+
+        Returns:
+            How many of all tokens stayed where they were.
+        """
+        kept = self.committed + common_prefix(self.tokens[self.committed :], message.ids)
+        self.truncate(self.committed)
+        self.append(message)
+        return kept
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position `length` on, and every picture that lacks one then.
+
+        What is remembered of them as keys and values is `SessionMemory.truncate`'s.
+        """
+        while self.spans and self.spans[-1].end > length:
+            length = min(length, self.spans.pop().start)
+        del self.tokens[length:]
+
+    def pictures(self, start: int, end: int) -> Iterator[PictureSpan]:
+        """The pictures with tokens at the positions from `start` to `end`, `end` excluded."""
+        first = bisect_right(self.spans, start, key=lambda span: span.end)
+        for index in range(first, len(self.spans)):
+            if self.spans[index].start >= end:
+                return
+            yield self.spans[index]
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two lists have in common before they differ."""
+    length = 0
+    for mine, others in zip(one, other, strict=False):
+        if mine != others:
+            break
+        length += 1
+    return length

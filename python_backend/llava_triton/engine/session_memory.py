@@ -49,26 +49,15 @@ class SessionMemory:
         pool: the blocks.
         pages: their content.
         host_bytes: budget for copies in host memory.
-        image_token_id: the placeholder in token IDs.
-        tokens_per_image: placeholders of one picture.
     """
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        pages: Pages,
-        host_bytes: int,
-        image_token_id: int,
-        tokens_per_image: int,
-    ) -> None:
+    def __init__(self, pool: BlockPool, pages: Pages, host_bytes: int) -> None:
         self.pool = pool
         self.counters = MemoryCounters()
         self.host_bytes = 0
         """In use by copies."""
         self._pages = pages
         self._host_budget = host_bytes
-        self._image_token_id = image_token_id
-        self._tokens_per_image = tokens_per_image
         self._transfers: list[Transfer] = []
         self._on_host: OrderedDict[int, Session] = OrderedDict()
         """Sessions with a host copy by `id()`, longest there first."""
@@ -78,10 +67,10 @@ class SessionMemory:
         transfers, self._transfers = self._transfers, []
         return transfers
 
-    def admit(self, session: Session, prompt: Sequence[int], tokens: int) -> bool:
-        """Make what a session remembers usable and give it blocks for `tokens` tokens in all.
+    def admit(self, session: Session) -> bool:
+        """Make what a session remembers usable and give it blocks for all its tokens.
 
-        Blocks that other sessions have computed for the same beginning of `prompt` are taken over.
+        Blocks that other sessions have computed for the same beginning are held, too.
 
         Returns:
             Whether there were enough free blocks; if not, nothing has changed.
@@ -92,8 +81,8 @@ class SessionMemory:
         if kv.dropped:
             kv.dropped = False
             self.counters.restored_by_computing += 1
-        self._take_over(session, prompt)
-        return self.reserve(session, tokens)
+        self._take_over(session)
+        return self.reserve(session, len(session.tokens))
 
     def reserve(self, session: Session, tokens: int) -> bool:
         """Give a session blocks for `tokens` tokens in all; False where there are too few.
@@ -102,9 +91,8 @@ class SessionMemory:
         """
         kv = session.key_values
         missing = max(0, _blocks_for(tokens) - len(kv.blocks))
-        last = len(kv.ids) // BLOCK_TOKENS
-        partial = len(kv.ids) % BLOCK_TOKENS > 0
-        copied = partial and self.pool.is_shared(kv.blocks[last])
+        last, partial = divmod(kv.computed, BLOCK_TOKENS)
+        copied = partial > 0 and self.pool.is_shared(kv.blocks[last])
         blocks = self.pool.allocate(missing + copied)
         if blocks is None:
             return False
@@ -119,31 +107,31 @@ class SessionMemory:
         kv.blocks += blocks
         return True
 
-    def extend(self, session: Session, ids: Sequence[int]) -> None:
-        """A step has computed `ids` behind what the session remembered."""
+    def extend(self, session: Session, count: int) -> None:
+        """A step has computed so many tokens behind what the session remembered."""
         kv = session.key_values
-        kv.ids.extend(ids)
-        while (len(kv.keys) + 1) * BLOCK_TOKENS <= len(kv.ids):
-            key = self._key(session, kv.keys, kv.ids)
+        kv.computed += count
+        while (len(kv.keys) + 1) * BLOCK_TOKENS <= kv.computed:
+            key = block_key(session, kv.keys)
             self.pool.publish(kv.blocks[len(kv.keys)], key)
             kv.keys.append(key)
 
     def truncate(self, session: Session, length: int) -> None:
-        """Forget every token from position `length` on."""
+        """Forget the keys and values of every token from position `length` on."""
         kv = session.key_values
-        del kv.ids[length:]
+        kv.computed = min(kv.computed, length)
         del kv.keys[length // BLOCK_TOKENS :]
         keep = _blocks_for(length)
         for block in kv.blocks[keep:]:
             self.pool.release(block)
         del kv.blocks[keep:]
-        if not kv.ids:
+        if not kv.computed:
             self._drop_copy(session)
 
     def evict(self, session: Session) -> None:
         """Free a session's blocks; what they held goes to host memory, if that is large enough."""
         kv = session.key_values
-        used = kv.blocks[: _blocks_for(len(kv.ids))]
+        used = kv.blocks[: _blocks_for(kv.computed)]
         wanted = self._pages.host_bytes(len(used))
         if used and wanted <= self._host_budget:
             while self.host_bytes + wanted > self._host_budget:
@@ -185,7 +173,7 @@ class SessionMemory:
             if block is None:
                 break
             found.append(block)
-        fresh = self.pool.allocate(_blocks_for(len(kv.ids)) - len(found))
+        fresh = self.pool.allocate(_blocks_for(kv.computed) - len(found))
         if fresh is None:
             for block in found:
                 self.pool.release(block)
@@ -200,42 +188,22 @@ class SessionMemory:
         self.counters.restored_from_host += 1
         return True
 
-    def _take_over(self, session: Session, prompt: Sequence[int]) -> None:
-        """Hold the blocks that are published for the prompt beyond what the session has itself.
+    def _take_over(self, session: Session) -> None:
+        """Hold the blocks that are published for a session's tokens beyond what it has itself.
 
-        Never all of the prompt: its last token is computed, because its logits begin the answer.
+        Never for all of them: the last one is computed, because its logits bring the next.
         """
         kv = session.key_values
-        keys = list(kv.keys)
-        while (len(keys) + 1) * BLOCK_TOKENS < len(prompt):
-            key = self._key(session, keys, prompt)
+        while (len(kv.keys) + 1) * BLOCK_TOKENS < len(session.tokens):
+            key = block_key(session, kv.keys)
             block = self.pool.find(key)
             if block is None:
                 return
-            end = (len(keys) + 1) * BLOCK_TOKENS
-            self.truncate(session, len(keys) * BLOCK_TOKENS)
+            self.truncate(session, len(kv.keys) * BLOCK_TOKENS)
             kv.blocks.append(block)
-            kv.ids.extend(prompt[len(kv.ids) : end])
-            keys.append(key)
             kv.keys.append(key)
+            kv.computed = len(kv.keys) * BLOCK_TOKENS
             self.counters.blocks_taken_over += 1
-
-    def _key(self, session: Session, keys: Sequence[BlockKey], ids: Sequence[int]) -> BlockKey:
-        """The key of the block that follows those of `keys` in a session."""
-        start = len(keys) * BLOCK_TOKENS
-        inside = ids[start : start + BLOCK_TOKENS]
-        # The first block's key names the tenant, and so do all that follow from it.
-        digest = hashlib.sha256(keys[-1] if keys else salt_of(session.tenant))
-        digest.update(array("q", inside).tobytes())
-        pictured = inside.count(self._image_token_id)
-        if pictured:
-            # Which picture a placeholder stands for: counted from the conversation's first one.
-            first = ids[:start].count(self._image_token_id)
-            last = first + pictured - 1
-            per_image = self._tokens_per_image
-            for image in session.images[first // per_image : last // per_image + 1]:
-                digest.update(image.digest)
-        return digest.digest()
 
     def _drop_copy(self, session: Session) -> None:
         copy = session.key_values.host
@@ -243,6 +211,19 @@ class SessionMemory:
             session.key_values.host = None
             self.host_bytes -= copy.bytes
             del self._on_host[id(session)]
+
+
+def block_key(session: Session, keys: Sequence[BlockKey]) -> BlockKey:
+    """The key of the block that follows those of `keys` in a session."""
+    start = len(keys) * BLOCK_TOKENS
+    end = start + BLOCK_TOKENS
+    # The first block's key names the tenant, and so do all that follow from it.
+    digest = hashlib.sha256(keys[-1] if keys else salt_of(session.tenant))
+    digest.update(array("q", session.tokens[start:end]).tobytes())
+    for span in session.pictures(start, end):
+        digest.update(array("q", [span.start - start]).tobytes())
+        digest.update(span.image.digest)
+    return digest.digest()
 
 
 def _blocks_for(tokens: int) -> int:

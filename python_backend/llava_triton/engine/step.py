@@ -13,11 +13,14 @@ from llava_triton.sampling import Draw
 
 @dataclass(frozen=True)
 class ImageRows:
-    """A stretch of one picture's features."""
+    """A stretch of one picture's features, in the place of tokens."""
 
+    at: int
+    """Which of the part's tokens is the first one."""
     image: Image
     first: int
     last: int
+    """Rows of the features, `last` excluded."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class StepPart:
     """The tokens of one sequence in a step."""
 
     ids: Sequence[int]
-    """At least one, image placeholders among them; or alone what `token_after` gives."""
+    """At least one; or alone what `token_after` gives."""
     context: int
     """Tokens of the sequence that are in its blocks when the step begins."""
     blocks: Sequence[int]
     """Its block table, long enough for `ids`."""
     image_rows: Sequence[ImageRows] = ()
-    """As many features as `ids` has placeholders, in order."""
+    """What is computed in the place of some of `ids`, in order."""
     draw: Draw | None = None
     """How the token after the last one is drawn; None: the likeliest."""
 
@@ -72,14 +75,7 @@ def token_after(row: int) -> int:
     return -1 - row
 
 
-def step_part(
-    ids: Sequence[int],
-    session: Session,
-    under_way: int,
-    draw: Draw | None,
-    image_token_id: int,
-    tokens_per_image: int,
-) -> StepPart:
+def step_part(ids: Sequence[int], session: Session, under_way: int, draw: Draw | None) -> StepPart:
     """The tokens `ids` of a session behind those it remembers, with the pictures among them.
 
     Args:
@@ -87,18 +83,11 @@ def step_part(
         session: whose blocks have room for them.
         under_way: tokens behind those it remembers that the step under way computes.
         draw: of the token after them.
-        image_token_id: the placeholder in `ids`.
-        tokens_per_image: placeholders of one picture.
     """
-    kv = session.key_values
+    start = session.key_values.computed + under_way
+    end = start + len(ids)
     rows = []
-    count = ids.count(image_token_id)
-    if count:
-        first = kv.ids.count(image_token_id)
-        last = first + count
-        while first < last:
-            number, offset = divmod(first, tokens_per_image)
-            end = min(tokens_per_image, offset + last - first)
-            rows.append(ImageRows(session.images[number], offset, end))
-            first += end - offset
-    return StepPart(ids, len(kv) + under_way, list(kv.blocks), rows, draw)
+    for span in session.pictures(start, end):
+        first, last = max(start, span.start), min(end, span.end)
+        rows.append(ImageRows(first - start, span.image, first - span.start, last - span.start))
+    return StepPart(ids, start, list(session.key_values.blocks), rows, draw)

@@ -7,15 +7,18 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from torch import Tensor
 
+from llava_triton.conversation import Past
 from llava_triton.delta import Delta, FinishReason
 from llava_triton.detokenizer import Detokenizer
 from llava_triton.engine.image_store import Digest
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.errors import SessionError
 from llava_triton.history import PastTurn
+from llava_triton.prompt import Prompt
 from llava_triton.protocol import NO_TENANT
 from llava_triton.sampling import Draws, SamplingParameters
 
@@ -33,8 +36,9 @@ class TurnRequest:
     end: bool = False
     """Close the session when the turn has been answered."""
     text: str | None = None
-    image_features: Tensor | None = None
-    """[N, T, D], any float dtype and device: the pictures of `history`, then this turn's."""
+    image_features: tuple[Tensor, ...] = ()
+    """Of each picture [T, D], any float dtype and device: those of `history`, then this turn's.
+    A picture is as many tokens as it has rows."""
     history: tuple[PastTurn, ...] = ()
     """What was said before; only where `start`."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
@@ -44,7 +48,7 @@ class TurnRequest:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self.text is None and self.image_features is None and not self.history
+        return self.text is None and not self.image_features and not self.history
 
     @property
     def only_ends(self) -> bool:
@@ -54,21 +58,18 @@ class TurnRequest:
     @property
     def features_bytes(self) -> int:
         """Of its pictures' features."""
-        return 0 if self.image_features is None else self.image_features.nbytes
+        return sum(features.nbytes for features in self.image_features)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What takes long about a turn and needs nothing of the engine's state."""
 
-    history: Sequence[int]
-    """Where the turn opens its session: token IDs of what was said before, elsewhere."""
-    last_answer: str | None
-    """Text of the last answer before this turn; None: there was none."""
-    message: Sequence[int]
-    """The tokens that the turn adds to them."""
-    images: int
-    """Images in the message, pending ones included."""
+    past: Past
+    """Its prompt: what was said elsewhere before, where the turn opens its session. Its answer: the
+    last one before this turn, wherever."""
+    message: Prompt
+    """What the turn adds, pending images included."""
     digests: Sequence[Digest] = ()
     """Of its pictures."""
 
@@ -90,7 +91,7 @@ class Turn:
 
     def forget_features(self) -> None:
         """The session has them: the request's own memory goes free."""
-        self.request = replace(self.request, image_features=None)
+        self.request = replace(self.request, image_features=())
 
     @property
     def is_over_time(self) -> bool:
@@ -105,72 +106,85 @@ def closing_turn(turn: Turn) -> Turn:
     return Turn(ending, lambda _: None, asked_for=False)
 
 
+class Phase(Enum):
+    """How far a running turn is."""
+
+    NEW = "no step has been planned for it"
+    COMPUTING = "its session has the blocks it needs to go on"
+    PUT_BACK = "an older turn has its session's blocks"
+
+
 @dataclass(eq=False)
 class RunningTurn:
-    """A turn that is being computed: the prompt first, then one token at a time."""
+    """A turn that is being computed: the prompt first, then one token at a time.
+
+    Its tokens are its session's, from the first one that is not committed.
+    """
 
     turn: Turn
     session: Session
-    history: list[int]
-    """Token IDs up to the end of the last answer before this turn."""
-    last_answer: str | None
-    """Text of that answer."""
-    prompt: list[int]
-    remembered: int
-    """How many prompt tokens the session itself remembered when the turn began: what it goes back
-    to if the turn fails."""
+    prompt_tokens: int
+    """Of the conversation, up to where the answer begins."""
     images_before: int
     """Entries of the session's `images` when the turn began."""
-    images: int
-    """Images in the message this turn completes, pending ones included."""
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
     detokenizer: Detokenizer
-    admitted: bool = False
-    """Whether the session has the blocks it needs to go on."""
+    last_answer: str | None = None
+    """Text of the last answer before this turn."""
+    pending_images: int = 0
+    """Images that the session has to be asked about when the turn is done."""
+    kept: int = 0
+    """How many of its tokens the session had before: it goes back to them if the turn fails."""
+    phase: Phase = Phase.NEW
     cached_tokens: int = 0
     """How many prompt tokens were not computed for this turn: the session remembered them, or they
-    came from blocks of other sessions."""
-    begun: bool = False
-    """Whether a step has been planned for it; `cached_tokens` is settled then."""
-    answer: list[int] = field(default_factory=list)
-    """Token IDs generated, the end-of-sequence token excluded."""
-    unread: list[int] = field(default_factory=list)
-    """The last ones of `answer`, not detokenized yet."""
+    came from blocks of other sessions. Settled when its first step is planned."""
+    unread: int = 0
+    """How many of the answer's last tokens are not detokenized yet."""
     finish_reason: FinishReason = ""
     """Set when the last token has been computed."""
     first_token_at: float | None = None
     last_token_at: float = 0.0
 
     @property
+    def remembered(self) -> int:
+        """How many of the kept tokens need not be computed again: all but a prompt's last one,
+        whose logits begin the answer."""
+        return min(self.kept, self.prompt_tokens - (self.max_tokens > 0))
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many were generated, the end-of-sequence token excluded."""
+        return len(self.session.tokens) - self.prompt_tokens
+
+    @property
     def uncomputed(self) -> int:
         """How many tokens of prompt and answer the session's keys and values lack."""
-        return len(self.prompt) + len(self.answer) - len(self.session.key_values)
+        return len(self.session.tokens) - self.session.key_values.computed
 
     @property
     def decoding(self) -> bool:
         """Whether the next step brings the next token of an answer under way."""
-        return self.admitted and bool(self.answer) and self.uncomputed == 1
+        return self.phase is Phase.COMPUTING and self.answer_tokens > 0 and self.uncomputed == 1
 
     def next_ids(self, count: int) -> list[int]:
         """The first `count` of the tokens not computed yet."""
-        done = len(self.session.key_values)
-        behind = done - len(self.prompt)
-        if behind >= 0:
-            return self.answer[behind : behind + count]
-        return [*self.prompt[done : done + count], *self.answer[: max(0, behind + count)]]
+        first = self.session.key_values.computed
+        return self.session.tokens[first : first + count]
 
     def read(self) -> str:
         """Text of the tokens not detokenized yet, up to a stop string; that ends the turn."""
-        text = ""
+        text, tokens = "", self.session.tokens
         while self.unread and not self.detokenizer.stopped:
-            text += self.detokenizer.push(self.unread.pop(0))
+            text += self.detokenizer.push(tokens[-self.unread])
+            self.unread -= 1
         if self.detokenizer.stopped:
             self.finish_reason = "stop"
             if self.unread:  # computed ahead, they were never said
-                del self.answer[-len(self.unread) :]
-                self.unread.clear()
+                del tokens[-self.unread :]
+                self.unread = 0
         return text
 
     def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
@@ -179,8 +193,8 @@ class RunningTurn:
         return Delta(
             text=text,
             finish_reason=finish_reason,
-            num_input_tokens=len(self.prompt),
-            num_output_tokens=len(self.answer),
+            num_input_tokens=self.prompt_tokens,
+            num_output_tokens=self.answer_tokens,
             num_cached_tokens=self.cached_tokens,
             first_token_ms=0.0 if first is None else (first - self.turn.arrived_at) * 1000.0,
         )
