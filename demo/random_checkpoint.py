@@ -18,6 +18,7 @@ from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     PreTrainedConfig,
+    SiglipVisionConfig,
 )
 
 from demo.write_checkpoint import write_llava_checkpoint
@@ -27,7 +28,7 @@ DEMO = Path(__file__).parent / "checkpoint"
 
 def write_random_llava(
     directory: Path,
-    vision: CLIPVisionConfig,
+    vision: CLIPVisionConfig | SiglipVisionConfig,
     text_class: type[PreTrainedConfig],
     text: dict[str, Any],
     *,
@@ -99,7 +100,7 @@ def _randomize(model: torch.nn.Module, seed: int, least_deviation: float) -> Non
         parameter.data = (mean + deviation * values).to(parameter.dtype)
 
 
-def _write_processor(directory: Path, vision: CLIPVisionConfig) -> None:
+def _write_processor(directory: Path, vision: CLIPVisionConfig | SiglipVisionConfig) -> None:
     """The demo's tokenizer and template, and its image processor at another size.
 
     The latter in a `preprocessor_config.json` of its own, where most published checkpoints have it.
@@ -108,8 +109,17 @@ def _write_processor(directory: Path, vision: CLIPVisionConfig) -> None:
         shutil.copyfile(DEMO / name, directory / name)
     processor = json.loads((DEMO / "processor_config.json").read_text())
     image_processor = processor.pop("image_processor")
-    image_processor["size"] = {"shortest_edge": vision.image_size}
-    image_processor["crop_size"] = {"height": vision.image_size, "width": vision.image_size}
+    square = {"height": vision.image_size, "width": vision.image_size}
+    if isinstance(vision, SiglipVisionConfig):
+        image_processor = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": square,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+    else:
+        image_processor["size"] = {"shortest_edge": vision.image_size}
+        image_processor["crop_size"] = square
     processor["patch_size"] = vision.patch_size
     _write_json(directory / "preprocessor_config.json", image_processor)
     _write_json(directory / "processor_config.json", processor)

@@ -11,6 +11,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from demo.random_checkpoint import DEMO, write_random_llava
@@ -22,6 +23,10 @@ TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
 }
+VISION_CONFIGS: dict[str, type[CLIPVisionConfig | SiglipVisionConfig]] = {
+    "clip": CLIPVisionConfig,
+    "siglip": SiglipVisionConfig,
+}
 PATCH = 14
 HEADS = 4
 
@@ -29,6 +34,7 @@ HEADS = 4
 def tiny_llava(
     directory: Path,
     *,
+    vision: str = "clip",
     text: str = "llama",
     kv_heads: int = HEADS,
     image_size: int = 56,
@@ -39,16 +45,18 @@ def tiny_llava(
 
     Args:
         directory: where to write; made if need be.
+        vision: family of the tower, a key of `VISION_CONFIGS`.
         text: family of the language model, a key of `TEXT_CONFIGS`.
         kv_heads: key-value heads under its 4 attention heads: 4 (no grouping), 2 or 1.
-        image_size: pixels a side, a multiple of 14; a picture is (image_size / 14)^2 tokens.
+        image_size: pixels a side, a multiple of 14. A picture is (image_size / 14)^2 tokens; one
+            less with SigLIP, which has no class token to be left out.
         seed: of the weights.
         llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
 
     Returns:
         `directory`.
     """
-    vision = CLIPVisionConfig(
+    tower = VISION_CONFIGS[vision](
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -65,5 +73,5 @@ def tiny_llava(
         "max_position_embeddings": 1024,
     }
     return write_random_llava(
-        directory, vision, TEXT_CONFIGS[text], geometry, seed=seed, **llava_options
+        directory, tower, TEXT_CONFIGS[text], geometry, seed=seed, **llava_options
     )

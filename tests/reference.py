@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from PIL.Image import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -23,6 +24,8 @@ class TransformersChat:
         self.model = load_reference(checkpoint)
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
         self.tokenizer = self.processor.tokenizer
+        blank = PIL.Image.new("RGB", (64, 64))
+        self._per_image = image_features(self.model, self.processor, [blank]).shape[1]
         self._ids: list[int] = []
         self._images: list[Image] = []
 
@@ -46,10 +49,7 @@ class TransformersChat:
         opening = "</s>" if self._ids else "<s>"
         message = f"{opening}USER: " + "<image>\n" * len(images) + f"{text} ASSISTANT:"
         self._images.extend(images)
-        per_image = (
-            self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
-        ) ** 2
-        message = message.replace("<image>", "<image>" * per_image)
+        message = message.replace("<image>", "<image>" * self._per_image)
         self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
 
     @property

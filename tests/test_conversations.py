@@ -129,8 +129,10 @@ def test_string_and_integer_ids(asker: Asker, session: str | int) -> None:
     [
         {"text": "mistral", "kv_heads": 2, "image_size": 112, "seed": 3},
         {"text": "qwen2", "kv_heads": 1, "image_size": 56, "seed": 4},
+        {"vision": "siglip", "text": "qwen2", "vision_feature_select_strategy": "full", "seed": 6},
+        {"vision": "siglip", "kv_heads": 2, "vision_feature_layer": -1, "seed": 7},
     ],
-    ids=lambda shape: shape["text"],
+    ids=["mistral", "qwen2", "SigLIP, every patch", "SigLIP without the first patch"],
 )
 def test_other_checkpoints_equal_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = tiny_llava(tmp_path / "checkpoint", **shape)
