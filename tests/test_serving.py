@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,8 +173,11 @@ def test_who_still_waits_is_told_at_the_end_and_a_mark_is_answered() -> None:
 
 
 @pytest.fixture
-def image_encoder(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., ImageEncoder]]:
+def image_encoder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ImageEncoder]]:
     """Starts image encoders."""
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)  # of their own processes
     processor = tmp_path / "image_encoder" / "1" / "processor"
     AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(processor)
     (tmp_path / FILE_NAME).write_text(Settings(max_images_per_turn=2).to_json())

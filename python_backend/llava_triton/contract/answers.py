@@ -44,7 +44,12 @@ class AnswerTensors(Generic[Piece]):
         Raises:
             LookupError: one is missing.
         """
-        return self._made(lambda spec: spec.value(spec.elements(values[spec.name])))
+        return self._piece(
+            **{
+                field: spec.value(spec.elements(values[spec.name]))
+                for field, spec in self._specs.items()
+            }
+        )
 
     def to_arrays(self, piece: Piece) -> dict[str, np.ndarray]:
         """Arrays by the names of the outputs."""
@@ -54,7 +59,9 @@ class AnswerTensors(Generic[Piece]):
 
     def from_arrays(self, array_of: Callable[[str], np.ndarray]) -> Piece:
         """The piece of the arrays that `array_of` gives by their names."""
-        return self._made(lambda spec: spec.from_array(array_of(spec.name)))
+        return self._piece(
+            **{field: spec.from_array(array_of(spec.name)) for field, spec in self._specs.items()}
+        )
 
     def to_raw(self, piece: Piece) -> dict[str, bytes]:
         """What Triton's protocols carry, by the names of the outputs."""
@@ -64,7 +71,9 @@ class AnswerTensors(Generic[Piece]):
 
     def from_raw(self, raw: Mapping[str, bytes]) -> Piece:
         """The piece of what Triton's protocols carry."""
-        return self._made(lambda spec: spec.from_raw(raw[spec.name]))
+        return self._piece(
+            **{field: spec.from_raw(raw[spec.name]) for field, spec in self._specs.items()}
+        )
 
     def joined(self, pieces: Sequence[Piece]) -> Piece:
         """Pieces that follow one another as one: their texts and lists, the last one's numbers."""
@@ -75,9 +84,6 @@ class AnswerTensors(Generic[Piece]):
         }
         changed["text"] = "".join(piece.text for piece in pieces)
         return replace(pieces[-1], **changed)
-
-    def _made(self, value: Callable[[TensorSpec], Any]) -> Piece:
-        return self._piece(**{field: value(spec) for field, spec in self._specs.items()})
 
 
 ANSWER = AnswerTensors(Delta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ import numpy as np
 
 Datatype = Literal["BYTES", "BOOL", "UINT8", "INT32", "FP32"]
 """As Triton's protocols spell it."""
-_NUMBERS = {"INT32": "i", "FP32": "f"}
-"""Of answers, as `struct` spells them."""
+_NUMBERS = {"INT32": struct.Struct("<i"), "FP32": struct.Struct("<f")}
+"""Of answers."""
 _DTYPES = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32}
 _LENGTH = struct.Struct("<I")
 
@@ -62,18 +62,19 @@ class TensorSpec:
         if self.datatype == "BYTES":
             strings = [element.encode() for element in elements]
             return b"".join(_LENGTH.pack(len(string)) + string for string in strings)
-        return struct.pack(f"<{len(elements)}{_NUMBERS[self.datatype]}", *elements)
+        return b"".join(map(_NUMBERS[self.datatype].pack, elements))
 
     def from_raw(self, raw: bytes) -> Any:
         """The plain value of what Triton's protocols carry."""
         if self.datatype == "BYTES":
-            return self.value([string.decode() for string in _strings(raw)])
-        return self.value(struct.unpack(f"<{len(raw) // 4}{_NUMBERS[self.datatype]}", raw))
+            return self.value(_strings(raw))
+        return self.value([number for (number,) in _NUMBERS[self.datatype].iter_unpack(raw)])
 
 
-def _strings(raw: bytes) -> Iterator[bytes]:
-    position = 0
+def _strings(raw: bytes) -> list[str]:
+    strings, position = [], 0
     while position < len(raw):
         begin = position + _LENGTH.size
         position = begin + _LENGTH.unpack_from(raw, position)[0]
-        yield raw[begin:position]
+        strings.append(raw[begin:position].decode())
+    return strings

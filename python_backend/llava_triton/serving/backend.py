@@ -83,6 +83,7 @@ class Backend:
             parameters=parameters,
             **sequence,
         )
-        for response in call.exec(decoupled=True) if decoupled else [call.exec()]:
-            if response.has_error():
-                raise error_from_text(response.error().message())
+        responses = call.exec(decoupled=True) if decoupled else [call.exec()]
+        errors = [each.error().message() for each in responses if each.has_error()]
+        if errors:
+            raise error_from_text(errors[0])
