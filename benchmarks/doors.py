@@ -15,10 +15,10 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from llava_triton import protocol
 from llava_triton.client.answer import AnswerStream
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, TurnMessage, session_error
+from llava_triton.contract.answers import ANSWER
 from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError, error_from_text
 from llava_triton.server import TritonServer
@@ -39,7 +39,7 @@ _CODES = {
     "internal": ErrorCode.INTERNAL,
 }
 """By the adapter's codes; the others say what is wrong with the request."""
-_OUTPUTS = [tritonclient.http.InferRequestedOutput(name, False) for name in protocol.ANSWER_OUTPUTS]
+_OUTPUTS = [tritonclient.http.InferRequestedOutput(spec.name, False) for spec in ANSWER.outputs]
 
 
 class Leavable(Transport):

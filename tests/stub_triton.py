@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from llava_triton.contract.answers import ANSWER
+from llava_triton.delta import Delta, FinishReason
 from llava_triton.server import free_ports
 
 
@@ -87,8 +89,8 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             response.infer_response.id = request.id
             yield response
             return
-        for text, reason in ((seen.text[:1], ""), (seen.text[1:], "stop")):
-            yield _piece(request.id, text, reason)
+        yield _piece(request.id, seen.text[:1], "")
+        yield _piece(request.id, seen.text[1:], "stop")
 
     def _refusal(self, seen: Seen) -> str:
         if not seen.start and seen.session not in self.open:
@@ -111,22 +113,10 @@ def _elements(data: bytes) -> Iterator[bytes]:
         data = data[4 + size :]
 
 
-def _piece(request_id: str, text: str, reason: str) -> Any:
+def _piece(request_id: str, text: str, reason: FinishReason) -> Any:
     response = service_pb2.ModelStreamInferResponse()
     response.infer_response.id = request_id
-    values = {
-        "text_output": _bytes(text),
-        "finish_reason": _bytes(reason),
-        **dict.fromkeys(
-            ("num_input_tokens", "num_output_tokens", "num_cached_tokens"), struct.pack("<i", 1)
-        ),
-        "first_token_ms": struct.pack("<f", 1.0),
-    }
-    for name, value in values.items():
+    for name, value in ANSWER.to_raw(Delta(text, reason, 1, 1, 1, 1.0)).items():
         response.infer_response.outputs.add().name = name
         response.infer_response.raw_output_contents.append(value)
     return response
-
-
-def _bytes(text: str) -> bytes:
-    return struct.pack("<I", len(text.encode())) + text.encode()

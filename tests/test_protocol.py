@@ -1,4 +1,4 @@
-"""Tensors to values and back."""
+"""What a turn's inputs may be, and what is said of those that may not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from llava_triton import protocol
-from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.settings import Settings
@@ -81,18 +80,3 @@ def test_too_many_pictures_and_bad_shapes_are_refused() -> None:
         protocol.image_items(strings(b"a", b"b", b"c", b"d"), SETTINGS)
     with pytest.raises(SessionError, match=r"image has the shape \[2, 1\]"):
         protocol.image_items(strings(b"a", b"b").reshape(2, 1), SETTINGS)
-
-
-def test_outputs_are_those_that_the_models_declare() -> None:
-    delta = Delta("東", "length", 10, 2, 7, 1.5)
-    arrays = protocol.output_arrays(delta)
-    assert tuple(arrays) == protocol.ANSWER_OUTPUTS
-    assert all(array.shape == (1,) for array in arrays.values())
-    assert arrays["text_output"][0] == "東".encode()
-    assert arrays["finish_reason"][0] == b"length"
-    numbers = [arrays[f"num_{name}_tokens"] for name in ("input", "output", "cached")]
-    assert [array.dtype for array in numbers] == [np.int32] * 3
-    assert [int(array[0]) for array in numbers] == [10, 2, 7]
-    assert arrays["first_token_ms"].dtype == np.float32
-    assert delta.is_final
-    assert not Delta("東", "", 10, 2, 7, 1.5).is_final

@@ -29,9 +29,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from llava_triton import protocol
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.sagemaker import messages
+from llava_triton.contract.answers import ANSWER
+from llava_triton.delta import Delta, FinishReason
 from llava_triton.server import free_ports
 
 WAIT_SECONDS = 30.0
@@ -74,12 +75,11 @@ class Container(LocalInstance):
         return await self.behaviour(request)
 
 
-def piece(text: str, reason: str = "") -> dict[str, Any]:
-    numbers = dict.fromkeys(protocol.ANSWER_OUTPUTS, 1)
-    return numbers | {protocol.TEXT_OUTPUT: text, protocol.FINISH_REASON: reason}
+def piece(text: str, reason: FinishReason = "") -> dict[str, Any]:
+    return ANSWER.to_values(Delta(text, reason, 1, 1, 1, 1.0))
 
 
-def whole(text: str, reason: str) -> bytes:
+def whole(text: str, reason: FinishReason) -> bytes:
     outputs = [{"name": name, "data": [value]} for name, value in piece(text, reason).items()]
     return json.dumps({"outputs": outputs}).encode()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llava_triton.client import ErrorCode, Session, SessionError
+from llava_triton.contract.configuration import configured
 from llava_triton.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
 from llava_triton.server import ServerError, free_ports
 from llava_triton.server_guard import stubs
@@ -26,33 +27,20 @@ name: "{name}"
 backend: "python"
 max_batch_size: 0
 model_transaction_policy {{ decoupled: {decoupled} }}
-input [ {{ name: "text_input" data_type: TYPE_STRING dims: [1] optional: true }} ]
-output [
-  {{ name: "text_output" data_type: TYPE_STRING dims: [1] }},
-  {{ name: "finish_reason" data_type: TYPE_STRING dims: [1] }},
-  {{ name: "num_input_tokens" data_type: TYPE_INT32 dims: [1] }},
-  {{ name: "num_output_tokens" data_type: TYPE_INT32 dims: [1] }},
-  {{ name: "num_cached_tokens" data_type: TYPE_INT32 dims: [1] }},
-  {{ name: "first_token_ms" data_type: TYPE_FP32 dims: [1] }}
-]
+input [ ]
+output [ ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 """
 MODEL = '''
 import pathlib, threading, time
-import numpy as np
 import triton_python_backend_utils as pb_utils
+from llava_triton.contract.answers import ANSWER
+from llava_triton.delta import Delta
 
 
 def answer(text, finish_reason):
-    values = {
-        "text_output": np.array([text], dtype=np.object_),
-        "finish_reason": np.array([finish_reason], dtype=np.object_),
-        "num_input_tokens": np.zeros(1, dtype=np.int32),
-        "num_output_tokens": np.zeros(1, dtype=np.int32),
-        "num_cached_tokens": np.zeros(1, dtype=np.int32),
-        "first_token_ms": np.zeros(1, dtype=np.float32),
-    }
-    return pb_utils.InferenceResponse([pb_utils.Tensor(*each) for each in values.items()])
+    arrays = ANSWER.to_arrays(Delta(text, finish_reason, 0, 0, 0, 0.0))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(*each) for each in arrays.items()])
 
 
 class TritonPythonModel:
@@ -74,8 +62,8 @@ class TritonPythonModel:
             for _ in range(600):
                 time.sleep(0.1)
                 if not self.whole:
-                    sender.send(answer(b"again", b""))
-        sender.send(answer(b"", b"prefilled"), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                    sender.send(answer("again", ""))
+        sender.send(answer("", "prefilled"), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 '''
 
 
@@ -84,7 +72,9 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     for name, decoupled in (("llava", "false"), ("llava_stream", "true")):
         (folder / name / "1").mkdir(parents=True)
-        (folder / name / "config.pbtxt").write_text(CONFIG.format(name=name, decoupled=decoupled))
+        (folder / name / "config.pbtxt").write_text(
+            configured(CONFIG.format(name=name, decoupled=decoupled))
+        )
         (folder / name / "1" / "model.py").write_text(MODEL)
     return folder
 

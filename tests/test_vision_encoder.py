@@ -21,11 +21,16 @@ from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
-from llava_export.vision import VisionEncoder, features_shape, llava_config, load_vision_encoder
-from llava_export.weights import CheckpointWeights
+from llava_triton.checkpoint_weights import CheckpointError, CheckpointWeights
 from llava_triton.settings import Settings
 from llava_triton.torch_encoding import TorchEncoding
 from llava_triton.vision_encoding import vision_encoding
+from llava_triton.vision_tower import (
+    VisionEncoder,
+    features_shape,
+    llava_config,
+    load_vision_encoder,
+)
 from tests.checkpoints import DEMO, tiny_llava
 from tests.reference import load_reference
 
@@ -288,7 +293,7 @@ def test_weights_that_do_not_fit_are_refused(
     checkpoint = tiny_llava(tmp_path / "checkpoint")
     load(checkpoint)
     change_weights(checkpoint, change)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
 
 
@@ -315,8 +320,8 @@ def test_damaged_weights_are_one_clear_error(tmp_path: Path) -> None:
     checkpoint = tiny_llava(tmp_path / "checkpoint")
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ExportError, match="shorter than its header says"):
+    with pytest.raises(CheckpointError, match="shorter than its header says"):
         CheckpointWeights(checkpoint)
     file.unlink()
-    with pytest.raises(ExportError, match=r"has no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         CheckpointWeights(checkpoint)

@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc
 
 from llava_triton import protocol
+from llava_triton.contract.models import IMAGE
 from llava_triton.delta import Delta
 from llava_triton.errors import ErrorCode, SessionError, not_found
 from llava_triton.server import TritonServer
@@ -74,13 +75,15 @@ def test_an_answer_survives_its_way_between_the_models(arrivals: Arrivals, text:
 
 
 def test_an_error_survives_its_way_between_the_models(arrivals: Arrivals) -> None:
-    arrivals.outbox.send(arrivals.inbox.token("7"), not_found("the session is gone"))
+    error = SessionError(ErrorCode.INVALID_ARG, "the picture is none", IMAGE.name)
+    arrivals.outbox.send(arrivals.inbox.token("7"), error)
     number, outcome = arrivals.next()
     assert isinstance(outcome, SessionError)
-    assert (number, outcome.code, outcome.sentence) == (
+    assert (number, outcome.code, outcome.sentence, outcome.subject) == (
         "7",
-        ErrorCode.NOT_FOUND,
-        "the session is gone",
+        ErrorCode.INVALID_ARG,
+        "the picture is none",
+        "image",
     )
 
 

@@ -31,11 +31,12 @@ from llava_export.tensorrt_engine import (
     find_tensorrt,
     local_compute_capability,
 )
-from llava_export.vision import VisionEncoder, features_shape, load_vision_encoder
-from llava_export.weights import CheckpointWeights
+from llava_triton import vision_tower
+from llava_triton.checkpoint_weights import CheckpointWeights
+from llava_triton.vision_tower import VisionEncoder, features_shape, load_vision_encoder
 
 REPORT = "report.json"
-_GRAPH_SOURCES = ("vision.py", "mixed_precision.py", "onnx_export.py", "tensorrt_engine.py")
+_GRAPH_SOURCES = ("mixed_precision.py", "onnx_export.py", "tensorrt_engine.py")
 _GRAPH_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 
@@ -197,8 +198,10 @@ def image_side(image_processor: Any) -> int:
 
 def _exporter_sha256() -> str:
     digest = hashlib.sha256()
-    for name in _GRAPH_SOURCES:
-        digest.update((Path(__file__).parent / name).read_bytes())
+    sources = [Path(vision_tower.__file__)]
+    sources += [Path(__file__).parent / name for name in _GRAPH_SOURCES]
+    for source in sources:
+        digest.update(source.read_bytes())
     for package in _GRAPH_PACKAGES:
         digest.update(f"{package} {version(package)}\n".encode())
     return digest.hexdigest()

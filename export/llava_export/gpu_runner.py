@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from llava_export.errors import ExportError
-from llava_export.onnx_export import INPUT, OUTPUT
 from llava_export.report import Encode
+from llava_triton.contract.models import ENCODED, PIXEL_VALUES
 
 
 def engine_encoder(tensorrt: ModuleType, plan: Path) -> Encode:
@@ -29,10 +29,10 @@ def engine_encoder(tensorrt: ModuleType, plan: Path) -> Encode:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             given = torch.from_numpy(pixels).cuda().contiguous()
-            context.set_input_shape(INPUT, tuple(given.shape))
-            features = torch.empty(tuple(context.get_tensor_shape(OUTPUT)), device="cuda")
-            context.set_tensor_address(INPUT, given.data_ptr())
-            context.set_tensor_address(OUTPUT, features.data_ptr())
+            context.set_input_shape(PIXEL_VALUES.name, tuple(given.shape))
+            features = torch.empty(tuple(context.get_tensor_shape(ENCODED.name)), device="cuda")
+            context.set_tensor_address(PIXEL_VALUES.name, given.data_ptr())
+            context.set_tensor_address(ENCODED.name, features.data_ptr())
             if not context.execute_async_v3(stream.cuda_stream):
                 raise ExportError("the engine does not run on this GPU")
         stream.synchronize()

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from llava_export.vision import VisionEncoder
+from llava_triton.contract.models import ENCODED, PIXEL_VALUES
+from llava_triton.vision_tower import VisionEncoder
 
-INPUT = "pixel_values"
-OUTPUT = "image_features"
 _SINGLE_FILE_BYTES = 1_900_000_000
 """A protobuf message, which an ONNX file is, must stay below 2 GiB; larger weights go beside it."""
 
@@ -35,8 +34,8 @@ def export_onnx(encoder: VisionEncoder, image_size: int, path: Path) -> None:
                 encoder,
                 (pixels,),
                 dynamo=True,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                input_names=[PIXEL_VALUES.name],
+                output_names=[ENCODED.name],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )

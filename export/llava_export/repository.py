@@ -14,6 +14,7 @@ from llava_export.errors import ExportError
 from llava_export.progress import step
 from llava_export.source import Source, checkpoint_files, find_checkpoint
 from llava_triton import settings as settings_module
+from llava_triton.checkpoint_weights import CheckpointError
 from llava_triton.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,13 +73,19 @@ def export(job: ExportJob) -> bool:
             _fill(job, checkpoint, filled)
             manifest.write(filled, made_from)
             _swap(filled, output, aside=Path(folder) / "old")
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
         except OSError as error:
             raise ExportError(f"{job.output} cannot be written: {error}") from error
     return True
 
 
 def _fingerprint(job: ExportJob, source: Source) -> dict[str, Any]:
-    code = [*Path(__file__).parent.glob("*.py"), Path(settings_module.__file__)]
+    shared = Path(settings_module.__file__).parent
+    code = [
+        *Path(__file__).parent.glob("*.py"),
+        *(shared / name for name in ("settings.py", "checkpoint_weights.py", "vision_tower.py")),
+    ]
     templates = [
         path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
@@ -154,8 +161,8 @@ def _read_checkpoint(directory: Path) -> Checkpoint:
     from transformers import AutoProcessor
 
     from llava_export.encoder import Checkpoint
-    from llava_export.vision import llava_config
-    from llava_export.weights import CheckpointWeights
+    from llava_triton.checkpoint_weights import CheckpointWeights
+    from llava_triton.vision_tower import llava_config
 
     config = llava_config(directory)
     weights = CheckpointWeights(directory)

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from llava_export.errors import ExportError
-from llava_export.onnx_export import INPUT
+from llava_triton.contract.models import PIXEL_VALUES
 
 RTX = "tensorrt_rtx_bindings"
 _MODULES = ("tensorrt", RTX)
@@ -126,7 +126,9 @@ def build_engine(
     config = builder.create_builder_config()
     config.clear_flag(tensorrt.BuilderFlag.TF32)  # its products have 10 bits: not what fp32 says
     profile = builder.create_optimization_profile()
-    profile.set_shape(INPUT, (1, *input_shape), (1, *input_shape), (max_batch, *input_shape))
+    profile.set_shape(
+        PIXEL_VALUES.name, (1, *input_shape), (1, *input_shape), (max_batch, *input_shape)
+    )
     config.add_optimization_profile(profile)
     if tensorrt.__name__ == RTX:
         config.num_compute_capabilities = 1

@@ -1,9 +1,11 @@
-"""A piece of an answer, as the engine hands it out and the protocol sends it."""
+"""A piece of an answer, as the engine hands it out and the models send it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from llava_triton.contract.tensors import TensorSpec
 
 FinishReason = Literal["", "stop", "length", "time_limit", "prefilled", "closed"]
 """Why a turn ended: "" while it goes on; "stop": the model ended its answer or a stop string came;
@@ -16,18 +18,20 @@ its session."""
 class Delta:
     """New text of an answer, with the turn's numbers so far.
 
-    The last piece of a turn has a finish reason, and its numbers are the turn's.
+    The last piece of a turn has a finish reason, and its numbers are the turn's. Each field is an
+    output of the models: what clients, models and adapter send and read of it follows from here
+    (`contract.answers`).
     """
 
-    text: str
-    finish_reason: FinishReason
-    num_input_tokens: int
+    text: Annotated[str, TensorSpec("text_output", "BYTES")]
+    finish_reason: Annotated[FinishReason, TensorSpec("finish_reason", "BYTES")]
+    num_input_tokens: Annotated[int, TensorSpec("num_input_tokens", "INT32")]
     """Tokens of the whole prompt: everything said before, this turn's message, its images."""
-    num_output_tokens: int
+    num_output_tokens: Annotated[int, TensorSpec("num_output_tokens", "INT32")]
     """Tokens generated so far."""
-    num_cached_tokens: int
+    num_cached_tokens: Annotated[int, TensorSpec("num_cached_tokens", "INT32")]
     """Prompt tokens that were not computed again."""
-    first_token_ms: float
+    first_token_ms: Annotated[float, TensorSpec("first_token_ms", "FP32")]
     """Milliseconds from the turn's arrival in the engine to its first token; 0 without one."""
 
     @property

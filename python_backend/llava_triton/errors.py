@@ -1,7 +1,7 @@
 """The errors a client can get.
 
-One class with a code, because what a caller does about an error depends on its code alone; the
-sentence is for the person who reads it.
+One class with a code and a subject, because what a caller does about an error depends on these
+alone; the sentence is for the person who reads it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from enum import Enum
+
+from llava_triton.contract.models import INPUTS
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,17 @@ class ErrorCode(Enum):
     """Our fault; the session is back at its last completed turn."""
 
 
+SESSION = "session"
+"""Subject: the session is unknown or has expired."""
+SHARED_MEMORY = "shared memory"
+"""Subject: what passes between the models has no room at this moment."""
+MODEL_PROCESS = "model process"
+"""Subject: a model's process is dead or does not move."""
+MODEL = "model"
+"""Subject: a model is not loaded."""
+CONNECTION = "connection"
+"""Subject: there is no way to the server."""
+
 _REGION = re.compile(r"/?llava-triton-server-[\w-]+")
 """Names by which the server's files can be found (`server_guard`), as Triton's errors tell them."""
 
@@ -38,27 +51,50 @@ class SessionError(Exception):
     `str(error)` is `CODE: sentence`. The code is part of the text because responses of a gRPC
     stream carry an error's text but not its code. No sentence names the server's files: who knows
     the name of a model's shared memory can use it.
+
+    Args:
+        code: what a caller can do.
+        sentence: what was given, what was expected and what to do.
+        subject: what is wrong: the name of an input or one of this module's constants; empty where
+            nobody needs to tell it from others.
     """
 
-    def __init__(self, code: ErrorCode, sentence: str) -> None:
+    def __init__(self, code: ErrorCode, sentence: str, subject: str = "") -> None:
         sentence = _REGION.sub("(one of the server's)", sentence)
         super().__init__(f"{code.name}: {sentence}")
         self.code = code
         self.sentence = sentence
+        self.subject = subject
 
 
 _CODE_IN_TEXT = re.compile(rf"\b({'|'.join(ErrorCode.__members__)}): ")
 
 
+_FIRST_WORDS = re.compile(rf"({'|'.join(spec.name for spec in INPUTS)}|sampling parameter)\b")
+_TRITONS = (
+    ("Stub process", MODEL_PROCESS),
+    ("Failed to obtain the health mutex", MODEL_PROCESS),
+    ("StatusCode.UNAVAILABLE]", CONNECTION),
+    ("shared memory", SHARED_MEMORY),
+    ("not ready", MODEL),
+    ("no available versions", MODEL),
+)
+"""What Triton, its Python backend and its gRPC client say, and what it is about."""
+
+
 def error_from_text(text: str) -> SessionError:
     """What an error's text says: ours, which Triton wraps, or one of Triton's own.
+
+    Over Triton's protocols an error is one text. Here, and nowhere else, code and subject are read
+    from it.
 
     Triton's sequence batcher refuses requests of sequences that it does not know before any model
     sees them; it does so also for sessions that were idle for too long.
     """
     ours = _CODE_IN_TEXT.search(text)
     if ours:
-        return SessionError(ErrorCode[ours.group(1)], text[ours.end() :])
+        code, sentence = ErrorCode[ours.group(1)], text[ours.end() :]
+        return SessionError(code, sentence, _subject(code, sentence))
     if "must specify the START flag" in text:
         return not_found(
             "the session is unknown or has expired; open a new one by a request with the "
@@ -69,17 +105,26 @@ def error_from_text(text: str) -> SessionError:
             "the request names no session; give it a sequence ID, and the sequence start flag if "
             "it is the session's first"
         )
-    return SessionError(ErrorCode.INTERNAL, text)
+    return SessionError(ErrorCode.INTERNAL, text, _subject(ErrorCode.INTERNAL, text))
 
 
-def invalid(sentence: str) -> SessionError:
+def _subject(code: ErrorCode, sentence: str) -> str:
+    if code is ErrorCode.NOT_FOUND:
+        return SESSION
+    if code is ErrorCode.INTERNAL:
+        return next((subject for words, subject in _TRITONS if words in sentence), "")
+    named = _FIRST_WORDS.match(sentence) if code is ErrorCode.INVALID_ARG else None
+    return named[1].replace(" parameter", "_parameters") if named else ""
+
+
+def invalid(sentence: str, subject: str = "") -> SessionError:
     """An INVALID_ARG error: say what was given, what was expected and what to do."""
-    return SessionError(ErrorCode.INVALID_ARG, sentence)
+    return SessionError(ErrorCode.INVALID_ARG, sentence, subject)
 
 
 def not_found(sentence: str) -> SessionError:
     """A NOT_FOUND error, for unknown and expired sessions."""
-    return SessionError(ErrorCode.NOT_FOUND, sentence)
+    return SessionError(ErrorCode.NOT_FOUND, sentence, SESSION)
 
 
 def unavailable(sentence: str) -> SessionError:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from llava_triton.contract.models import HISTORY
 from llava_triton.errors import SessionError, invalid
 
 
@@ -68,5 +69,6 @@ def _has_half_characters(text: str) -> bool:
 def _invalid(fault: str) -> SessionError:
     return invalid(
         f'history {fault}; give a list like [{{"text": "What is it?", "answer": "A cat.", '
-        '"images": 1}]'
+        '"images": 1}]',
+        HISTORY.name,
     )

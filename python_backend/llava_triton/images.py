@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # From its own module: transformers 5.17 exports it at the top only where torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from llava_triton.contract.models import IMAGE
 from llava_triton.errors import SessionError, invalid
 from llava_triton.picture_bombs import refuse_bombs
 from llava_triton.settings import Settings
@@ -75,7 +76,7 @@ def iterate_images(
 def numbered(error: SessionError, number: int, count: int) -> SessionError:
     """The error of one of a turn's pictures, whose sentence lacks a subject, with its position."""
     name = "image" if count == 1 else f"image {number} of {count}"
-    return SessionError(error.code, f"{name} {error.sentence}")
+    return SessionError(error.code, f"{name} {error.sentence}", IMAGE.name)
 
 
 def encoded_image(item: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The tensors of the models: their names, and plain values from and to numpy arrays.
+"""What requests say: their parameters by name, and the checks of their inputs.
 
 Nothing here knows Triton, torch or transformers, so that clients can use it, too.
 """
@@ -11,57 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from llava_triton.delta import Delta
+from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.tensors import TensorSpec
 from llava_triton.errors import invalid
 from llava_triton.history import PastTurn, history_from_json
 from llava_triton.sampling_parameters import SamplingParameters
 from llava_triton.settings import Settings
 
-# What clients send ...
-TEXT_INPUT = "text_input"
-"""BYTES [1]: the user's message, UTF-8."""
-IMAGE = "image"
-"""BYTES [N]: pictures, each an encoded file, as it is or in base64 or as a data URI."""
-SAMPLING_PARAMETERS = "sampling_parameters"
-"""BYTES [1]: a JSON object, see `SamplingParameters`."""
-HISTORY = "history"
-"""BYTES [1]: a JSON list, see `PastTurn`; only where a session opens."""
-
-# ... what they get ...
-TEXT_OUTPUT = "text_output"
-"""BYTES [1]: the answer, or its next piece."""
-FINISH_REASON = "finish_reason"
-"""BYTES [1]: see `FinishReason`."""
-NUM_INPUT_TOKENS = "num_input_tokens"
-NUM_OUTPUT_TOKENS = "num_output_tokens"
-NUM_CACHED_TOKENS = "num_cached_tokens"
-"""INT32 [1] each: see `Delta`."""
-FIRST_TOKEN_MS = "first_token_ms"
-"""FP32 [1]: see `Delta`."""
-ANSWER_OUTPUTS = (
-    TEXT_OUTPUT,
-    FINISH_REASON,
-    NUM_INPUT_TOKENS,
-    NUM_OUTPUT_TOKENS,
-    NUM_CACHED_TOKENS,
-    FIRST_TOKEN_MS,
-)
-
-# ... and what the models tell one another.
-PIXEL_VALUES = "pixel_values"
-"""FP32 [N, 3, H, W]."""
-IMAGE_FEATURES = "image_features"
-"""Of vision_encoder: FP32 [N, T, D]. To language_model: UINT8 [4 R D], the bytes of the rows of all
-the turn's pictures, one picture behind another; none where it has no picture. Triton 2.51
-multiplies the dimensions of a client's tensor without looking for an overflow, so [2**53, 36, 128]
-of FP32 passes for no bytes, and the process that makes an array of it dies. A shape of one
-dimension and one byte cannot overflow."""
-IMAGE_LENGTHS = "image_lengths"
-"""UINT8 [4 N]: how many of the rows are each picture's, INT32 as bytes for the same reason."""
-NOTHING = np.zeros(0, dtype=np.uint8)
-"""Either of them where a turn has no picture."""
-TURN_ID = "turn_id"
-"""BYTES [1]."""
 WHOLE_ANSWER = "whole_answer"
 """Request parameter: a token of `whole_answers.Inbox`. The answer is wanted whole and goes there;
 the request itself gets an empty response at once."""
@@ -159,43 +115,38 @@ def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:
     if image is None or image.size == 0:
         return []
     if image.ndim != 1:
-        raise invalid(f"image has the shape {list(image.shape)}; it must be [number of pictures]")
+        raise invalid(
+            f"image has the shape {list(image.shape)}; it must be [number of pictures]", IMAGE.name
+        )
     limit = settings.max_images_per_turn
     if image.size > limit:
         raise invalid(
             f"image holds {image.size} pictures; a turn takes at most {limit}: send the others in "
-            "later turns"
+            "later turns",
+            IMAGE.name,
         )
     items = [_bytes(item) for item in image]
     return [] if items == [b""] else items
 
 
-def output_arrays(delta: Delta) -> dict[str, np.ndarray]:
-    """A piece of an answer as the output tensors `ANSWER_OUTPUTS`, each of shape [1]."""
-    return {
-        TEXT_OUTPUT: np.array([delta.text.encode()], dtype=np.object_),
-        FINISH_REASON: np.array([delta.finish_reason.encode()], dtype=np.object_),
-        NUM_INPUT_TOKENS: np.array([delta.num_input_tokens], dtype=np.int32),
-        NUM_OUTPUT_TOKENS: np.array([delta.num_output_tokens], dtype=np.int32),
-        NUM_CACHED_TOKENS: np.array([delta.num_cached_tokens], dtype=np.int32),
-        FIRST_TOKEN_MS: np.array([delta.first_token_ms], dtype=np.float32),
-    }
-
-
-def _string(name: str, array: np.ndarray | None, max_bytes: int) -> str:
+def _string(spec: TensorSpec, array: np.ndarray | None, max_bytes: int) -> str:
+    name = spec.name
     if array is None:
         return ""
     if array.shape != (1,):
-        raise invalid(f"{name} has the shape {list(array.shape)}; it must be [1], one string")
+        raise invalid(f"{name} has the shape {list(array.shape)}; it must be [1], one string", name)
     data = _bytes(array[0])
     if len(data) > max_bytes:
-        raise invalid(f"{name} is {len(data)} bytes long; the limit is {max_bytes}: shorten it")
+        raise invalid(
+            f"{name} is {len(data)} bytes long; the limit is {max_bytes}: shorten it", name
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise invalid(
             f"{name} is not UTF-8: its byte {error.start} is 0x{data[error.start]:02x}, which "
-            f"makes no character there ({error.reason}); encode the text as UTF-8"
+            f"makes no character there ({error.reason}); encode the text as UTF-8",
+            name,
         ) from None
 
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from llava_triton.contract.answers import ANSWER
 from llava_triton.delta import Delta
 from llava_triton.errors import SessionError
 
@@ -97,7 +98,7 @@ class ResponseThread:
             self._streams.pop(stream, None)
             return
         held = state.held
-        state.held = event if held is None else event.with_text(held.text + event.text)
+        state.held = event if held is None else ANSWER.joined((held, event))
         self._holding.add(stream)
         if event.is_final or state.tokens_sent == 0:
             self._flush(stream)

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from llava_triton.errors import invalid
+from llava_triton.contract.models import SAMPLING_PARAMETERS
+from llava_triton.errors import SessionError, invalid
 
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**63 - 1
@@ -48,19 +49,19 @@ class SamplingParameters:
         try:
             values = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise invalid(
+            raise _invalid(
                 f"sampling_parameters is not valid JSON ({error}); give an object like "
                 '{"max_tokens": 64}'
             ) from None
         if not isinstance(values, dict):
-            raise invalid(
+            raise _invalid(
                 f"sampling_parameters is {_shown(values)}; give a JSON object like "
                 '{"max_tokens": 64}'
             )
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise invalid(
+            raise _invalid(
                 f"sampling_parameters has the unknown name {_shown(unknown[0])}; known are "
                 f"{', '.join(known)}"
             )
@@ -148,7 +149,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _refuse(name: str, value: Any, expected: str) -> NoReturn:
-    raise invalid(f"sampling parameter {name} is {_shown(value)}; it must be {expected}")
+    raise _invalid(f"sampling parameter {name} is {_shown(value)}; it must be {expected}")
+
+
+def _invalid(sentence: str) -> SessionError:
+    return invalid(sentence, SAMPLING_PARAMETERS.name)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

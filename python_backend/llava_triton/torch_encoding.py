@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_export.vision import llava_config, load_vision_encoder
-from llava_export.weights import CheckpointWeights
+from llava_triton.checkpoint_weights import CheckpointWeights
 from llava_triton.device import cuda_graph
+from llava_triton.vision_tower import llava_config, load_vision_encoder
 
 log = logging.getLogger(__name__)
 

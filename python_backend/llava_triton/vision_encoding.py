@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime
 
-from llava_triton import protocol
+from llava_triton.contract.models import PIXEL_VALUES
 from llava_triton.settings import Settings
 
 
@@ -83,5 +83,5 @@ class OnnxEncoding:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """See `VisionEncoding`."""
-        features: np.ndarray = self._session.run(None, {protocol.PIXEL_VALUES: pixels})[0]
+        features: np.ndarray = self._session.run(None, {PIXEL_VALUES.name: pixels})[0]
         return features

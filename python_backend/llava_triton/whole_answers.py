@@ -22,11 +22,11 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener
 
+from llava_triton.contract.answers import ANSWER
 from llava_triton.delta import Delta
-from llava_triton.errors import SessionError, error_from_text
+from llava_triton.errors import ErrorCode, SessionError
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +45,16 @@ class WholeAnswer:
 
     def __init__(self, tell: Callable[[Outcome], None]) -> None:
         self._tell = tell
-        self._pieces: list[str] = []
+        self._pieces: list[Delta] = []
 
     def __call__(self, event: Delta | SessionError) -> None:
         """Take the turn's next event."""
         if isinstance(event, SessionError):
             self._tell(event)
             return
-        self._pieces.append(event.text)
+        self._pieces.append(event)
         if event.is_final:
-            self._tell(event.with_text("".join(self._pieces)))
+            self._tell(ANSWER.joined(self._pieces))
 
 
 class Inbox:
@@ -151,10 +151,15 @@ def _is_ours(connection: Connection) -> bool:
 
 
 def _encoded(number: str, outcome: Outcome) -> bytes:
-    told = str(outcome) if isinstance(outcome, SessionError) else asdict(outcome)
+    if isinstance(outcome, SessionError):
+        told = {"code": outcome.code.name, "sentence": outcome.sentence, "subject": outcome.subject}
+    else:
+        told = ANSWER.to_values(outcome)
     return json.dumps([number, told]).encode()
 
 
 def _decoded(message: bytes) -> tuple[str, Outcome]:
     number, told = json.loads(message)
-    return number, error_from_text(told) if isinstance(told, str) else Delta(**told)
+    if "code" in told:
+        return number, SessionError(ErrorCode[told["code"]], told["sentence"], told["subject"])
+    return number, ANSWER.from_values(told)

@@ -6,20 +6,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llava_triton.delta import Delta, FinishReason
+from llava_triton.contract.answers import ANSWER
+from llava_triton.delta import Delta
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Delta):
     """A whole answer, with what it cost."""
 
-    text: str
-    finish_reason: FinishReason
-    num_input_tokens: int
-    """Prompt tokens: the whole conversation before the answer, pictures included."""
-    num_output_tokens: int
-    num_cached_tokens: int
-    """Prompt tokens that the server did not compute again."""
     first_token_seconds: float
     """Streamed: from sending the turn to its first token, as seen here. Whole: from the turn's
     arrival in the engine to its first token, as the server says."""
@@ -62,17 +56,16 @@ class AnswerStream:
 
     def __iter__(self) -> Iterator[str]:
         sent_at = time.perf_counter()
-        text: list[str] = []
+        pieces: list[Delta] = []
         first: float | None = None
         try:
             for delta in self._deltas:
                 if first is None and (delta.num_output_tokens or delta.is_final):
                     first = time.perf_counter() - sent_at
-                text.append(delta.text)
+                pieces.append(delta)
                 if delta.is_final:
                     seconds = time.perf_counter() - sent_at
-                    whole = delta.with_text("".join(text))
-                    self._answer = whole_answer(whole, first or seconds, seconds)
+                    self._answer = whole_answer(ANSWER.joined(pieces), first or seconds, seconds)
                 if delta.text:
                     yield delta.text
         finally:
@@ -87,12 +80,4 @@ class AnswerStream:
 
 def whole_answer(final: Delta, first_token_seconds: float, seconds: float) -> Answer:
     """An answer from its last piece, which holds the whole text and the final numbers."""
-    return Answer(
-        text=final.text,
-        finish_reason=final.finish_reason,
-        num_input_tokens=final.num_input_tokens,
-        num_output_tokens=final.num_output_tokens,
-        num_cached_tokens=final.num_cached_tokens,
-        first_token_seconds=first_token_seconds,
-        seconds=seconds,
-    )
+    return Answer(**vars(final), first_token_seconds=first_token_seconds, seconds=seconds)

@@ -13,8 +13,10 @@ from urllib3.exceptions import HTTPError
 
 from llava_triton import protocol
 from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.models import IMAGE
 from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, invalid, unavailable
+from llava_triton.errors import SESSION, ErrorCode, SessionError, invalid, not_found, unavailable
 
 try:
     import boto3
@@ -46,6 +48,8 @@ _CODES = {
     "internal": ErrorCode.INTERNAL,
 }
 """By the container's codes; the others say what is wrong with the request."""
+_SUBJECTS = {"session_not_found": SESSION, "image_invalid": IMAGE.name}
+"""What they are about, where they say so."""
 _LATER = ("ThrottlingException", "ModelNotReadyException")
 
 
@@ -148,7 +152,7 @@ def _runtime(region: str | None, endpoint_url: str | None) -> Any:
 
 def _request(turn: TurnMessage) -> dict[str, Any]:
     """Triton's own request format: the pictures go as they are, not in base64."""
-    outputs = [triton.InferRequestedOutput(name, False) for name in protocol.ANSWER_OUTPUTS]
+    outputs = [triton.InferRequestedOutput(spec.name, False) for spec in ANSWER.outputs]
     body, json_bytes = triton.InferenceServerClient.generate_request_body(
         turn.inputs(triton), outputs=outputs
     )
@@ -172,8 +176,10 @@ def _closing() -> dict[str, Any]:
 def _delta_of_outputs(body: bytes) -> Delta:
     """A whole answer: Triton's response in JSON."""
     try:
-        outputs = {output["name"]: output["data"][0] for output in json.loads(body)["outputs"]}
-        return _delta(outputs)
+        data = {output["name"]: output["data"] for output in json.loads(body)["outputs"]}
+        return ANSWER.from_values(
+            {spec.name: spec.value(data[spec.name]) for spec in ANSWER.outputs}
+        )
     except (ValueError, LookupError, TypeError) as error:
         raise _unreadable(body) from error
 
@@ -183,21 +189,10 @@ def _delta_of_message(message: bytes) -> Delta:
     try:
         value = json.loads(message)
         if "error" not in value:
-            return _delta(value)
+            return ANSWER.from_values(value)
     except (ValueError, LookupError, TypeError) as error:
         raise _unreadable(message) from error
     raise _container_error(500, message.decode(), message.decode())
-
-
-def _delta(values: dict[str, Any]) -> Delta:
-    return Delta(
-        text=values[protocol.TEXT_OUTPUT],
-        finish_reason=values[protocol.FINISH_REASON],
-        num_input_tokens=values[protocol.NUM_INPUT_TOKENS],
-        num_output_tokens=values[protocol.NUM_OUTPUT_TOKENS],
-        num_cached_tokens=values[protocol.NUM_CACHED_TOKENS],
-        first_token_ms=values[protocol.FIRST_TOKEN_MS],
-    )
 
 
 def _unreadable(body: bytes) -> SessionError:
@@ -242,7 +237,7 @@ def _service_error(endpoint: str, error: ClientError) -> SessionError:
         return _container_error(status, error.response.get("OriginalMessage", ""), sentence)
     if code == "ValidationError" and "session" in sentence.lower():
         # Our IDs are well-formed, for the server has made them: it has forgotten this one.
-        return SessionError(ErrorCode.NOT_FOUND, sentence)
+        return not_found(sentence)
     if code == "InternalFailure":
         return LostConnectionError(sentence)
     if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500 or code in _LATER:
@@ -254,7 +249,8 @@ def _container_error(status: int, body: str, otherwise: str = "") -> SessionErro
     """What the container answered, or what SageMaker says where no container did."""
     try:
         told = json.loads(body)["error"]
-        return SessionError(_CODES.get(told["code"], ErrorCode.INVALID_ARG), told["message"])
+        code = _CODES.get(told["code"], ErrorCode.INVALID_ARG)
+        return SessionError(code, told["message"], _SUBJECTS.get(told["code"], ""))
     except (ValueError, LookupError, TypeError):
         if status == 0:  # SageMaker's 60 s are over
             return unavailable(otherwise)

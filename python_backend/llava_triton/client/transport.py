@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 
 from llava_triton import protocol
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.tensors import TensorSpec
 from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, error_from_text, invalid
+from llava_triton.errors import (
+    CONNECTION,
+    MODEL_PROCESS,
+    ErrorCode,
+    SessionError,
+    error_from_text,
+    invalid,
+)
 from llava_triton.history import PastTurn, history_to_json
 
 
@@ -36,16 +46,16 @@ class TurnMessage:
 
     def inputs(self, triton: ModuleType) -> list[Any]:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
-        strings: dict[str, Sequence[bytes]] = {}
+        strings: dict[TensorSpec, Sequence[bytes]] = {}
         if self.text is not None:
-            strings[protocol.TEXT_INPUT] = [_utf8(self.text)]
+            strings[TEXT_INPUT] = [_utf8(self.text)]
         if self.images:
-            strings[protocol.IMAGE] = self.images
+            strings[IMAGE] = self.images
         if self.sampling:
-            strings[protocol.SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
+            strings[SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
         if self.history:
-            strings[protocol.HISTORY] = [history_to_json(list(self.history)).encode()]
-        return [_bytes_input(triton, name, values) for name, values in strings.items()]
+            strings[HISTORY] = [history_to_json(list(self.history)).encode()]
+        return [_bytes_input(triton, spec.name, values) for spec, values in strings.items()]
 
 
 class LostConnectionError(SessionError):
@@ -98,39 +108,19 @@ class Transport(ABC):
 
 def delta_of(result: Any) -> Delta:
     """A response of tritonclient as a piece of an answer."""
-
-    def value(name: str) -> Any:
-        return result.as_numpy(name).reshape(-1)[0]
-
-    return Delta(
-        text=value(protocol.TEXT_OUTPUT).decode(),
-        finish_reason=value(protocol.FINISH_REASON).decode(),
-        num_input_tokens=int(value(protocol.NUM_INPUT_TOKENS)),
-        num_output_tokens=int(value(protocol.NUM_OUTPUT_TOKENS)),
-        num_cached_tokens=int(value(protocol.NUM_CACHED_TOKENS)),
-        first_token_ms=float(value(protocol.FIRST_TOKEN_MS)),
-    )
-
-
-_LOST_MODEL = ("Stub process", "Failed to obtain the health mutex")
-"""What Triton's Python backend says of a model whose process is dead or does not move: for the
-moment that passes before the whole server is ended and started again."""
+    return ANSWER.from_arrays(result.as_numpy)
 
 
 def session_error(error: Exception, address: str) -> SessionError:
     """What went wrong, in our terms; connection faults by any library included."""
     text = str(error)
     told = error_from_text(text)
-    internal = told.code is ErrorCode.INTERNAL
-    no_connection = isinstance(error, OSError | HTTPException) or (
-        internal and "StatusCode.UNAVAILABLE]" in text
-    )
-    if internal and any(sign in text for sign in _LOST_MODEL):
+    if told.subject == MODEL_PROCESS:  # until the whole server is ended and started again
         return LostConnectionError(
             f"a model of the server at {address} has died; the server is started again, if "
             f"somebody watches it ({told.sentence})"
         )
-    if no_connection:
+    if isinstance(error, OSError | HTTPException) or told.subject == CONNECTION:
         return LostConnectionError(f"no server answers at {address}; is it running? ({text})")
     return told
 

@@ -49,7 +49,7 @@ from llava_sagemaker.adapter.triton_format import (
     triton_request,
 )
 from llava_sagemaker.adapter.turns import LENGTH_BYTES, Triton, Turn, limited
-from llava_triton import protocol
+from llava_triton.contract.models import TEXTS
 from llava_triton.errors import ErrorCode, SessionError
 from llava_triton.settings import Settings
 
@@ -218,11 +218,12 @@ class Adapter:
     def _check_texts(self, turn: Turn) -> None:
         """As the models would, but before all is copied to them."""
         most = self._settings.max_text_bytes
-        for name in (protocol.TEXT_INPUT, protocol.SAMPLING_PARAMETERS, protocol.HISTORY):
-            if name in turn.tensors and turn.tensors[name].size > most + LENGTH_BYTES:
-                size = turn.tensors[name].size - LENGTH_BYTES
+        for spec in TEXTS:
+            tensor = turn.tensors.get(spec.name)
+            if tensor is not None and tensor.size > most + LENGTH_BYTES:
                 raise invalid_request(
-                    f"{name} is {size} bytes long; the limit is {most}: shorten it"
+                    f"{spec.name} is {tensor.size - LENGTH_BYTES} bytes long; the limit is {most}: "
+                    "shorten it"
                 )
 
     async def _whole(self, http: HttpRequest, invocation: Invocation, began: float) -> Response:

@@ -8,7 +8,8 @@ import logging
 import grpc
 from starlette.responses import Response
 
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.models import IMAGE
+from llava_triton.errors import MODEL, MODEL_PROCESS, SHARED_MEMORY, ErrorCode, SessionError
 
 log = logging.getLogger(__name__)
 
@@ -82,22 +83,17 @@ def _of_engine(error: SessionError, level: int) -> AdapterError:
                 "the session is unknown, has expired or was lost; open a new one by "
                 'SessionId="NEW_SESSION"',
             )
-        case ErrorCode.INVALID_ARG if error.sentence.startswith("image "):
+        case ErrorCode.INVALID_ARG if error.subject == IMAGE.name:
             return AdapterError(400, "image_invalid", error.sentence)
         case ErrorCode.INVALID_ARG:
             return invalid_request(error.sentence)
         case ErrorCode.UNAVAILABLE | ErrorCode.CANCELLED:
             return unavailable(error.sentence)
-        case ErrorCode.INTERNAL if "shared memory" in error.sentence:
+        case ErrorCode.INTERNAL if error.subject == SHARED_MEMORY:
             log.log(level, "Triton: %s", error.sentence)
             return unavailable("too many pictures are under way at this moment; try again later")
-        case ErrorCode.INTERNAL if _model_is_down(error.sentence):
+        case ErrorCode.INTERNAL if error.subject in (MODEL_PROCESS, MODEL):
             log.log(level, "Triton: %s", error.sentence)
             return unavailable("the model is not ready; it is starting or has failed")
         case ErrorCode.INTERNAL:
             return AdapterError(500, "internal", error.sentence)
-
-
-def _model_is_down(text: str) -> bool:
-    """Whether Triton says that a model's process is gone, or the model not loaded."""
-    return "Stub process" in text or "not ready" in text or "no available versions" in text

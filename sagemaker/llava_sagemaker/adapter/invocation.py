@@ -12,6 +12,7 @@ from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
 from llava_sagemaker.adapter.turns import Turn
+from llava_triton.contract.answers import ANSWER
 from llava_triton.delta import Delta
 from llava_triton.protocol import NO_TENANT
 
@@ -78,7 +79,7 @@ class AnswerFormat(ABC):
 
     def piece(self, piece: Delta) -> bytes:
         """Events that tell a piece of a streamed answer."""
-        return event(outputs(piece))
+        return event(ANSWER.to_values(piece))
 
     def end(self, final: Delta) -> bytes:
         """Events after the last piece."""
@@ -116,18 +117,6 @@ def in_session(kind: str, turn: Turn, answer: AnswerFormat, stream: bool = False
         opened=turn.session_id if turn.start and not turn.end else None,
         closed=turn.session_id if turn.end and not turn.start else None,
     )
-
-
-def outputs(piece: Delta) -> dict[str, Any]:
-    """The outputs of the models by their names, as plain values."""
-    return {
-        "text_output": piece.text,
-        "finish_reason": piece.finish_reason,
-        "num_input_tokens": piece.num_input_tokens,
-        "num_output_tokens": piece.num_output_tokens,
-        "num_cached_tokens": piece.num_cached_tokens,
-        "first_token_ms": piece.first_token_ms,
-    }
 
 
 def as_json(value: Any) -> Body:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
 from llava_sagemaker.adapter.turns import Turn
-from llava_triton import protocol
+from llava_triton.contract.models import IMAGE, SAMPLING_PARAMETERS
 
 _NOT_IN_MESSAGES = b""
 """Stands for the digest of a picture that no chat completion showed."""
@@ -120,9 +120,9 @@ class Remembered:
         if turn.end:
             self._known.pop(turn.session_id, None)
             return None
-        silent = turn.tensors.keys() <= {protocol.IMAGE, protocol.SAMPLING_PARAMETERS}
+        silent = turn.tensors.keys() <= {IMAGE.name, SAMPLING_PARAMETERS.name}
         after = NOTHING_SAID if turn.start and silent else None
-        pictures = {_NOT_IN_MESSAGES} if protocol.IMAGE in turn.tensors else set()
+        pictures = {_NOT_IN_MESSAGES} if IMAGE.name in turn.tensors else set()
         return self._begins(turn.session_id, turn.start, frozenset(pictures), lambda _: after)
 
     def chat_begins(

@@ -13,13 +13,13 @@ from llava_sagemaker.adapter.invocation import (
     Request,
     as_json,
     in_session,
-    outputs,
 )
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import turn
+from llava_triton.contract.answers import ANSWER
 from llava_triton.delta import Delta
 
 
@@ -50,7 +50,7 @@ class _Answered(AnswerFormat):
     session_id: str
 
     def whole(self, answer: Delta) -> Body:
-        return as_json({"session_id": self.session_id, **outputs(answer)})
+        return as_json({"session_id": self.session_id, **ANSWER.to_values(answer)})
 
 
 async def session_request(

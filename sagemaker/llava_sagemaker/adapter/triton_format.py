@@ -15,11 +15,12 @@ from llava_sagemaker.adapter.invocation import (
     Request,
     as_json,
     in_session,
-    outputs,
 )
 from llava_sagemaker.adapter.json_body import PIECE_BYTES, LongString
 from llava_sagemaker.adapter.turns import Tensor, Turn, packed, utf8
-from llava_triton import protocol
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.models import INPUTS
+from llava_triton.contract.tensors import TensorSpec
 from llava_triton.delta import Delta
 
 BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
@@ -27,20 +28,8 @@ _HEADER_SIZE = "json-header-size"
 _MOST_DIGITS = 20
 _MOST_ELEMENTS = 256
 """Of an input: more than the models would take, whose own limit is told by them."""
-_INPUTS = (
-    protocol.TEXT_INPUT,
-    protocol.IMAGE,
-    protocol.SAMPLING_PARAMETERS,
-    protocol.HISTORY,
-)
-_DATATYPES = {
-    protocol.TEXT_OUTPUT: "BYTES",
-    protocol.FINISH_REASON: "BYTES",
-    protocol.NUM_INPUT_TOKENS: "INT32",
-    protocol.NUM_OUTPUT_TOKENS: "INT32",
-    protocol.NUM_CACHED_TOKENS: "INT32",
-    protocol.FIRST_TOKEN_MS: "FP32",
-}
+_INPUTS = [spec.name for spec in INPUTS]
+_OUTPUTS = {spec.name: spec for spec in ANSWER.outputs}
 
 
 def json_size(request: Request) -> int:
@@ -89,20 +78,25 @@ class _InferenceResponse(AnswerFormat):
     """Triton's inference response."""
 
     request_id: str
-    requested: tuple[tuple[str, bool], ...]
-    """Names of the outputs, and whether they are to be binary."""
+    requested: tuple[tuple[TensorSpec, bool], ...]
+    """Outputs, and whether they are to be binary."""
 
     def whole(self, answer: Delta) -> Body:
-        values = outputs(answer)
+        values = ANSWER.to_values(answer)
         tensors: list[dict[str, Any]] = []
         binary: list[bytes] = []
-        for name, as_binary in self.requested:
-            tensor: dict[str, Any] = {"name": name, "datatype": _DATATYPES[name], "shape": [1]}
+        for spec, as_binary in self.requested:
+            elements = spec.elements(values[spec.name])
+            tensor: dict[str, Any] = {
+                "name": spec.name,
+                "datatype": spec.datatype,
+                "shape": [len(elements)],
+            }
             if as_binary:
-                binary.append(_element(_DATATYPES[name], values[name]))
+                binary.append(spec.to_raw(values[spec.name]))
                 tensor["parameters"] = {"binary_data_size": len(binary[-1])}
             else:
-                tensor["data"] = [values[name]]
+                tensor["data"] = elements
             tensors.append(tensor)
         request_id = {"id": self.request_id} if self.request_id else {}
         body = as_json(
@@ -189,9 +183,9 @@ def _packed_elements(name: str, data: memoryview) -> int:
     return count
 
 
-def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[str, bool]]:
+def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[TensorSpec, bool]]:
     if given is None:
-        yield from ((name, binary_by_default) for name in _DATATYPES)
+        yield from ((spec, binary_by_default) for spec in ANSWER.outputs)
         return
     if not isinstance(given, list):
         raise invalid_request("outputs must be a list")
@@ -199,20 +193,13 @@ def _requested(given: Any, binary_by_default: bool) -> Iterator[tuple[str, bool]
     for tensor in given:
         fields = _object(tensor, "each of outputs")
         name = fields.get("name")
-        if not isinstance(name, str) or name not in _DATATYPES or name in seen:
+        if not isinstance(name, str) or name not in _OUTPUTS or name in seen:
             raise invalid_request(
-                f"outputs has {str(name)[:80]!r}, unknown or twice; known are "
-                f"{', '.join(_DATATYPES)}"
+                f"outputs has {str(name)[:80]!r}, unknown or twice; known are {', '.join(_OUTPUTS)}"
             )
         seen.add(name)
         parameters = _object(fields.get("parameters", {}), "parameters")
-        yield name, parameters.get("binary_data", binary_by_default) is True
-
-
-def _element(datatype: str, value: Any) -> bytes:
-    if datatype == "BYTES":
-        return b"".join(packed([utf8(value)]).pieces)
-    return struct.pack("<i" if datatype == "INT32" else "<f", value)
+        yield _OUTPUTS[name], parameters.get("binary_data", binary_by_default) is True
 
 
 def _id(given: Any) -> str:

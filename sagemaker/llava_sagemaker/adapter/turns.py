@@ -21,8 +21,10 @@ from tritonclient.grpc import service_pb2
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_triton import protocol
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
 from llava_triton.delta import Delta
-from llava_triton.errors import error_from_text
+from llava_triton.errors import ErrorCode, SessionError, error_from_text
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _MODEL = "llava_stream"
@@ -38,8 +40,6 @@ _OPTIONS = [
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 """Before each element."""
-_INT32 = struct.Struct("<i")
-_FP32 = struct.Struct("<f")
 _RAW_CONTENTS = bytes([7 << 3 | 2])
 """What comes before each of the message's `raw_input_contents`: field 7, so many bytes."""
 
@@ -126,10 +126,10 @@ def turn(
         history: the input `history`, JSON.
     """
     strings: dict[str, Sequence[bytes | LongString]] = {
-        protocol.TEXT_INPUT: [utf8(text)] if text else [],
-        protocol.IMAGE: images,
-        protocol.SAMPLING_PARAMETERS: [_json(sampling)] if sampling else [],
-        protocol.HISTORY: [utf8(history)] if history else [],
+        TEXT_INPUT.name: [utf8(text)] if text else [],
+        IMAGE.name: images,
+        SAMPLING_PARAMETERS.name: [_json(sampling)] if sampling else [],
+        HISTORY.name: [utf8(history)] if history else [],
     }
     tensors = {name: packed(values) for name, values in strings.items() if values}
     return Turn(session_id, start, end, tensors)
@@ -226,14 +226,10 @@ class Triton:
 
     async def whole(self, turn: Turn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
-        texts = []
-        final = None
-        async for piece in self.pieces(turn):
-            texts.append(piece.text)
-            final = piece
-        if final is None or not final.is_final:
-            raise error_from_text("the answer broke off")
-        return replace(final, text="".join(texts))
+        pieces = [piece async for piece in self.pieces(turn)]
+        if not pieces or not pieces[-1].is_final:
+            raise SessionError(ErrorCode.INTERNAL, "the answer broke off")
+        return ANSWER.joined(pieces)
 
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
@@ -241,25 +237,14 @@ class Triton:
 
 
 def _delta(response: Any) -> Delta:
-    raw = dict(
-        zip((tensor.name for tensor in response.outputs), response.raw_output_contents, strict=True)
-    )
-    (first_token_ms,) = _FP32.unpack(raw[protocol.FIRST_TOKEN_MS])
-    return Delta(
-        # One element, behind its length.
-        text=raw[protocol.TEXT_OUTPUT][4:].decode(),
-        finish_reason=raw[protocol.FINISH_REASON][4:].decode(),
-        num_input_tokens=_INT32.unpack(raw[protocol.NUM_INPUT_TOKENS])[0],
-        num_output_tokens=_INT32.unpack(raw[protocol.NUM_OUTPUT_TOKENS])[0],
-        num_cached_tokens=_INT32.unpack(raw[protocol.NUM_CACHED_TOKENS])[0],
-        first_token_ms=first_token_ms,
-    )
+    names = (tensor.name for tensor in response.outputs)
+    return ANSWER.from_raw(dict(zip(names, response.raw_output_contents, strict=True)))
 
 
 def limited(turn: Turn, seconds: float) -> Turn:
     """The same turn, its answer cut when so many seconds have passed; a shorter limit of its own
     stands. Sampling parameters that cannot be read are left for the engine to refuse."""
-    given = turn.tensors.get(protocol.SAMPLING_PARAMETERS)
+    given = turn.tensors.get(SAMPLING_PARAMETERS.name)
     try:
         sampling = json.loads(b"".join(given.pieces)[_LENGTH.size :] if given else b"{}")
         own = sampling.get("max_seconds")
@@ -267,4 +252,4 @@ def limited(turn: Turn, seconds: float) -> Turn:
         data = packed([json.dumps(sampling).encode()])
     except (ValueError, TypeError, AttributeError, RecursionError):
         return turn
-    return replace(turn, tensors={**turn.tensors, protocol.SAMPLING_PARAMETERS: data})
+    return replace(turn, tensors={**turn.tensors, SAMPLING_PARAMETERS.name: data})

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_export.errors import ExportError
-
 if TYPE_CHECKING:
     import torch
 
@@ -25,6 +23,10 @@ _WRAPPERS = {"model", "vision_model", "language_model"}
 _COMPUTED = ("position_ids", "inv_freq")
 """Buffers that some published checkpoints contain and no release of transformers reads."""
 _VISION = ("vision_tower.", "multi_modal_projector.")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read: a sentence says what is wrong and what to give."""
 
 
 def canonical_name(name: str) -> str:
@@ -57,7 +59,7 @@ class CheckpointWeights:
     """The tensors of a checkpoint directory by canonical name; nothing is loaded yet.
 
     Raises:
-        ExportError: the directory has no safetensors weights, or a file is damaged.
+        CheckpointError: the directory has no safetensors weights, or a file is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,8 +77,8 @@ class CheckpointWeights:
             optional: those of them that may be missing, such as tied weights.
 
         Raises:
-            ExportError: a weight is missing, unexpected or of the wrong shape. transformers would
-                fill it with random numbers and go on.
+            CheckpointError: a weight is missing, unexpected or of the wrong shape. transformers
+                would fill it with random numbers and go on.
         """
         shapes = {canonical_name(name): shape for name, shape in expected.items()}
         present = {name for name in self._tensors if not name.endswith(_COMPUTED)}
@@ -93,7 +95,7 @@ class CheckpointWeights:
         }
         found = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
         if found:
-            raise ExportError(
+            raise CheckpointError(
                 f"the weights in {self.directory} do not fit its config.json: {'; '.join(found)}; "
                 "give a complete checkpoint"
             )
@@ -138,7 +140,7 @@ def _weight_files(directory: Path) -> list[Path]:
         files = [directory / _SINGLE]
     for file in files:
         if not file.is_file():
-            raise ExportError(
+            raise CheckpointError(
                 f"{directory} has no {file.name}; a checkpoint's weights are read from safetensors "
                 "files (`save_pretrained` of transformers writes them)"
             )
@@ -169,7 +171,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
         if any(tensor.begin + tensor.size > size for tensor in tensors):
             raise ValueError("it is shorter than its header says")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{file} is no intact safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is no intact safetensors file: {error}") from error
     return tensors
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_export.errors import ExportError
-from llava_export.weights import CONFIG, CheckpointWeights
+from llava_triton.checkpoint_weights import CONFIG, CheckpointError, CheckpointWeights
 
 
 class VisionEncoder(nn.Module):
@@ -49,8 +48,8 @@ def load_vision_encoder(config: LlavaConfig, weights: CheckpointWeights) -> Visi
     """The vision encoder of a checkpoint, in float32 and eval mode; its language model is not read.
 
     Raises:
-        ExportError: a weight of the checkpoint, wherever, is missing, unexpected or of the wrong
-            shape.
+        CheckpointError: a weight of the checkpoint, wherever, is missing, unexpected or of the
+            wrong shape.
     """
     with torch.device("meta"):
         whole = LlavaForConditionalGeneration(config)
@@ -65,14 +64,14 @@ def features_shape(config: LlavaConfig, image_side: int) -> tuple[int, int]:
     """Features of one picture: [T, D]; T tokens, D the language model's hidden size.
 
     Raises:
-        ExportError: the tower does not take pictures of `image_side` pixels a side, which is what
-            the checkpoint's image processor makes.
+        CheckpointError: the tower does not take pictures of `image_side` pixels a side, which is
+            what the checkpoint's image processor makes.
     """
     with torch.device("meta"):
         try:
             features = VisionEncoder(config)(torch.empty(1, 3, image_side, image_side))
         except ValueError as error:
-            raise ExportError(
+            raise CheckpointError(
                 f"the checkpoint's image processor and its vision tower do not fit: {error}"
             ) from error
     return features.shape[1], features.shape[2]
@@ -82,15 +81,15 @@ def llava_config(directory: Path) -> LlavaConfig:
     """The configuration of a LLaVA-1.5-family checkpoint.
 
     Raises:
-        ExportError: `config.json` is missing, unreadable, or another model's.
+        CheckpointError: `config.json` is missing, unreadable, or another model's.
     """
     try:
         kind = json.loads((directory / CONFIG).read_text()).get("model_type")
         if kind != "llava":
-            raise ExportError(
+            raise CheckpointError(
                 f"{directory} is a checkpoint of type {kind!r}; "
                 "give one of the LLaVA-1.5 family, whose config.json has model_type 'llava'"
             )
         return LlavaConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{directory / CONFIG} cannot be read: {error}") from error
+        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from error

@@ -1,0 +1,169 @@
+"""Encoded pictures -> image features, for all sessions at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_triton import protocol
+from llava_triton.bounded_backlog import BoundedBacklog
+from llava_triton.bytes_tensors import limit_elements
+from llava_triton.contract.models import (
+    ENCODED,
+    ENCODED_PICTURES,
+    IMAGE,
+    IMAGE_FEATURES,
+    IMAGE_LENGTHS,
+    PIXEL_VALUES,
+)
+from llava_triton.device import default_device
+from llava_triton.encoded_images import EncodedImages
+from llava_triton.errors import SessionError, invalid
+from llava_triton.flat_features import flattened
+from llava_triton.images import PixelValues
+from llava_triton.metrics import Publisher, image_encoder_metrics
+from llava_triton.picture_encoding import PictureEncoding
+from llava_triton.serving.backend import Backend
+from llava_triton.settings import Settings
+
+MAX_WORKERS = 4
+"""Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""
+NOTHING = np.zeros(0, dtype=np.uint8)
+
+
+class ImageEncoder:
+    """`image_encoder`: decodes and normalizes here, then calls `vision_encoder`.
+
+    Of `PictureEncoding`'s threads one makes every call to vision_encoder: the only BLS calls of
+    this process that carry tensors. Another asks language_model for room, and `BoundedBacklog`'s
+    reaches the models that come next in the ensembles; those calls carry none.
+    """
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._backend = Backend(pb_utils)
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the checkpoint's image processor."""
+        pb_utils = self._backend.pb_utils
+        repository = Path(args["model_repository"])
+        processor = repository / args["model_version"] / "processor"
+        self._settings = Settings.of_repository(repository.parent)
+        # Threads that handle large pictures give way to turns without one so soon (else in 5 ms).
+        sys.setswitchinterval(0.0005)
+        pixel_values = PixelValues(processor)
+        # Features stay where they are computed; the language model's are there too.
+        on_gpu = default_device().type == "cuda"
+        self._features_memory = pb_utils.PreferredMemory(
+            pb_utils.TRITONSERVER_MEMORY_GPU if on_gpu else pb_utils.TRITONSERVER_MEMORY_CPU
+        )
+        limit_elements(pb_utils, self._settings.max_images_per_turn + 1)
+        self._pictures = PictureEncoding(
+            partial(pixel_values.look, settings=self._settings),
+            self._encode,
+            self._ask_for_room,
+            EncodedImages(
+                self._settings.encoded_images_bytes,
+                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
+            ),
+            workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+            max_batch=self._settings.vision_max_batch,
+            most_waiting=self._settings.max_queued_turns,
+        )
+        self._backlog = BoundedBacklog(self._reach_next_models)
+        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._pictures))
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answer requests without a picture at once, the others when their features are there."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except SessionError as error:
+                self._send(sender, error)
+            except Exception as error:  # such as an ID that is no text
+                self._send(sender, invalid(f"the request cannot be read: {error}"))
+
+    def finalize(self) -> None:
+        """Let running pictures finish."""
+        self._backlog.stop()
+        self._pictures.shutdown()
+        self._metrics.stop()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        session = request.correlation_id()
+        items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
+        parameters = self._backend.parameters(request)
+        self._pictures.submit(
+            # A turn without a picture must not overtake an earlier one of its session with a
+            # picture. 0 is no session: such requests have nothing to do with one another.
+            session or object(),
+            items,
+            partial(self._answer, sender),
+            tenant=protocol.parse_tenant(parameters),
+            opening=session if session and request.flags() & self._backend.start else None,
+        )
+
+    def _answer(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+        if not isinstance(outcome, SessionError):  # an error goes no further
+            self._backlog.pass_one()
+        self._send(sender, outcome)
+
+    def _encode(self, pixels: np.ndarray) -> Tensor:
+        pb_utils = self._backend.pb_utils
+        response = pb_utils.InferenceRequest(
+            model_name="vision_encoder",
+            requested_output_names=[ENCODED.name],
+            inputs=[pb_utils.Tensor(PIXEL_VALUES.name, np.ascontiguousarray(pixels))],
+            preferred_memory=self._features_memory,
+        ).exec()
+        if response.has_error():
+            raise RuntimeError(response.error().message())
+        features = pb_utils.get_output_tensor_by_name(response, ENCODED.name)
+        return torch.utils.dlpack.from_dlpack(features.to_dlpack())
+
+    def _ask_for_room(self, session: Any) -> None:
+        if isinstance(session, int) and session.bit_length() > 63:
+            return  # no request parameter holds it; language_model will tell in the end
+        self._tell_language_model({protocol.ROOM: session})
+
+    def _reach_next_models(self) -> None:
+        self._tell_language_model({protocol.MARK: True})
+        self._backend.tell("answer_collector", {protocol.MARK: True}, decoupled=False)
+
+    def _tell_language_model(self, parameters: dict[str, Any]) -> None:
+        """A sequence of its own, of one request: Triton delivers it beside all others.
+
+        Raises:
+            SessionError: what language_model answers.
+        """
+        self._backend.tell(
+            "language_model",
+            parameters,
+            correlation_id=uuid.uuid4().hex,
+            flags=self._backend.start | self._backend.end,
+        )
+
+    def _send(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+        pb_utils = self._backend.pb_utils
+        if isinstance(outcome, SessionError):
+            response = self._backend.refusal(outcome)
+        elif not outcome:
+            # Empty tensors, not none: an omitted output would reset the sequence flags that Triton
+            # hands to the ensemble's next step.
+            response = self._backend.response({spec.name: NOTHING for spec in ENCODED_PICTURES})
+        else:
+            rows, lengths = flattened(outcome)
+            # The tensor, not its capsule: Triton then waits for the stream that is filling it.
+            features = pb_utils.Tensor.from_dlpack(IMAGE_FEATURES.name, rows)
+            tensors = [features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)]
+            response = pb_utils.InferenceResponse(tensors)
+        sender.send(response, flags=self._backend.final)

@@ -1,0 +1,261 @@
+"""Triton's side of the session engine: sequences in, streams of text out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_triton import protocol
+from llava_triton.checkpoint import load_checkpoint
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE_FEATURES,
+    IMAGE_LENGTHS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+    TURN_ID,
+)
+from llava_triton.delta import Delta
+from llava_triton.device import compute_dtype, default_device, work_beside
+from llava_triton.engine import Engine, TurnRequest
+from llava_triton.engine.model_runner import ModelRunner
+from llava_triton.engine.turn import Listener
+from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
+from llava_triton.flat_features import unflattened
+from llava_triton.metrics import Publisher, engine_metrics
+from llava_triton.responses import ResponseThread
+from llava_triton.serving.backend import Backend
+from llava_triton.settings import Settings
+from llava_triton.whole_answers import Outbox, WholeAnswer
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.1
+"""How often a streaming turn asks disconnect_watch whether its client is still there."""
+
+
+class LanguageModel:
+    """`language_model`: one instance, because it owns every session."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._backend = Backend(pb_utils)
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the checkpoint and start the engine."""
+        repository = Path(args["model_repository"])
+        settings = Settings.of_repository(repository.parent)
+        device = default_device()
+        checkpoint = load_checkpoint(
+            repository / args["model_version"] / "checkpoint",
+            dtype=compute_dtype(settings.dtype, device),
+            device=device,
+        )
+        self.serve(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
+
+    def serve(self, runner: ModelRunner, tokenizer: Any, settings: Settings) -> None:
+        """Start the engine."""
+        self._settings = settings
+        self._device = runner.device
+        self._width = runner.hidden_size
+        self._responses = ResponseThread()
+        self._stopping = False
+        self._secret = uuid.uuid4().hex
+        self._outbox = Outbox()
+        # The only thread that makes BLS calls; they have no tensors.
+        self._releases = ThreadPoolExecutor(1, "releases")
+        self._engine = Engine(runner, tokenizer, settings, expired=self._let_go)
+        self._metrics = Publisher(
+            self._backend.pb_utils, lambda: engine_metrics(self._engine.statistics())
+        )
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand the requests to the engine; the answers follow through their response senders."""
+        for request in requests:
+            parameters = self._backend.parameters(request)
+            if not self._is_between_models(request, parameters):
+                self._take(request, parameters)
+
+    def finalize(self) -> None:
+        """Free every session."""
+        self._stopping = True
+        self._metrics.stop()
+        self._engine.shutdown()
+        self._releases.shutdown()
+        self._outbox.close()
+        self._responses.stop()
+
+    def _take(self, request: Any, parameters: dict[str, Any]) -> None:
+        """Hand a turn to the engine, or tell why not."""
+        sender, whole = request.get_response_sender(), protocol.WHOLE_ANSWER in parameters
+        stream = Responder(self._backend, sender, self._responses)
+        tell: Listener = stream.put
+        if whole:
+            tell = partial(self._outbox.send, str(parameters[protocol.WHOLE_ANSWER]))
+        if self._flags(request) == (True, False):
+            tell = partial(self._release_if_refused, request.correlation_id(), tell)
+        listener = WholeAnswer(tell) if whole else tell
+        try:
+            with work_beside(self._device):  # it copies the features
+                turn = self._turn_request(request, parameters)
+        except Exception as error:
+            # Raising would fail every request of this call and is said to leak shared memory.
+            self._refuse(request, listener, as_session_error(error))
+        else:
+            stream.turn_id = self._engine.submit(turn, listener)
+        if whole:  # the call that brought it ends here; the answer goes another way
+            sender.send(flags=self._backend.final)
+
+    def _is_between_models(self, request: Any, parameters: dict[str, Any]) -> bool:
+        """Whether a request comes from another of our models or from here; it is answered then."""
+        sender = request.get_response_sender()
+        alone = self._flags(request) == (True, True)
+        turn_id = parameters.get(protocol.CANCEL_TURN)
+        if alone and turn_id and turn_id == request.correlation_id():
+            self._engine.cancel(turn_id)
+        elif alone and protocol.ROOM in parameters:
+            error = self._engine.room_for_a_session(parameters[protocol.ROOM])
+            if error is not None:
+                self._backend.refuse(sender, error)
+                return True
+        elif not ((alone and protocol.MARK in parameters) or self._is_release(parameters)):
+            return False
+        sender.send(flags=self._backend.final)
+        return True
+
+    def _is_release(self, parameters: dict[str, Any]) -> bool:
+        return parameters.get(protocol.RELEASE) == self._secret
+
+    def _let_go(self, session_id: int | str) -> None:
+        """The engine has closed a session by itself: Triton lets its sequence go, too."""
+        if not self._stopping:
+            self._releases.submit(self._release_now, session_id, lambda: None)
+
+    def _release_if_refused(
+        self, session_id: int | str, tell: Listener, event: Delta | SessionError
+    ) -> None:
+        """A session that was not opened: before its client hears of it, Triton lets its sequence
+        go. It would keep it until its idle limit, and has places for so many only."""
+        if isinstance(event, SessionError) and not self._stopping:  # else it lets everything go
+            self._releases.submit(self._release_now, session_id, partial(tell, event))
+        else:
+            tell(event)
+
+    def _release_now(self, session_id: int | str, tell: Callable[[], None]) -> None:
+        try:
+            if not self._engine.knows(session_id):  # one of the same ID may have been open before
+                self._backend.tell(
+                    "language_model",
+                    {protocol.RELEASE: self._secret},
+                    correlation_id=session_id,
+                    flags=self._backend.end,
+                )
+        except SessionError as error:
+            log.warning("sequence %r was not let go: %s", session_id, error)
+        except Exception:
+            log.exception("sequence %r was not let go", session_id)
+        finally:
+            tell()
+
+    def _refuse(self, request: Any, listener: Listener, error: SessionError) -> None:
+        """Answer with an error; the session stays as it is, unless the request ends it."""
+        if request.flags() & self._backend.end:
+            closing = TurnRequest(request.correlation_id(), end=True)
+            self._engine.submit(closing, lambda _: listener(error))
+        else:
+            listener(error)
+
+    def _turn_request(self, request: Any, parameters: dict[str, Any]) -> TurnRequest:
+        text, sampling = protocol.parse_turn(
+            self._backend.array(request, TEXT_INPUT),
+            self._backend.array(request, SAMPLING_PARAMETERS),
+            self._settings,
+        )
+        start, end = self._flags(request)
+        return TurnRequest(
+            session_id=request.correlation_id(),
+            start=start,
+            end=end,
+            text=text,
+            image_features=self._features(request),
+            history=protocol.parse_history(self._backend.array(request, HISTORY), self._settings),
+            sampling=sampling,
+            tenant=protocol.parse_tenant(parameters),
+        )
+
+    def _features(self, request: Any) -> tuple[torch.Tensor, ...]:
+        """The features [T, D] of each of the request's pictures.
+
+        Raises:
+            SessionError: INVALID_ARG, another size.
+        """
+        tensor = self._backend.pb_utils.get_input_tensor_by_name(request, IMAGE_FEATURES.name)
+        lengths = self._backend.array(request, IMAGE_LENGTHS)
+        if tensor is None and lengths is None:
+            return ()
+        if tensor is None or lengths is None:
+            raise invalid("image_features and image_lengths come together; send both or neither")
+        # The request's memory is Triton's again once the answer is sent; the session outlives it.
+        return unflattened(
+            torch.utils.dlpack.from_dlpack(tensor.to_dlpack()),
+            lengths,
+            self._width,
+            self._settings.max_images_per_turn,
+        )
+
+    def _flags(self, request: Any) -> tuple[bool, bool]:
+        """Whether a request has the START flag, and whether END."""
+        flags = request.flags()
+        return bool(flags & self._backend.start), bool(flags & self._backend.end)
+
+
+class Responder:
+    """Turns the events of a streamed turn into Triton responses.
+
+    Args:
+        backend: Triton.
+        sender: Triton's response sender of the request.
+        responses: the thread that sends.
+    """
+
+    def __init__(self, backend: Backend, sender: Any, responses: ResponseThread) -> None:
+        self._backend = backend
+        self._sender = sender
+        self._responses = responses
+        self._watched_at = time.monotonic()
+        self.turn_id = ""
+
+    def put(self, event: Delta | SessionError) -> None:
+        """Called on the engine's thread, in order; the last event is final."""
+        self._responses.put(self, event)
+
+    def send(self, event: Delta | SessionError) -> None:
+        """Send one event; called on the response thread."""
+        if isinstance(event, SessionError):
+            self._backend.refuse(self._sender, event)
+            return
+        turn_id = TURN_ID.to_array(self._turn_to_watch(event))
+        response = self._backend.response(ANSWER.to_arrays(event) | {TURN_ID.name: turn_id})
+        self._sender.send(response, flags=self._backend.final if event.is_final else 0)
+
+    def give_up(self) -> None:
+        """A response could not be sent: end the request, so that its client does not wait."""
+        sentence = "the answer could not be sent; see the server's log"
+        with contextlib.suppress(Exception):  # ended already: nobody is there to tell
+            self._backend.refuse(self._sender, SessionError(ErrorCode.INTERNAL, sentence))
+
+    def _turn_to_watch(self, event: Delta) -> str:
+        now = time.monotonic()
+        if event.is_final or now - self._watched_at < WATCH_SECONDS:
+            return ""
+        self._watched_at = now
+        return self.turn_id
