@@ -41,6 +41,8 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def __init__(self) -> None:
         self.seen: list[Seen] = []
         self.open: set[str] = set()
+        self.calls_ended = 0
+        """Calls that were cancelled, or whose channel was closed."""
         self.may_answer = threading.Event()
         self.may_answer.set()
         self._once = threading.Event()
@@ -63,8 +65,12 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self._once.set()
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        context.add_callback(self._count_ended)
         for request in requests:
             yield from self._answer(request)
+
+    def _count_ended(self) -> None:
+        self.calls_ended += 1
 
     def _answer(self, request: Any) -> Iterator[Any]:
         parameters = request.parameters

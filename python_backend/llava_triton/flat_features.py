@@ -1,7 +1,7 @@
 """Image features on their way between the models: the rows of all pictures, and how many each has.
 
 Rows are float32 [R, D] as bytes [4 R D], lengths are int32 [N] as bytes [4 N]. Why bytes: see
-`protocol.IMAGE_FEATURES`.
+`contract.models.IMAGE_FEATURES`.
 """
 
 from __future__ import annotations

@@ -184,6 +184,8 @@ class Triton:
         )
         self._idle: list[Any] = []
         """Calls whose last turn has ended."""
+        self._left: set[asyncio.Task[Any]] = set()
+        """Turns that nobody waits for and that have not begun."""
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer as they come, the last one final.
@@ -195,27 +197,36 @@ class Triton:
             SessionError: the engine or Triton refused the turn, or it failed.
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
-        turn_id = uuid.uuid4().hex
+        turn_id, opens = uuid.uuid4().hex, turn.start
         message = await off_loop(turn.size, turn.written, turn_id)
         call = self._call()
+        begins = asyncio.create_task(_begin(call, message, turn_id))
+        del message, turn  # with their pictures: the answer may take long
         ended = False
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
-                await call.write(message)
-            del message, turn  # with their pictures: the answer may take long
-            while not ended and (response := await call.read()) is not grpc.aio.EOF:
-                if response.infer_response.id not in (turn_id, ""):
-                    continue  # an earlier turn's of this call: nobody else may see it
-                if response.error_message:
-                    raise error_from_text(response.error_message)
+            # An opening that is left has no session to lose.
+            response = await (begins if opens else asyncio.shield(begins))
+            while response is not None:
                 piece = _delta(response.infer_response)
                 ended = piece.is_final
                 yield piece
+                response = None if ended else await _response(call, turn_id)
         finally:
             if ended:
                 self._idle.append(call)
-            else:
+            elif begins.done():
                 call.cancel()
+            else:
+                self._left.add(begins)
+                begins.add_done_callback(lambda _: self._cancel_left(call, begins))
+
+    def _cancel_left(self, call: Any, begins: asyncio.Task[Any]) -> None:
+        """Cancel a turn whose client went before it began. Not earlier: where a cancelled turn
+        waits for others of its session, Triton 2.51 ends the whole sequence."""
+        self._left.discard(begins)
+        if not begins.cancelled():
+            begins.exception()  # nobody is there to hear of it
+        call.cancel()
 
     def _call(self) -> Any:
         while self._idle:
@@ -234,6 +245,28 @@ class Triton:
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
         await self._channel.close()
+
+
+async def _begin(call: Any, message: bytes, turn_id: str) -> Any:
+    """Send a turn and wait for the first response to it; as `_response`."""
+    with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
+        await call.write(message)
+    return await _response(call, turn_id)
+
+
+async def _response(call: Any, turn_id: str) -> Any:
+    """The next response to a turn; None where the call has ended.
+
+    Raises:
+        SessionError: it is an error.
+    """
+    while (response := await call.read()) is not grpc.aio.EOF:
+        if response.infer_response.id not in (turn_id, ""):
+            continue  # an earlier turn's of this call: nobody else may see it
+        if response.error_message:
+            raise error_from_text(response.error_message)
+        return response
+    return None
 
 
 def _delta(response: Any) -> Delta:
