@@ -31,7 +31,8 @@ demo_repository := build/repositories/demo/settings.json
 named := $(filter-out file,$(origin REPOSITORY))
 export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
     model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
-    $(addprefix python_backend/llava_triton/,settings.py checkpoint_weights.py vision_tower.py))
+    $(addprefix python_backend/llava_triton/,contract/settings.py checkpoint/weights.py \
+    checkpoint/vision_tower.py))
 
 ##@ The main job
 

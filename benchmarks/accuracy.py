@@ -30,11 +30,11 @@ from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
 from demo.evaluate import Asked, share
 from llava_export.repository import ExportJob, export
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.sampling_parameters import SamplingParameters
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.errors import SessionError
-from llava_triton.sampling_parameters import SamplingParameters
-from llava_triton.server import CPU_ENVIRONMENT
+from llava_triton.server.triton_server import CPU_ENVIRONMENT
 
 REPOSITORY = ROOT / "build" / "repositories" / "demo"
 PRECISIONS = {

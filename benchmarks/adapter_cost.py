@@ -23,7 +23,7 @@ from benchmarks.provenance import BUILD, about, write_results
 from benchmarks.stand import adapter
 from benchmarks.triton_load import TritonLoad
 from benchmarks.workload import Workload
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 
 HOLDS = (1, 1, 1, 16)
 """Numbers of sessions at once, each held in every round."""

@@ -33,7 +33,7 @@ from benchmarks.processes import busy_seconds
 from benchmarks.report import CPU_TARGETS, GPU_TARGETS, Rounds, report, rows
 from benchmarks.workload import GEOMETRIES, Workload
 from llava_triton.device import compute_dtype, default_device
-from llava_triton.server import CPU_ENVIRONMENT
+from llava_triton.server.triton_server import CPU_ENVIRONMENT
 
 ROOT = provenance.ROOT
 LARGE_LOAD = 16

@@ -19,9 +19,9 @@ from llava_triton.client.answer import AnswerStream
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, TurnMessage, session_error
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
-from llava_triton.server import TritonServer
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
+from llava_triton.server.triton_server import TritonServer
 
 TRITON_PATH = "/v2/models/llava/infer"
 ADAPTER_PATH = "/invocations"

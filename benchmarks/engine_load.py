@@ -21,16 +21,16 @@ from benchmarks.measurement import (
 )
 from benchmarks.processes import device_memory_mib, this_process
 from benchmarks.workload import Workload
-from llava_triton.checkpoint import load_checkpoint
-from llava_triton.delta import Delta
+from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.sampling_parameters import SamplingParameters
+from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import SessionError
-from llava_triton.images import PixelValues
-from llava_triton.sampling_parameters import SamplingParameters
-from llava_triton.settings import Settings
-from llava_triton.vision_encoding import vision_encoding
+from llava_triton.model.runner import ModelRunner
+from llava_triton.pictures.decode import PixelValues
+from llava_triton.pictures.tower import vision_encoding
 
 PATIENCE_SECONDS = 300.0
 """Nothing comes for so long: the engine hangs."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from benchmarks.engine_load import PATIENCE_SECONDS, Asked
 from benchmarks.workload import Workload
+from llava_triton.contract.sampling_parameters import SamplingParameters
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.sampling_parameters import SamplingParameters
 
 QUIET_SHARE = 0.3
 """The long prompt comes when this share of every answer is there."""

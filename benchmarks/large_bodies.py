@@ -27,7 +27,7 @@ from benchmarks.piece_server import PieceServer
 from benchmarks.processes import with_descendants
 from benchmarks.provenance import BUILD, about, write_results
 from benchmarks.stand import adapter
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 
 STREAMS = 16
 MOST_GAP_MS = 50.0

@@ -29,8 +29,8 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from llava_triton.server import TritonServer, free_ports
-from llava_triton.server_error import ServerError
+from llava_triton.server.server_error import ServerError
+from llava_triton.server.triton_server import TritonServer, free_ports
 
 _CONFIG = """
 name: "{name}"

@@ -98,7 +98,7 @@ def shared_memory_mib(server: int) -> float:
     for process in with_descendants(server):
         arguments = _arguments(process.pid)
         if arguments and arguments[0].endswith(_STUB):
-            # llava_triton.server_guard: every server's regions begin with a name of its own.
+            # llava_triton.server.server_guard: every server's regions begin with a name of its own.
             regions |= {part.rsplit("-", 1)[0] for part in arguments[1:] if _is_region(part)}
     files = [file for region in regions for file in Path("/dev/shm").glob(f"{region}-*")]
     return sum(file.stat().st_blocks * 512 for file in files) / MIB

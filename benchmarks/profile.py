@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Turn, write_sessions
-from llava_triton.server import ServerError, TritonServer, free_ports
+from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"

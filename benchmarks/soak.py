@@ -43,9 +43,9 @@ from benchmarks.soak_clients import (
 )
 from benchmarks.stand import Stand, export
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.server import ServerError
-from llava_triton.settings import Settings
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.settings import Settings
+from llava_triton.server.triton_server import ServerError
 
 LIMITS: dict[str, Any] = {
     "session_idle_seconds": 8.0,

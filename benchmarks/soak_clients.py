@@ -19,7 +19,7 @@ from benchmarks.doors import Connection, Door
 from demo.data import picture
 from demo.shapes import random_scene
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError
 
 SMALL = 20
 """Pictures of a few kilobytes."""

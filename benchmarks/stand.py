@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 from benchmarks.doors import doors_of
 from benchmarks.process_watch import ProcessWatch
 from benchmarks.provenance import ROOT
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 
 START_SECONDS = 60.0
 

@@ -20,8 +20,8 @@ from benchmarks.processes import device_memory_mib, with_descendants
 from benchmarks.workload import Workload
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, TurnMessage
-from llava_triton.delta import Delta
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.contract.delta import Delta
+from llava_triton.server.triton_server import TritonServer, free_ports
 
 
 class TritonLoad:

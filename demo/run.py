@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_triton.client import Answer, Session
-from llava_triton.errors import SessionError
-from llava_triton.server import ServerError, TritonServer, free_ports
+from llava_triton.contract.errors import SessionError
+from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 96

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.container_process import Instance
 
 PATIENCE_SECONDS = 60.0

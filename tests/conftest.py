@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.adapter_process import Adapter
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness

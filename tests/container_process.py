@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from llava_triton.server import free_ports
+from llava_triton.server.triton_server import free_ports
 
 PATIENCE_SECONDS = 300.0
 SESSION = "X-Amzn-SageMaker-Session-Id"

@@ -16,20 +16,20 @@ import torch
 from PIL.Image import Image
 from transformers import AutoProcessor
 
-from llava_triton.checkpoint import load_checkpoint
-from llava_triton.delta import Delta
+from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.history import PastTurn
+from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory, block_key
-from llava_triton.engine.step import LaunchedStep, Step
-from llava_triton.errors import SessionError
-from llava_triton.history import PastTurn
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.protocol import NO_TENANT
-from llava_triton.sampling import SamplingParameters
-from llava_triton.settings import Settings
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.model.runner import ModelRunner
+from llava_triton.model.sampling import SamplingParameters
+from llava_triton.model.step import LaunchedStep, Step
 from tests.reference import image_features, load_reference
 
 PATIENCE_SECONDS = 120.0

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.engine.session import SessionId
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.protocol import NO_TENANT
 from tests.engine_harness import EngineHarness, Pending
 
 MAX_SESSIONS = 3

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness, Pending
 
 HANG_SECONDS = 20.0

@@ -13,8 +13,8 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta, FinishReason
-from llava_triton.server import free_ports
+from llava_triton.contract.delta import Delta, FinishReason
+from llava_triton.server.triton_server import free_ports
 
 
 @dataclass

@@ -14,7 +14,7 @@ import tritonclient.grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from llava_triton.errors import ErrorCode, error_from_text
+from llava_triton.contract.errors import ErrorCode, error_from_text
 from tests.triton import Asker, ask, inputs
 
 PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))

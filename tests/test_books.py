@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import Image as StoredImage
 from llava_triton.engine.image_store import ImageStore, digest_of
-from llava_triton.errors import ErrorCode, SessionError
 from tests.properties import given, settings
 
 # The books themselves.

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llava_triton.bounded_backlog import WINDOW, BoundedBacklog
+from llava_triton.serving.bounded_backlog import WINDOW, BoundedBacklog
 
 SECONDS = 20.0
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llava_triton.bytes_tensors import limit_elements
+from llava_triton.serving.bytes_tensors import limit_elements
 
 
 def encoded(*elements: bytes) -> np.ndarray:

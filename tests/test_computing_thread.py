@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from llava_triton.engine import model_runner
+from llava_triton.model import runner as model_runner
 from tests.engine_harness import EngineHarness
 
 CORES = 2

@@ -17,9 +17,9 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from llava_triton.contract.answers import ANSWER, AnswerTensors
 from llava_triton.contract.configuration import configured
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.models import MODELS
 from llava_triton.contract.tensors import TensorSpec
-from llava_triton.delta import Delta
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "model_repository").glob("*/config.pbtxt"))
 PUBLIC_INPUTS = [

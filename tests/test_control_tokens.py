@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from llava_triton.conversation import ConversationRenderer
-from llava_triton.history import PastTurn
-from llava_triton.token_bound import FewestTokens
+from llava_triton.contract.history import PastTurn
+from llava_triton.conversation.renderer import ConversationRenderer
+from llava_triton.conversation.token_bound import FewestTokens
 from tests.checkpoints import DEMO
 from tests.engine_harness import EngineHarness
 from tests.properties import given, settings
@@ -104,7 +104,7 @@ def test_a_name_that_the_model_s_own_vocabulary_knows_is_spelled_out(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eos = tokenizer.eos_token_id
-    encode = "llava_triton.conversation._without_added_tokens"
+    encode = "llava_triton.conversation.renderer._without_added_tokens"
     monkeypatch.setattr(encode, lambda _, text: [eos] if text == "</s>" else list(map(ord, text)))
     renderer = ConversationRenderer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"))
     assert renderer._spelled["</s>"] == [ord(character) for character in "</s>"]

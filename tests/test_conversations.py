@@ -17,8 +17,8 @@ import tritonclient.http
 from PIL import Image
 from transformers.image_utils import load_image
 
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.checkpoints import tiny_llava
 from tests.reference import TransformersChat
 from tests.triton import Asker, ask

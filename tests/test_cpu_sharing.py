@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import llava_triton.paged_attention as kernels
+import llava_triton.kernels as kernels
 
 # One thread dawdles at its first item until the others have taken what they can.
 PROGRAM = r"""
@@ -15,7 +15,7 @@ PROGRAM = r"""
 #include <cstdlib>
 #include <vector>
 #include <omp.h>
-#include "cpu_sharing.h"
+#include "sharing.h"
 
 int main(int, char** argv) {
   const int items = std::atoi(argv[1]), threads = std::atoi(argv[2]);

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_triton.crash_handler import CrashHandler
+from llava_triton.server.crash_handler import CrashHandler
 
 # One thread of several is in the handler, as a signal's own is blocked there.
 STUCK = """

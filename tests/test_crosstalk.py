@@ -14,7 +14,7 @@ from PIL import Image
 from demo.conversations import describe
 from demo.evaluate import answers, load
 from demo.shapes import Scene, draw, random_scene
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.checkpoints import DEMO
 from tests.triton import Answer, Stream, whole
 

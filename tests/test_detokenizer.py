@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example
 from hypothesis import strategies as st
 
-from llava_triton.detokenizer import MAX_UNREADABLE_TOKENS, REPLACEMENT, Detokenizer
+from llava_triton.conversation.detokenizer import MAX_UNREADABLE_TOKENS, REPLACEMENT, Detokenizer
 from tests.properties import given
 from tests.tokenizers_for_tests import byte_level, of_demo_checkpoint, sentence_piece
 

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.triton import Answer, Stream, ask
 
 ROOT = Path(__file__).resolve().parents[1]

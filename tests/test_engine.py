@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import TransformersChat

@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 )
 
 import tests.engine_harness
+from llava_triton.contract.errors import ErrorCode
 from llava_triton.engine.session import SessionId
-from llava_triton.errors import ErrorCode
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, FailingStep
 from tests.properties import settings

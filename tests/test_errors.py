@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_triton import protocol
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.errors import (
+from llava_triton.contract import protocol
+from llava_triton.contract.errors import (
     CONNECTION,
     MODEL,
     MODEL_PROCESS,
@@ -23,8 +22,9 @@ from llava_triton.errors import (
     not_found,
     unavailable,
 )
-from llava_triton.images import numbered
-from llava_triton.settings import Settings
+from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.decode import numbered
 
 SETTINGS = Settings(max_text_bytes=200, max_images_per_turn=3)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PICTURES = sorted((EXAMPLES / "pictures").iterdir())

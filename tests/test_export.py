@@ -18,7 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from llava_export.cli import main
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 from tests.checkpoints import DEMO, tiny_llava
 
 ROOT = Path(__file__).resolve().parents[1]

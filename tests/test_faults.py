@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava_triton.contract.errors import ErrorCode
 from llava_triton.engine import Engine
 from llava_triton.engine import engine as engine_module
-from llava_triton.engine import step as step_module
 from llava_triton.engine.session import Session
-from llava_triton.engine.step import LaunchedStep, Step, StepPart
-from llava_triton.errors import ErrorCode
+from llava_triton.engine.step_parts import step_part
+from llava_triton.model.step import LaunchedStep, Step, StepPart
 from tests.small_engine import (
     HANG_SECONDS,
     PICTURES,
@@ -151,7 +151,7 @@ def test_a_step_that_cannot_be_planned_fails_its_turn(
     harness = start()
     for name in ("bad", "good"):
         long_ask(name).wait(harness, name, start=True)
-    plan = step_module.step_part
+    plan = step_part
 
     def planned(ids: Sequence[int], session: Session, *rest: Any) -> StepPart:
         if session.id == "bad":

@@ -9,8 +9,8 @@ import resource
 import pytest
 import torch
 
-from llava_triton.engine import first_touch
-from llava_triton.engine.first_touch import FirstTouch
+from llava_triton.model import prefault as first_touch
+from llava_triton.model.prefault import FirstTouch
 
 MIB = 1024 * 1024
 LAYERS, BLOCKS = 2, 256

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llava_triton import paged_attention
-from llava_triton.paged_attention.interface import AttentionGeometry, Rows
-from llava_triton.paged_attention.reference import ReferenceAttention
-from llava_triton.paged_attention.weight_quantization import Int8Weight
+from llava_triton import kernels as paged_attention
+from llava_triton.kernels.base import AttentionGeometry, Rows
+from llava_triton.kernels.int8 import Int8Weight
+from llava_triton.kernels.reference import ReferenceAttention
 from tests.test_paged_attention import Step
 
 ON_GPU = torch.cuda.is_available()
@@ -31,7 +31,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 INTERPRETER_SECONDS = 300.0
 
 if ON_GPU or INTERPRETED:
-    from llava_triton.paged_attention.gpu import (
+    from llava_triton.kernels.gpu.attention import (
         MAX_SPLITS,
         MIN_SPLIT_TOKENS,
         GpuAttention,

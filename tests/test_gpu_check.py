@@ -26,7 +26,7 @@ from benchmarks.gpu_check.stage import TINY, Findings, Place, read_findings
 from benchmarks.gpu_check.ways import Answer, joint_tokens_per_second
 from benchmarks.gpu_check.wheels import NEEDED, pinned, shrink
 from benchmarks.processes import this_process
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 from tests.conftest import ROOT
 from tests.test_on_gpu import check_answers_agree, check_nothing_leaks, check_sessions_come_back
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_triton.conversation import ConversationRenderer
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.history import PastTurn, history_from_json, history_to_json
-from llava_triton.prompt import Prompt
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.history import PastTurn, history_from_json, history_to_json
+from llava_triton.conversation.prompt import Prompt
+from llava_triton.conversation.renderer import ConversationRenderer
 from tests.conftest import ROOT
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat

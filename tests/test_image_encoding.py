@@ -14,9 +14,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava_triton.encoded_images import EncodedImages
-from llava_triton.errors import ErrorCode, SessionError, invalid, unavailable
-from llava_triton.picture_encoding import MOST_BEGUN, PictureEncoding
+from llava_triton.contract.errors import ErrorCode, SessionError, invalid, unavailable
+from llava_triton.pictures.encoding import MOST_BEGUN, PictureEncoding
+from llava_triton.pictures.feature_cache import EncodedImages
 from tests.properties import given
 
 ROW_BYTES = 4 * 3

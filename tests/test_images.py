@@ -18,9 +18,9 @@ from PIL import Image
 from transformers.image_utils import load_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.images import PixelValues, decode_image, encoded_image, iterate_images
-from llava_triton.settings import Settings
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.decode import PixelValues, decode_image, encoded_image, iterate_images
 from tests.properties import given
 
 SETTINGS = Settings()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_triton.paged_attention.weight_quantization import Int8Weight
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
+from llava_triton.kernels.int8 import Int8Weight
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Ask
 

@@ -16,7 +16,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.client.transport import TurnMessage
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.triton import Stream, ask, whole
 
 IDLE_SECONDS = 0.2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llava_triton.contract.settings import Settings
 from llava_triton.device import host_bytes
-from llava_triton.engine.memory_size import blocks_for, features_budget, host_budgets
-from llava_triton.settings import Settings
+from llava_triton.model.memory_size import blocks_for, features_budget, host_budgets
 
 PICTURE = 576 * 4096 * 2
 """Bytes of a picture's features in LLaVA-1.5-7B, in a half type."""

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from llava_triton.contract.errors import ErrorCode, error_from_text
+from llava_triton.contract.settings import FILE_NAME, Settings
 from llava_triton.engine.statistics import BETWEEN_TOKENS_BOUNDS, FIRST_TOKEN_BOUNDS, Histogram
-from llava_triton.errors import ErrorCode, error_from_text
-from llava_triton.metrics import _histogram
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.server import TritonServer, free_ports
-from llava_triton.settings import FILE_NAME, Settings
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.server.triton_server import TritonServer, free_ports
+from llava_triton.serving.metrics import _histogram
 from tests.triton import Answer, Stream, whole
 
 PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))

@@ -12,10 +12,10 @@ import torch
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
 from llava_triton.engine import TurnRequest
-from llava_triton.engine.step import LaunchedStep, Step, StepPart
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
-from llava_triton.sampling import NO_TOKEN, Draw, next_tokens
+from llava_triton.model.sampling import NO_TOKEN, Draw, next_tokens
+from llava_triton.model.step import LaunchedStep, Step, StepPart
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Alone, Ask, Start, failure, long_ask, show
 from tests.triton import inputs

@@ -22,15 +22,15 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llava_triton.paged_attention import cpu_build
-from llava_triton.paged_attention.cpu import CpuAttention, add_rms_norm, silu_multiply
-from llava_triton.paged_attention.interface import (
+from llava_triton.kernels.base import (
     BLOCK_TOKENS,
     AttentionGeometry,
     PagedAttention,
     Rows,
 )
-from llava_triton.paged_attention.reference import ReferenceAttention
+from llava_triton.kernels.cpu import build as cpu_build
+from llava_triton.kernels.cpu.attention import CpuAttention, add_rms_norm, silu_multiply
+from llava_triton.kernels.reference import ReferenceAttention
 from tests.properties import given, settings
 
 POSITIONS = 1024
@@ -316,7 +316,7 @@ def test_a_build_is_kept_for_the_next_process(
     built = library.stat().st_mtime_ns
     # The next process may not compile, and finds the library of threads that torch uses.
     code = (
-        "from llava_triton.paged_attention import cpu_build\n"
+        "from llava_triton.kernels.cpu import build as cpu_build\n"
         "cpu_build._compile = None\n"
         "cpu_build.load_kernels()\n"
         "maps = open('/proc/self/maps').read().split()\n"

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from llava_triton.engine.pages import CHUNK_BLOCKS, Pages
-from llava_triton.paged_attention.interface import AttentionGeometry
+from llava_triton.kernels.base import AttentionGeometry
+from llava_triton.model.kv_pages import CHUNK_BLOCKS, Pages
 
 BLOCKS = 60
 

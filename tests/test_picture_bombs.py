@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.images import decode_image, open_picture
-from llava_triton.settings import Settings
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.decode import decode_image, open_picture
 
 PICTURE = Image.linear_gradient("L").resize((200, 100)).convert("RGB")
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.conversation.prompt import Prompt, Span, expanded
 from llava_triton.engine import TurnRequest
 from llava_triton.engine.image_store import Image
 from llava_triton.engine.session import Session, SessionId
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.prompt import Prompt, Span, expanded
-from llava_triton.sampling import SamplingParameters
+from llava_triton.model.sampling import SamplingParameters
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import load_reference
 from tests.small_engine import Start

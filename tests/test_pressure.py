@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.engine import Engine
 from llava_triton.engine.session import Session, SessionId
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness
 from tests.small_engine import (
     PICTURES,

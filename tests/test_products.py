@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llava_triton.paged_attention import kernels_for
-from llava_triton.paged_attention.interface import Linear
-from llava_triton.paged_attention.weight_quantization import Int8Weight
+from llava_triton.kernels import kernels_for
+from llava_triton.kernels.base import Linear
+from llava_triton.kernels.int8 import Int8Weight
 
 ROWS = [1, 2, 3, 4, 13, 14, 15, 29, 71]
 """Around the sizes at which the kernel goes another way."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.perf_analyzer import Turn
 from benchmarks.profile import summarize
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.conftest import ROOT
 
 

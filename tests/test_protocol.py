@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_triton import protocol
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.sampling_parameters import SamplingParameters
-from llava_triton.settings import Settings
+from llava_triton.contract import protocol
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.sampling_parameters import SamplingParameters
+from llava_triton.contract.settings import Settings
 
 SETTINGS = Settings(max_text_bytes=20, max_images_per_turn=3)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_triton.engine.recorded_decode import RecordedDecode
-from llava_triton.engine.step import StepPart
-from llava_triton.paged_attention.interface import BLOCK_TOKENS, Rows
+from llava_triton.kernels.base import BLOCK_TOKENS, Rows
+from llava_triton.model.decode_graphs import RecordedDecode
+from llava_triton.model.step import StepPart
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, long_ask
 

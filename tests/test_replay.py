@@ -13,9 +13,9 @@ import pytest
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
-from llava_triton.delta import Delta
-from llava_triton.errors import not_found
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import not_found
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.conftest import ROOT
 
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*"))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from llava_triton.delta import Delta
-from llava_triton.errors import SessionError, unavailable
-from llava_triton.responses import LONGEST_HOLD_SECONDS, ResponseThread
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError, unavailable
+from llava_triton.serving.response_thread import LONGEST_HOLD_SECONDS, ResponseThread
 
 
 class Recorder:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_triton import server_guard
-from llava_triton.paged_attention import cpu_build
-from llava_triton.run_folder import remove_stale
+from llava_triton.kernels.cpu import build as cpu_build
+from llava_triton.server import server_guard
+from llava_triton.server.run_folder import remove_stale
 
 SERVER = f"{server_guard.PREFIX}a1b2c3d4"
 NOBODY = 65534

@@ -20,7 +20,7 @@ import pytest
 import tritonclient.http
 from starlette.requests import Request
 
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.adapter_process import Adapter
 from tests.conftest import ROOT
 from tests.container_process import (

@@ -24,7 +24,7 @@ from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.json_body import JsonReader
 from starlette.requests import Request as HttpRequest
 
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 from tests.adapter_process import Adapter
 from tests.container_process import NEW_SESSION, Answer, question
 from tests.stub_triton import StubTriton

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from llava_sagemaker.adapter.request_reading import LARGEST_BODIES
 
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.adapter_process import PATIENCE_SECONDS, Adapter
 from tests.conftest import ROOT
 from tests.container_process import question

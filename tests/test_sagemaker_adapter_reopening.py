@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.adapter_process import Adapter
 from tests.conftest import ROOT
 from tests.container_process import question

@@ -11,7 +11,7 @@ from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.tenants import tenant_of
 from starlette.datastructures import Headers
 
-from llava_triton.errors import SessionError
+from llava_triton.contract.errors import SessionError
 from tests.adapter_process import Adapter
 from tests.container_process import SESSION, Answer
 

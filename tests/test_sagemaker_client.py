@@ -32,8 +32,8 @@ from starlette.routing import Route
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.sagemaker import messages
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta, FinishReason
-from llava_triton.server import free_ports
+from llava_triton.contract.delta import Delta, FinishReason
+from llava_triton.server.triton_server import free_ports
 
 WAIT_SECONDS = 30.0
 Behaviour = Callable[[Request], Awaitable[Response]]

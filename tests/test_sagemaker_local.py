@@ -25,7 +25,7 @@ from botocore.exceptions import ClientError, EventStreamError
 
 from demo.shapes import draw, random_scene
 from llava_triton.client import ErrorCode, Session, SessionError
-from llava_triton.server import TritonServer, free_ports
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.conftest import ROOT
 from tests.container_process import question
 

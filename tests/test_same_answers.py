@@ -18,11 +18,11 @@ import torch
 from PIL.Image import Image
 
 from demo.shapes import draw, random_scene
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.engine import Engine
 from llava_triton.engine.session import Session
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.checkpoints import DEMO, tiny_llava
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import TransformersChat

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.sampling import (
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.model.sampling import (
     NO_TOKEN,
     Draw,
     Draws,

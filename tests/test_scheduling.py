@@ -9,8 +9,8 @@ from concurrent.futures import Future
 import pytest
 
 from llava_triton.engine import scheduler
-from llava_triton.engine.step import LaunchedStep, Step, StepResult
 from llava_triton.engine.step_clock import StepClock
+from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 

@@ -16,9 +16,9 @@ import pytest
 
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.contract.configuration import configured
-from llava_triton.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
-from llava_triton.server import ServerError, free_ports
-from llava_triton.server_guard import stubs
+from llava_triton.server.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
+from llava_triton.server.server_guard import stubs
+from llava_triton.server.triton_server import ServerError, free_ports
 from tests.server_command import STOP_SECONDS, Command, Family
 
 WITHIN_SECONDS = 10.0
@@ -35,7 +35,7 @@ MODEL = '''
 import pathlib, threading, time
 import triton_python_backend_utils as pb_utils
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 
 
 def answer(text, finish_reason):
@@ -225,7 +225,7 @@ def test_open_ports_are_warned_of_once(serve: Callable[..., Command]) -> None:
 # What Python does with an exception that is raised in a finalizer: it prints it and goes on.
 DROPPED = """
 import os, signal, time
-from llava_triton import server
+from llava_triton.server import triton_server as server
 
 class Finalized:
     def __del__(self):

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llava_triton.ports import PortError
-from llava_triton.server import ServerError, TritonServer, free_ports
+from llava_triton.server.ports import PortError
+from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 from tests.server_command import SERVICES, STOP_SECONDS, Command, Family, living
 from tests.triton import Stream
 

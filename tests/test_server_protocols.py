@@ -16,8 +16,8 @@ import psutil
 import pytest
 from tritonclient.grpc import service_pb2
 
-from llava_triton.server import TritonServer, free_ports
-from llava_triton.server_guard import shared_memory
+from llava_triton.server.server_guard import shared_memory
+from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.server_command import Family
 
 REGION: dict[str, Any] = {"key": "/region", "offset": 0, "byte_size": 4}

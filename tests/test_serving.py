@@ -14,20 +14,20 @@ import pytest
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from llava_triton import protocol
-from llava_triton.checkpoint import load_checkpoint
+from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import not_found
 from llava_triton.contract.models import MODELS
-from llava_triton.delta import Delta
-from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import not_found
+from llava_triton.contract.settings import FILE_NAME, Settings
+from llava_triton.model.runner import ModelRunner
 from llava_triton.serving.answer_collector import AnswerCollector
 from llava_triton.serving.disconnect_watch import DisconnectWatch
 from llava_triton.serving.image_encoder import ImageEncoder
 from llava_triton.serving.language_model import LanguageModel
 from llava_triton.serving.vision_encoder import VisionEncoder
-from llava_triton.settings import FILE_NAME, Settings
-from llava_triton.whole_answers import Outbox
+from llava_triton.serving.whole_answers import Outbox
 from tests.engine_harness import SMALL_MEMORIES
 from tests.python_backend import (
     InferenceResponse,

@@ -8,12 +8,12 @@ import weakref
 
 import torch
 
+from llava_triton.contract.errors import ErrorCode
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.image_store import digest_of
 from llava_triton.engine.session import SessionId
-from llava_triton.errors import ErrorCode
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.sampling import SamplingParameters
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.model.sampling import SamplingParameters
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import (
     HANG_SECONDS,

@@ -10,12 +10,12 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from llava_triton import protocol
 from llava_triton.client import Session
+from llava_triton.contract import protocol
+from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
+from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.engine.block_pool import BlockPool
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
-from llava_triton.protocol import NO_TENANT
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
 from tests.test_conversations import never_seen_picture
 from tests.triton import answer_of, inputs

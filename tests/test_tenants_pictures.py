@@ -12,7 +12,7 @@ from typing import Any
 import tritonclient.grpc
 from PIL import Image
 
-from llava_triton.server import TritonServer
+from llava_triton.server.triton_server import TritonServer
 from tests.test_image_encoding import until
 from tests.triton import inputs
 

@@ -17,7 +17,7 @@ from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.tensorrt_engine import build_engine, check_capability, find_tensorrt
-from llava_triton.vision_tower import VisionEncoder, features_shape
+from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape
 
 METADATA = EncoderMetadata(
     format="tensorrt",

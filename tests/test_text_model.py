@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from demo.random_checkpoint import write_random_llava
-from llava_triton.checkpoint import load_checkpoint
-from llava_triton.engine.text_model import TextModel
-from llava_triton.paged_attention import kernels_for
-from llava_triton.paged_attention.cpu import add_rms_norm, silu_multiply
-from llava_triton.paged_attention.layers import HiddenStates, OneByOne, Stack
+from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.kernels import kernels_for
+from llava_triton.kernels.cpu.attention import add_rms_norm, silu_multiply
+from llava_triton.kernels.layers import HiddenStates, OneByOne, Stack
+from llava_triton.model.text_model import TextModel
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
 from tests.test_paged_attention import Step
@@ -101,7 +101,7 @@ def test_all_layers_in_one_call_equal_one_operation_after_another(
         ways.extend([kernels.join(stack), OneByOne(stack, add_rms_norm, silu_multiply)])
         return ways[0]
 
-    with patch("llava_triton.engine.text_model.kernels_for") as made:
+    with patch("llava_triton.model.text_model.kernels_for") as made:
         made.return_value = replace(kernels, join=both)
         loaded = load_checkpoint(checkpoint, dtype=dtype).model
         torch.manual_seed(0)

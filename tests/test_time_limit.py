@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llava_triton.engine.step import LaunchedStep, Step
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.model.step import LaunchedStep, Step
 from tests.engine_harness import EngineHarness, Pending
 from tests.test_engine import DEMO, QUESTIONS, picture
 

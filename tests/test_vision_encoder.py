@@ -21,16 +21,16 @@ from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
-from llava_triton.checkpoint_weights import CheckpointError, CheckpointWeights
-from llava_triton.settings import Settings
-from llava_triton.torch_encoding import TorchEncoding
-from llava_triton.vision_encoding import vision_encoding
-from llava_triton.vision_tower import (
+from llava_triton.checkpoint.vision_tower import (
     VisionEncoder,
     features_shape,
     llava_config,
     load_vision_encoder,
 )
+from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.torch_tower import TorchEncoding
+from llava_triton.pictures.tower import vision_encoding
 from tests.checkpoints import DEMO, tiny_llava
 from tests.reference import load_reference
 
@@ -127,7 +127,7 @@ def test_without_a_gpu_the_exported_graph_is_chosen(
     driver: bool, demo_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings.of_repository(demo_repository)
-    monkeypatch.setattr("llava_triton.vision_encoding._has_driver", lambda: driver)
+    monkeypatch.setattr("llava_triton.pictures.tower._has_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     encoding = vision_encoding(demo_repository, settings)
     assert encoding.name.startswith("ONNX Runtime")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llava_triton.conversation import ConversationRenderer
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.conversation.prompt import Prompt
+from llava_triton.conversation.renderer import ConversationRenderer
 from llava_triton.engine import Engine, preparation
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.prompt import Prompt
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, show
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
-from llava_triton import protocol
+from llava_triton.contract import protocol
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError, not_found
 from llava_triton.contract.models import IMAGE
-from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, not_found
-from llava_triton.server import TritonServer
-from llava_triton.whole_answers import Inbox, Outbox, Outcome, WholeAnswer
+from llava_triton.server.triton_server import TritonServer
+from llava_triton.serving.whole_answers import Inbox, Outbox, Outcome, WholeAnswer
 from tests.triton import Stream, ask, whole
 
 PLACES = 32

@@ -19,9 +19,9 @@ from benchmarks.gpu_check.stage import (
 )
 from benchmarks.gpu_check.ways import TritonWay
 from benchmarks.workload import Workload
+from llava_triton.checkpoint.vision_tower import features_shape, llava_config
 from llava_triton.client.grpc import GrpcTransport
-from llava_triton.server import TritonServer, free_ports
-from llava_triton.vision_tower import features_shape, llava_config
+from llava_triton.server.triton_server import TritonServer, free_ports
 
 WORTH_TELLING = ("unrecorded", "falling back", "CUDA", "cuda", "IPC")
 TAIL_LINES = 80

@@ -21,14 +21,14 @@ from transformers import MistralConfig
 
 from benchmarks.gpu_check.stage import Place
 from benchmarks.workload import GEOMETRIES, QUICK, Geometry
-from llava_triton.checkpoint import load_checkpoint
+from llava_triton.checkpoint.loader import load_checkpoint
 from llava_triton.client.transport import Transport, TurnMessage
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.sampling_parameters import SamplingParameters
+from llava_triton.contract.settings import Settings
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner
-from llava_triton.errors import SessionError
-from llava_triton.sampling_parameters import SamplingParameters
-from llava_triton.settings import Settings
+from llava_triton.model.runner import ModelRunner
 
 PATIENCE_SECONDS = 120.0
 """Nothing comes for so long: it hangs."""

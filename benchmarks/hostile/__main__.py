@@ -30,7 +30,7 @@ from benchmarks.hostile.honest import HonestClients, Seen
 from benchmarks.provenance import BUILD, ROOT, about, write_results
 from benchmarks.soak_clients import EVERY_KIND, learn_answers, make_scripts
 from benchmarks.stand import Stand, export
-from llava_triton.server import ServerError
+from llava_triton.server.triton_server import ServerError
 
 LIMITS: dict[str, Any] = {"session_idle_seconds": 4.0, "max_sessions": 64}
 """Sessions that attacks leave open expire before the next but one begins."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from benchmarks.doors import Connection, Door
 from benchmarks.stand import Stand
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import SessionError
+from llava_triton.contract.errors import SessionError
 
 Play = Callable[[], Counter[str]]
 """Does it; what it was answered: statuses, codes or words, and how often."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from benchmarks.hostile.attack import Play, UnsafeError, ask, attack, connected, side_by_side
 from benchmarks.stand import Stand
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import SessionError
-from llava_triton.restarts import POLL_SECONDS
-from llava_triton.server import ServerError, TritonServer, free_ports
+from llava_triton.contract.errors import SessionError
+from llava_triton.server.restarts import POLL_SECONDS
+from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 
 FROZEN_SECONDS = 2.0
 LONG_ANSWER = {"max_tokens": 700, "ignore_eos": True}

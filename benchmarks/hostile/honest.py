@@ -16,8 +16,8 @@ from benchmarks.doors import Connection, Door, doors_of
 from benchmarks.soak_clients import Script
 from benchmarks.stand import ping
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import SessionError
-from llava_triton.server import TritonServer
+from llava_triton.contract.errors import SessionError
+from llava_triton.server.triton_server import TritonServer
 
 TURNS = 2
 THINK_SECONDS = 0.05

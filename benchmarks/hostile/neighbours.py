@@ -28,7 +28,7 @@ from benchmarks.hostile.attack import (
 from benchmarks.soak_clients import LONG, LONG_QUESTION
 from benchmarks.stand import Stand
 from llava_triton.client.transport import TurnMessage
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
+from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
 
 ONE_TOKEN = {"max_tokens": 1}
 NEW = {"X-Amzn-SageMaker-Session-Id": "NEW_SESSION"}

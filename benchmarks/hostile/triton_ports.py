@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.hostile.attack import Play, UnsafeError, attack, post, side_by_side
 from benchmarks.stand import Stand
-from llava_triton.errors import error_from_text
+from llava_triton.contract.errors import error_from_text
 
 REFUSED = "INVALID_ARG|NOT_FOUND|UNAVAILABLE|INTERNAL"
 HUGE = ([0, 2**32, 2**32], [0, 2**31, 2**31], [1, 2**40, 2**40], [2**62, 0, 4], [0, 1, 2**62])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_export.errors import ExportError
 from llava_export.repository import ExportJob, export
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:

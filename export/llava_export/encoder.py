@@ -31,9 +31,9 @@ from llava_export.tensorrt_engine import (
     find_tensorrt,
     local_compute_capability,
 )
-from llava_triton import vision_tower
-from llava_triton.checkpoint_weights import CheckpointWeights
-from llava_triton.vision_tower import VisionEncoder, features_shape, load_vision_encoder
+from llava_triton.checkpoint import vision_tower
+from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape, load_vision_encoder
+from llava_triton.checkpoint.weights import CheckpointWeights
 
 REPORT = "report.json"
 _GRAPH_SOURCES = ("mixed_precision.py", "onnx_export.py", "tensorrt_engine.py")

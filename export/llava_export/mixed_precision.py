@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from llava_triton.vision_tower import VisionEncoder
+from llava_triton.checkpoint.vision_tower import VisionEncoder
 
 _ATTENTION = "float16_products"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from llava_triton.checkpoint.vision_tower import VisionEncoder
 from llava_triton.contract.models import ENCODED, PIXEL_VALUES
-from llava_triton.vision_tower import VisionEncoder
 
 _SINGLE_FILE_BYTES = 1_900_000_000
 """A protobuf message, which an ONNX file is, must stay below 2 GiB; larger weights go beside it."""

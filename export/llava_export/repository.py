@@ -13,9 +13,9 @@ from llava_export import manifest
 from llava_export.errors import ExportError
 from llava_export.progress import step
 from llava_export.source import Source, checkpoint_files, find_checkpoint
-from llava_triton import settings as settings_module
-from llava_triton.checkpoint_weights import CheckpointError
-from llava_triton.settings import Settings
+from llava_triton.checkpoint.weights import CheckpointError
+from llava_triton.contract import settings as settings_module
+from llava_triton.contract.settings import Settings
 
 if TYPE_CHECKING:
     from llava_export.encoder import Checkpoint
@@ -81,10 +81,11 @@ def export(job: ExportJob) -> bool:
 
 
 def _fingerprint(job: ExportJob, source: Source) -> dict[str, Any]:
-    shared = Path(settings_module.__file__).parent
+    shared = Path(settings_module.__file__).parents[1]
     code = [
         *Path(__file__).parent.glob("*.py"),
-        *(shared / name for name in ("settings.py", "checkpoint_weights.py", "vision_tower.py")),
+        shared / "contract" / "settings.py",
+        *(shared / "checkpoint" / name for name in ("weights.py", "vision_tower.py")),
     ]
     templates = [
         path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts
@@ -161,8 +162,8 @@ def _read_checkpoint(directory: Path) -> Checkpoint:
     from transformers import AutoProcessor
 
     from llava_export.encoder import Checkpoint
-    from llava_triton.checkpoint_weights import CheckpointWeights
-    from llava_triton.vision_tower import llava_config
+    from llava_triton.checkpoint.vision_tower import llava_config
+    from llava_triton.checkpoint.weights import CheckpointWeights
 
     config = llava_config(directory)
     weights = CheckpointWeights(directory)

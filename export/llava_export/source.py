@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_export.errors import ExportError
-from llava_triton.checkpoint_weights import CONFIG
+from llava_triton.checkpoint.weights import CONFIG
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What a checkpoint is loaded from; published ones hold the weights in other formats too."""

@@ -2,6 +2,6 @@
 
 from llava_triton.client.answer import Answer, AnswerStream
 from llava_triton.client.session import Session
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError
 
 __all__ = ["Answer", "AnswerStream", "ErrorCode", "Session", "SessionError"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 
 
 @dataclass(frozen=True)

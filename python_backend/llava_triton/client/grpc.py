@@ -16,8 +16,8 @@ from llava_triton.client.transport import (
     delta_of,
     session_error,
 )
-from llava_triton.delta import Delta
-from llava_triton.errors import SessionError
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
 
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),

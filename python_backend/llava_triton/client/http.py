@@ -9,8 +9,8 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.client.transport import Transport, TurnMessage, delta_of, session_error
-from llava_triton.delta import Delta
-from llava_triton.errors import invalid
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import invalid
 
 ANSWER_SECONDS = 600.0
 """The longest an answer may take; tritonclient's own default is a minute."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
-from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.history import PastTurn
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.history import PastTurn
 
 
 class ReplayTransport(Transport):

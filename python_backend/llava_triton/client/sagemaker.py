@@ -11,12 +11,19 @@ from typing import Any
 import tritonclient.http as triton
 from urllib3.exceptions import HTTPError
 
-from llava_triton import protocol
 from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import (
+    SESSION,
+    ErrorCode,
+    SessionError,
+    invalid,
+    not_found,
+    unavailable,
+)
 from llava_triton.contract.models import IMAGE
-from llava_triton.delta import Delta
-from llava_triton.errors import SESSION, ErrorCode, SessionError, invalid, not_found, unavailable
 
 try:
     import boto3

@@ -15,8 +15,8 @@ from urllib.parse import parse_qsl, urlsplit
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
 from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import Transport, TurnMessage
-from llava_triton.delta import Delta
-from llava_triton.errors import SessionError, invalid
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError, invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

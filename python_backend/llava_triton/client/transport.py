@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from llava_triton import protocol
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.contract.tensors import TensorSpec
-from llava_triton.delta import Delta
-from llava_triton.errors import (
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import (
     CONNECTION,
     MODEL_PROCESS,
     ErrorCode,
@@ -26,7 +24,9 @@ from llava_triton.errors import (
     error_from_text,
     invalid,
 )
-from llava_triton.history import PastTurn, history_to_json
+from llava_triton.contract.history import PastTurn, history_to_json
+from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TurnMessage:
     images: Sequence[bytes] = ()
     """Encoded picture files."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """See `llava_triton.sampling.SamplingParameters`."""
+    """See `llava_triton.model.sampling.SamplingParameters`."""
     history: Sequence[PastTurn] = ()
     """What was said before, where the turn opens a session; `images` begins with its pictures."""
 

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 import numpy as np
 
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.tensors import TensorSpec
-from llava_triton.delta import Delta
 
 Piece = TypeVar("Piece", bound=Delta)
 

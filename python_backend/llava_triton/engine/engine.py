@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from llava_triton.conversation import ConversationRenderer
+from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
+from llava_triton.contract.settings import Settings
+from llava_triton.conversation.renderer import ConversationRenderer
 from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
-from llava_triton.engine.device_threads import DeviceThreads
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.lanes import Lanes
-from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session, SessionId, common_prefix
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
 from llava_triton.engine.statistics import Statistics
-from llava_triton.engine.step import Step, StepPart, StepResult, TransferError, step_part
+from llava_triton.engine.step_parts import step_part
 from llava_triton.engine.turn import (
     Listener,
     Prepared,
@@ -34,9 +34,10 @@ from llava_triton.engine.turn import (
     TurnRequest,
     closing_turn,
 )
-from llava_triton.errors import ErrorCode, SessionError, as_session_error, unavailable
-from llava_triton.sampling import NO_TOKEN
-from llava_triton.settings import Settings
+from llava_triton.model.device_threads import DeviceThreads
+from llava_triton.model.runner import ModelRunner
+from llava_triton.model.sampling import NO_TOKEN
+from llava_triton.model.step import Step, StepPart, StepResult, TransferError
 
 log = logging.getLogger(__name__)
 

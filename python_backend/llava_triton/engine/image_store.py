@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_triton.errors import unavailable
-from llava_triton.protocol import NO_TENANT
+from llava_triton.contract.errors import unavailable
+from llava_triton.contract.protocol import NO_TENANT
 
 Digest = bytes
 """SHA-256 of a picture's features, of everything that an answer can depend on, and of whose they

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import torch
 
-from llava_triton.conversation import ConversationRenderer, Past, too_long
-from llava_triton.detokenizer import Detokenizer
+from llava_triton.contract.errors import invalid
+from llava_triton.contract.history import PastTurn
+from llava_triton.contract.settings import Settings
+from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.prompt import Prompt
+from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
-from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.session import Session
 from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
-from llava_triton.errors import invalid
-from llava_triton.history import PastTurn
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
-from llava_triton.prompt import Prompt
-from llava_triton.sampling import Draws
-from llava_triton.settings import Settings
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.model.runner import ModelRunner
+from llava_triton.model.sampling import Draws
 
 SHORT_TEXT_CHARACTERS = 2048
 """Up to so many the engine's own thread makes tokens of a text, in a millisecond or two: it would

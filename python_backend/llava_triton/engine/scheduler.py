@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.step import token_after
 from llava_triton.engine.step_clock import StepClock
 from llava_triton.engine.turn import Phase, RunningTurn
+from llava_triton.model.step import token_after
 
 QUESTION_TOKENS = 32
 """Prompts of no more tokens than this together are computed whole in one step: a question's answer

@@ -6,11 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.conversation.prompt import Prompt, Span
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
-from llava_triton.engine.pages import HostBlocks
-from llava_triton.prompt import Prompt, Span
-from llava_triton.protocol import NO_TENANT
+from llava_triton.model.kv_pages import HostBlocks
 
 SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""

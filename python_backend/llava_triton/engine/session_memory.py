@@ -6,19 +6,17 @@ import hashlib
 import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_triton.engine.block_pool import BlockKey, BlockPool
 from llava_triton.engine.image_store import salt_of
-from llava_triton.engine.pages import Pages
 from llava_triton.engine.session import HostCopy, Session
-from llava_triton.paged_attention.interface import BLOCK_TOKENS
+from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.model.kv_pages import Pages
+from llava_triton.model.step import Transfer
 
 log = logging.getLogger(__name__)
-
-Transfer = Callable[[], None]
-"""A move of blocks, to be done on the device thread before the next step."""
 
 
 @dataclass

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 
+from llava_triton.contract.errors import SessionError, invalid, not_found, unavailable
+from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.contract.settings import Settings
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.statistics import Statistics
-from llava_triton.errors import SessionError, invalid, not_found, unavailable
-from llava_triton.protocol import NO_TENANT
-from llava_triton.settings import Settings
 
 
 def unknown(session_id: SessionId) -> SessionError:

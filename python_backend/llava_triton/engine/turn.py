@@ -11,16 +11,16 @@ from enum import Enum
 
 from torch import Tensor
 
-from llava_triton.conversation import Past
-from llava_triton.delta import Delta, FinishReason
-from llava_triton.detokenizer import Detokenizer
+from llava_triton.contract.delta import Delta, FinishReason
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.history import PastTurn
+from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.prompt import Prompt
+from llava_triton.conversation.renderer import Past
 from llava_triton.engine.image_store import Digest
 from llava_triton.engine.session import Session, SessionId
-from llava_triton.errors import SessionError
-from llava_triton.history import PastTurn
-from llava_triton.prompt import Prompt
-from llava_triton.protocol import NO_TENANT
-from llava_triton.sampling import Draws, SamplingParameters
+from llava_triton.model.sampling import Draws, SamplingParameters
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""

@@ -6,11 +6,11 @@ import logging
 import uuid
 from typing import Any
 
-from llava_triton import protocol
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
-from llava_triton.errors import SessionError, as_session_error, unavailable
+from llava_triton.contract.errors import SessionError, as_session_error, unavailable
 from llava_triton.serving.backend import Backend
-from llava_triton.whole_answers import Inbox, Outcome
+from llava_triton.serving.whole_answers import Inbox, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ class AnswerCollector:
     """`answer_collector`: keeps the response senders of the turns that language_model answers.
 
     `execute`'s thread makes all BLS calls. Each ends as soon as language_model has taken the turn,
-    and brings no tensors; see `llava_triton.whole_answers`.
+    and brings no tensors; see `llava_triton.serving.whole_answers`.
     """
 
     def __init__(self, pb_utils: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_triton.contract.errors import SessionError, error_from_text
 from llava_triton.contract.tensors import TensorSpec
-from llava_triton.errors import SessionError, error_from_text
 
 
 class Backend:

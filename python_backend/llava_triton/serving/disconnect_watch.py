@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from llava_triton import protocol
+from llava_triton.contract import protocol
 from llava_triton.contract.models import TURN_ID
 from llava_triton.serving.backend import Backend
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton import protocol
-from llava_triton.bounded_backlog import BoundedBacklog
-from llava_triton.bytes_tensors import limit_elements
+from llava_triton.contract import protocol
+from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import (
     ENCODED,
     ENCODED_PICTURES,
@@ -25,15 +24,16 @@ from llava_triton.contract.models import (
     IMAGE_LENGTHS,
     PIXEL_VALUES,
 )
+from llava_triton.contract.settings import Settings
 from llava_triton.device import default_device
-from llava_triton.encoded_images import EncodedImages
-from llava_triton.errors import SessionError, invalid
-from llava_triton.flat_features import flattened
-from llava_triton.images import PixelValues
-from llava_triton.metrics import Publisher, image_encoder_metrics
-from llava_triton.picture_encoding import PictureEncoding
+from llava_triton.pictures.decode import PixelValues
+from llava_triton.pictures.encoding import PictureEncoding
+from llava_triton.pictures.feature_cache import EncodedImages
+from llava_triton.pictures.feature_rows import flattened
 from llava_triton.serving.backend import Backend
-from llava_triton.settings import Settings
+from llava_triton.serving.bounded_backlog import BoundedBacklog
+from llava_triton.serving.bytes_tensors import limit_elements
+from llava_triton.serving.metrics import Publisher, image_encoder_metrics
 
 MAX_WORKERS = 4
 """Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from llava_triton import protocol
-from llava_triton.checkpoint import load_checkpoint
+from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, invalid
 from llava_triton.contract.models import (
     HISTORY,
     IMAGE_FEATURES,
@@ -25,18 +27,16 @@ from llava_triton.contract.models import (
     TEXT_INPUT,
     TURN_ID,
 )
-from llava_triton.delta import Delta
+from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.model_runner import ModelRunner
 from llava_triton.engine.turn import Listener
-from llava_triton.errors import ErrorCode, SessionError, as_session_error, invalid
-from llava_triton.flat_features import unflattened
-from llava_triton.metrics import Publisher, engine_metrics
-from llava_triton.responses import ResponseThread
+from llava_triton.model.runner import ModelRunner
+from llava_triton.pictures.feature_rows import unflattened
 from llava_triton.serving.backend import Backend
-from llava_triton.settings import Settings
-from llava_triton.whole_answers import Outbox, WholeAnswer
+from llava_triton.serving.metrics import Publisher, engine_metrics
+from llava_triton.serving.response_thread import ResponseThread
+from llava_triton.serving.whole_answers import Outbox, WholeAnswer
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import ENCODED, PIXEL_VALUES
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.tower import vision_encoding
 from llava_triton.serving.backend import Backend
-from llava_triton.settings import Settings
-from llava_triton.vision_encoding import vision_encoding
 
 
 class VisionEncoder:

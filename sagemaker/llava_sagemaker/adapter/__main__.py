@@ -15,8 +15,8 @@ import uvicorn
 
 from llava_sagemaker.adapter.app import make_app
 from llava_sagemaker.adapter.http_protocol import GuardedProtocol
-from llava_triton.large_blocks import give_back_large_blocks
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
+from llava_triton.server.large_blocks import give_back_large_blocks
 
 DRAIN_SECONDS = 25
 """After SIGTERM running turns may take so long."""

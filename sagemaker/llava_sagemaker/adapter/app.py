@@ -49,9 +49,9 @@ from llava_sagemaker.adapter.triton_format import (
     triton_request,
 )
 from llava_sagemaker.adapter.turns import LENGTH_BYTES, Triton, Turn, limited
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import TEXTS
-from llava_triton.errors import ErrorCode, SessionError
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 
 WHOLE_SECONDS = 55.0
 """A whole answer is cut so long after its request: SageMaker gives up after 60 s."""

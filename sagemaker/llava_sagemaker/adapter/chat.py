@@ -23,8 +23,8 @@ from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.remembered import Remembered
 from llava_sagemaker.adapter.turns import turn
-from llava_triton.delta import Delta
-from llava_triton.history import history_to_json
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.history import history_to_json
 
 MODEL = "llava"
 """What answers call the model, whatever the request called it."""

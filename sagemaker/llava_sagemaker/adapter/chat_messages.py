@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.json_body import LongString, beginning, too_long
-from llava_triton.history import PastTurn
+from llava_triton.contract.history import PastTurn
 
 Picture = str | LongString
 """A data URI or a URL."""

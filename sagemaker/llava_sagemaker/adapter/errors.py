@@ -8,8 +8,14 @@ import logging
 import grpc
 from starlette.responses import Response
 
+from llava_triton.contract.errors import (
+    MODEL,
+    MODEL_PROCESS,
+    SHARED_MEMORY,
+    ErrorCode,
+    SessionError,
+)
 from llava_triton.contract.models import IMAGE
-from llava_triton.errors import MODEL, MODEL_PROCESS, SHARED_MEMORY, ErrorCode, SessionError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from llava_sagemaker.adapter.errors import as_adapter_error
 from llava_sagemaker.adapter.invocation import AnswerFormat
 from llava_sagemaker.adapter.remembered import SessionTurn
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 
 SILENCE_SECONDS = 300.0
 """An answer may pause so long: a turn of a session waits for the one before it."""

@@ -9,7 +9,7 @@ import time
 from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
 from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import Triton, turn
-from llava_triton.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError
 
 SECONDS = 1.5
 """SageMaker waits 2 s for /ping."""

@@ -13,8 +13,8 @@ from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
 from llava_sagemaker.adapter.turns import Turn
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta
-from llava_triton.protocol import NO_TENANT
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.protocol import NO_TENANT
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.session_ids import checked_session_id, new_session_id
 from llava_sagemaker.adapter.turns import turn
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 
 
 @dataclass(frozen=True)

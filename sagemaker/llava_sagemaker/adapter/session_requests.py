@@ -20,7 +20,7 @@ from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.answers import ANSWER
-from llava_triton.delta import Delta
+from llava_triton.contract.delta import Delta
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from starlette.datastructures import Headers
 
 from llava_sagemaker.adapter.errors import invalid_request
-from llava_triton import protocol
+from llava_triton.contract import protocol
 
 TENANT = "X-Llava-Tenant"
 """The tenant's name and nothing else."""

@@ -19,9 +19,9 @@ from llava_sagemaker.adapter.invocation import (
 from llava_sagemaker.adapter.json_body import PIECE_BYTES, LongString
 from llava_sagemaker.adapter.turns import Tensor, Turn, packed, utf8
 from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.models import INPUTS
 from llava_triton.contract.tensors import TensorSpec
-from llava_triton.delta import Delta
 
 BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
 _HEADER_SIZE = "json-header-size"

@@ -20,11 +20,11 @@ from tritonclient.grpc import service_pb2
 
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
-from llava_triton import protocol
+from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
 from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.delta import Delta
-from llava_triton.errors import ErrorCode, SessionError, error_from_text
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _MODEL = "llava_stream"

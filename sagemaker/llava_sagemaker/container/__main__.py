@@ -12,7 +12,7 @@ from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import warning
 from llava_sagemaker.container.stop_signal import Stopped, StopSignal
 from llava_sagemaker.container.supervisor import Supervisor, check_port
-from llava_triton.server import ServerError
+from llava_triton.server.triton_server import ServerError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from llava_triton.settings import Settings
+from llava_triton.contract.settings import Settings
 
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 1024 * 1024

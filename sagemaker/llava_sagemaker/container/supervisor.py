@@ -16,9 +16,9 @@ from typing import IO
 from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.stop_signal import StopSignal
-from llava_triton.ports import PortError, free_ports
-from llava_triton.restarts import RESTARTS, DiesAgainError, keep_serving
-from llava_triton.server import ServerError, TritonServer
+from llava_triton.server.ports import PortError, free_ports
+from llava_triton.server.restarts import RESTARTS, DiesAgainError, keep_serving
+from llava_triton.server.triton_server import ServerError, TritonServer
 
 __all__ = ["RESTARTS", "Supervisor", "check_port"]
 
@@ -34,7 +34,7 @@ class Supervisor:
     """Everything that runs in the container.
 
     Where a process of Triton's models dies or is stopped, or Triton crashes, the whole of Triton is
-    started again (`llava_triton.restarts`); its sessions are lost, and the adapter, which stays,
+    started again (`server/restarts.py`); its sessions are lost, and the adapter, which stays,
     says so to those who ask for them. What dies too often ends the container, and SageMaker starts
     another one. (What lives but does not answer is seen by /ping, and SageMaker replaces the
     container.)

@@ -12,8 +12,8 @@ import uvicorn
 
 from llava_sagemaker.local.instances import InstanceError, LocalInstance, start_all
 from llava_sagemaker.local.runtime import make_app
-from llava_triton.ports import check_ports
-from llava_triton.server import ServerError
+from llava_triton.server.ports import check_ports
+from llava_triton.server.triton_server import ServerError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_triton.ports import free_ports
+from llava_triton.server.ports import free_ports
 
 POLL_SECONDS = 0.5
 PING_SECONDS = 2.0

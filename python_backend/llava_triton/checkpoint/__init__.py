@@ -1,0 +1,1 @@
+"""Reading a checkpoint, for the export and the server."""

@@ -1,0 +1,171 @@
+"""What a client may say about how its answer is sampled: names, types, ranges, and their check."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from llava_triton.contract.errors import SessionError, invalid
+from llava_triton.contract.models import SAMPLING_PARAMETERS
+
+MAX_TEMPERATURE = 2.0
+MAX_SEED = 2**63 - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 128
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How one turn's answer is sampled. Names and meanings are vLLM's; the default is greedy."""
+
+    max_tokens: int | None = None
+    """Most tokens an answer may have, at least 1; None: the server's default."""
+    temperature: float = 0.0
+    """0 to 2; 0 takes the likeliest token each time (greedy)."""
+    top_p: float = 1.0
+    """Above 0, at most 1: sample from the fewest likeliest tokens with at least this probability
+    together."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 or -1: from all."""
+    seed: int | None = None
+    """0 to 2**63 - 1; the same seed gives the same answer. None: another one each time."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before the first of these strings that it would contain."""
+    max_seconds: float | None = None
+    """The answer ends, with what there is of it, when this much time has passed since its turn
+    arrived; a turn that has no token by then is refused. None: no limit."""
+    ignore_eos: bool = False
+    """Go on to `max_tokens` although the model has ended its answer; for measurements."""
+
+    @classmethod
+    def from_json(cls, text: str) -> SamplingParameters:
+        """Read the JSON object of the input `sampling_parameters`; null is as good as left out.
+
+        Raises:
+            SessionError: INVALID_ARG, it is no JSON object, or a name, type or value is wrong.
+        """
+        try:
+            values = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise _invalid(
+                f"sampling_parameters is not valid JSON ({error}); give an object like "
+                '{"max_tokens": 64}'
+            ) from None
+        if not isinstance(values, dict):
+            raise _invalid(
+                f"sampling_parameters is {_shown(values)}; give a JSON object like "
+                '{"max_tokens": 64}'
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise _invalid(
+                f"sampling_parameters has the unknown name {_shown(unknown[0])}; known are "
+                f"{', '.join(known)}"
+            )
+        checked: dict[str, Any] = {
+            name: _CHECKS[name](name, value) for name, value in values.items() if value is not None
+        }
+        return cls(**checked)
+
+
+def _max_tokens(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        _refuse(name, value, "a whole number of at least 1")
+    # A number no answer can reach; anything larger would only overflow further on.
+    return int(min(value, 2**31 - 1))
+
+
+def _temperature(name: str, value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= MAX_TEMPERATURE:
+        _refuse(name, value, f"a number from 0 to {MAX_TEMPERATURE:g}")
+    return float(value)
+
+
+def _top_p(name: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value <= 1:
+        _refuse(name, value, "a number above 0 and at most 1")
+    return float(value)
+
+
+def _top_k(name: str, value: Any) -> int:
+    if not _is_int(value) or value < -1:
+        _refuse(name, value, "a whole number of at least 1, or 0 or -1 for all tokens")
+    return int(min(max(value, 0), 2**31 - 1))
+
+
+def _seed(name: str, value: Any) -> int:
+    if not _is_int(value) or not 0 <= value <= MAX_SEED:
+        _refuse(name, value, f"a whole number from 0 to {MAX_SEED}")
+    return int(value)
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value
+    expected = (
+        f"a string or a list of at most {MAX_STOP_STRINGS} strings of 1 to "
+        f"{MAX_STOP_CHARACTERS} characters"
+    )
+    if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
+        _refuse(name, value, expected)
+    for string in strings:
+        if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            _refuse(name, value, expected)
+    return tuple(strings)
+
+
+def _max_seconds(name: str, value: Any) -> float:
+    if not _is_number(value) or value <= 0:
+        _refuse(name, value, "a number of seconds above 0")
+    return float(min(value, 2**31 - 1))
+
+
+def _ignore_eos(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _refuse(name, value, "true or false")
+    return bool(value)
+
+
+_CHECKS = {
+    "max_tokens": _max_tokens,
+    "temperature": _temperature,
+    "top_p": _top_p,
+    "top_k": _top_k,
+    "seed": _seed,
+    "stop": _stop,
+    "max_seconds": _max_seconds,
+    "ignore_eos": _ignore_eos,
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _refuse(name: str, value: Any, expected: str) -> NoReturn:
+    raise _invalid(f"sampling parameter {name} is {_shown(value)}; it must be {expected}")
+
+
+def _invalid(sentence: str) -> SessionError:
+    return invalid(sentence, SAMPLING_PARAMETERS.name)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _shown(value: Any) -> str:
+    """A value as the client wrote it, cut to a length fit for a sentence."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except ValueError:  # an integer of thousands of digits
+        return "a very long number"
+    # JSON can name halves of surrogate pairs, which UTF-8, and so an error's text, cannot hold.
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,47 @@
+"""Attention over keys and values in pages, with the operations around it, for each device.
+
+`reference.py` is the slow, plain one that the others are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
+from llava_triton.kernels.layers import HiddenStates, OneByOne, Stack
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations of a text model's layer."""
+
+    make_attention: Callable[[AttentionGeometry], PagedAttention]
+    make_linear: Callable[[Tensor, Tensor | None, bool], Linear]
+    """(weight [outputs, inputs], bias [outputs] or None, int8: round the weights to 8-bit integers)
+    -> the product with them. The weight is not used any more afterwards."""
+    join: Callable[[Stack], HiddenStates]
+    """The way through layers made of these operations."""
+
+    def attention(self, geometry: AttentionGeometry, window: int | None) -> PagedAttention:
+        """Attention of layers whose tokens see `window` tokens back, or all."""
+        return self.make_attention(replace(geometry, window=window))
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The fast operations for a device."""
+    if device.type == "cuda":
+        from llava_triton.kernels.gpu.attention import GpuAttention, add_rms_norm, silu_multiply
+        from llava_triton.kernels.gpu.linear import GpuLinear
+
+        return Kernels(
+            GpuAttention, GpuLinear, lambda stack: OneByOne(stack, add_rms_norm, silu_multiply)
+        )
+    from llava_triton.kernels.cpu.attention import CpuAttention
+    from llava_triton.kernels.cpu.layers import CpuLayers
+    from llava_triton.kernels.cpu.linear import CpuLinear
+
+    return Kernels(CpuAttention, CpuLinear, CpuLayers)

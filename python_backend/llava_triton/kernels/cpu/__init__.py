@@ -1,0 +1,1 @@
+"""The kernels on a CPU: C++, compiled where they run."""

@@ -1,0 +1,1 @@
+"""The language model on its device: a step in, the next tokens out."""

@@ -1,0 +1,140 @@
+"""Steps in which every sequence brings one token, in shapes made beforehand.
+
+On a GPU each is a CUDA graph, so that a step costs one launch instead of some hundreds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_triton.device import cuda_graph, to_device
+from llava_triton.kernels.base import BLOCK_TOKENS, Rows
+from llava_triton.model.step import StepPart
+
+log = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sequences of a step. One of fewer is filled up; one of more is computed without a record."""
+NARROWEST = 64
+"""Blocks of the narrowest tables; each next ones are twice as wide."""
+
+Decode = Callable[[Tensor, Rows], Tensor]
+"""Token IDs (or what `token_after` gives) int64 [S] and where they belong -> logits [S, V]; waits
+for nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """One shape of a step: S sequences with tables of B blocks."""
+
+    given: Tensor
+    """int32 [S * (2 + B)] on the device, where the step reads it: token IDs, contexts, tables."""
+    run: Callable[[], Tensor]
+    """Computes the step; its logits hold until any record runs again."""
+
+
+class RecordedDecode:
+    """The records of one model.
+
+    Made where nothing else uses the device: recording would take it in.
+
+    Args:
+        decode: the model.
+        device: where it computes. Other than a GPU, it computes in the same shapes unrecorded.
+        spare_block: that no session has; what fills a step up is written there.
+        sequences: at once at the most.
+        context_length: of the model, in tokens.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        device: torch.device,
+        spare_block: int,
+        sequences: int,
+        context_length: int,
+    ) -> None:
+        self._decode = decode
+        self._device = device
+        self._spare_block = spare_block
+        self._sizes = _up_to(SIZES, sequences)
+        widths = (NARROWEST << doublings for doublings in itertools.count())
+        self._widths = _up_to(widths, -(-context_length // BLOCK_TOKENS))
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._records: dict[tuple[int, int], _Record] = {}
+        began = time.monotonic()
+        # The largest first: the others' memory fits into theirs.
+        for width in reversed(self._widths):
+            for size in reversed(self._sizes):
+                self._records[size, width] = self._record(size, width)
+        log.info("%d decode steps recorded in %.1f s", len(self._records), time.monotonic() - began)
+
+    def takes(self, parts: Sequence[StepPart]) -> bool:
+        """Whether a step is one that was recorded."""
+        return (
+            len(parts) <= self._sizes[-1]
+            and all(len(part.ids) == 1 and not part.image_rows for part in parts)
+            and max(len(part.blocks) for part in parts) <= self._widths[-1]
+        )
+
+    def logits(self, parts: Sequence[StepPart]) -> Tensor:
+        """Compute a step that `takes` has agreed to.
+
+        Returns:
+            [len(parts), V]; they hold until the next call.
+        """
+        size = _first_from(self._sizes, len(parts))
+        width = _first_from(self._widths, max(len(part.blocks) for part in parts))
+        record = self._records[size, width]
+        # Not waited for: the step before may read `given` at this moment.
+        record.given.copy_(to_device(self._numbers(size, width, parts), self._device))
+        return record.run()[: len(parts)]
+
+    def _numbers(
+        self, size: int, width: int, parts: Sequence[StepPart]
+    ) -> np.ndarray[Any, np.dtype[np.int32]]:
+        numbers = np.zeros(size * (2 + width), dtype=np.int32)
+        ids, contexts = numbers[:size], numbers[size : 2 * size]
+        tables = numbers[2 * size :].reshape(size, -1)
+        for index, part in enumerate(parts):
+            ids[index] = part.ids[0]
+            contexts[index] = part.context
+            tables[index, : len(part.blocks)] = part.blocks
+        tables[len(parts) :, 0] = self._spare_block
+        return numbers
+
+    def _record(self, size: int, width: int) -> _Record:
+        on_gpu = self._device.type == "cuda"
+        given = to_device(self._numbers(size, width, ()), self._device)
+        ids, contexts = given[:size], given[size : 2 * size]
+        starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        tables = given[2 * size :].view(size, width)
+
+        def run() -> Tensor:
+            return self._decode(ids.long(), Rows(starts, contexts, tables, contexts.long()))
+
+        return _Record(given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
+
+
+def _up_to(ascending: Iterable[int], most: int) -> list[int]:
+    """The numbers up to the first that is not less than `most`."""
+    taken: list[int] = []
+    for number in ascending:
+        taken.append(number)
+        if number >= most:
+            break
+    return taken
+
+
+def _first_from(ascending: Sequence[int], least: int) -> int:
+    """The first number that is not less."""
+    return next(number for number in ascending if number >= least)

@@ -1,0 +1,115 @@
+"""The tensors that hold keys and values, in blocks, for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_triton.device import host_bytes, to_device
+from llava_triton.kernels.base import BLOCK_TOKENS, AttentionGeometry
+
+CHUNK_BLOCKS = 8
+"""Blocks that go to host memory in one piece. On a GPU the last piece is as large: torch keeps what
+pinned memory it has ever had, and gives it out again only in the sizes that it was."""
+HostBlocks: TypeAlias = "list[tuple[Tensor, Tensor]]"
+"""Keys and values of blocks in host memory, piece by piece: [CHUNK_BLOCKS, layers, G, ...] each,
+the last one perhaps of fewer or with room behind them."""
+
+
+class Pages:
+    """All blocks of keys and values of one text model.
+
+    Its methods run on the device thread only, in the order of the steps.
+
+    Args:
+        layers: of the model.
+        blocks: how many.
+        geometry: of its attention.
+        dtype: of keys and values.
+        device: where they live.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        blocks: int,
+        geometry: AttentionGeometry,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        kv_heads, width = geometry.kv_heads, geometry.head_dim
+        self.blocks = blocks
+        self.spare = blocks
+        """A block behind those, for what nobody will read."""
+        # Not zeroed: on a CPU, pages that no session has used take no memory then.
+        self.keys = torch.empty(
+            (layers, blocks + 1, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
+        )
+        """[layers, blocks + 1, G, D, BLOCK_TOKENS]"""
+        self.values = torch.empty(
+            (layers, blocks + 1, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
+        )
+        """[layers, blocks + 1, G, BLOCK_TOKENS, D]"""
+
+    def copy(self, source: int, target: int) -> None:
+        """One block's content to another block."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+    def to_host(self, blocks: Sequence[int]) -> HostBlocks:
+        """Copies of blocks in host memory.
+
+        For `from_host` only: on a GPU they are still being made when this returns.
+        """
+        index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
+        return [
+            (_to_host(self.keys, part), _to_host(self.values, part))
+            for part in index.split(CHUNK_BLOCKS)
+        ]
+
+    def host_bytes(self, blocks: int) -> int:
+        """Bytes of host memory that copies of so many blocks take."""
+        device = self.keys.device
+        if device.type == "cuda":
+            blocks = -(-blocks // CHUNK_BLOCKS) * CHUNK_BLOCKS
+        chunks, rest = divmod(blocks, CHUNK_BLOCKS)
+        return sum(
+            count * host_bytes(size * each[:, 0].nbytes, device)
+            for each in (self.keys, self.values)
+            for count, size in ((chunks, CHUNK_BLOCKS), (1, rest))
+            if size
+        )
+
+    def from_host(self, copies: HostBlocks, first: int, blocks: Sequence[int]) -> None:
+        """Write what `to_host` gave, from its block `first` on, to other blocks."""
+        index = to_device(np.array(blocks, dtype=np.int64), self.keys.device)
+        done = 0
+        while done < len(blocks):
+            chunk, begin = divmod(first + done, CHUNK_BLOCKS)
+            end = min(CHUNK_BLOCKS, begin + len(blocks) - done)
+            part = index[done : done + end - begin]
+            for each, copy in zip((self.keys, self.values), copies[chunk], strict=True):
+                moved = copy[begin:end].to(each.device, non_blocking=True)
+                each.transpose(0, 1)[part] = moved
+            done += end - begin
+
+
+def _to_host(pages: Tensor, index: Tensor) -> Tensor:
+    """Up to `CHUNK_BLOCKS` blocks, [n, layers, ...]."""
+    # An index makes a copy, also where the device is the host.
+    copied = pages.transpose(0, 1)[index].contiguous()
+    if pages.device.type != "cuda":
+        return copied
+    host = torch.empty((CHUNK_BLOCKS, *copied.shape[1:]), dtype=copied.dtype, pin_memory=True)
+    host[: len(copied)].copy_(copied, non_blocking=True)
+    return host
+
+
+def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    numbers = 2 * layers * BLOCK_TOKENS * geometry.kv_heads * geometry.head_dim
+    return numbers * dtype.itemsize

@@ -1,0 +1,262 @@
+"""The language model on its device: steps in, tokens and logits out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_triton.checkpoint.loader import Checkpoint
+from llava_triton.contract.settings import Settings
+from llava_triton.device import DeviceTimer, to_device, to_host
+from llava_triton.kernels.base import Rows
+from llava_triton.kernels.cpu.attention import release_workers
+from llava_triton.model.decode_graphs import RecordedDecode
+from llava_triton.model.kv_pages import Pages, block_bytes
+from llava_triton.model.memory_size import (
+    blocks_for,
+    device_memory,
+    features_budget,
+    host_budgets,
+    host_memory,
+)
+from llava_triton.model.prefault import FirstTouch
+from llava_triton.model.sampling import next_tokens
+from llava_triton.model.step import LaunchedStep, Step, StepPart, StepResult, TransferError
+from llava_triton.model.text_model import TextModel
+
+log = logging.getLogger(__name__)
+
+SMALL_MODEL_PARAMETERS = 30_000_000
+PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
+"""By the device's type."""
+
+
+class ModelRunner:
+    """Runs a LLaVA checkpoint's text model over pages; the vision tower is not kept.
+
+    Args:
+        checkpoint: loaded on the device and in the dtype it is to run in; its weights are moved out
+            of it.
+        settings: sizes of the memories.
+        record: compute steps of one token a sequence in recorded shapes; None: on a GPU.
+
+    Raises:
+        ValueError: a text model that is not served.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, record: bool | None = None
+    ) -> None:
+        model = checkpoint.model
+        config = model.config
+        self._threads = cpu_threads(model)
+        self.image_token_id = int(config.image_token_id)
+        self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
+        # What is left refers to the text model only: the vision tower's memory goes free.
+        model.model.vision_tower = None
+        model.model.multi_modal_projector = None
+        self._text_model = TextModel(model, int8_weights=settings.weights == "int8")
+        self.context_length = self._text_model.context_length
+        geometry, layers = self._text_model.geometry, self._text_model.layers
+        self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
+        self.prefill_chunk_tokens = (
+            settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]
+        )
+        free = device_memory(self.device)
+        row_bytes = self.hidden_size * self._text_model.dtype.itemsize
+        self.picture_tokens = _picture_tokens(config)
+        """Of one picture as the vision tower makes it. Memory is planned for pictures of so many;
+        what a session brings may have more or fewer."""
+        picture_bytes = self.picture_tokens * row_bytes
+        self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
+        blocks = blocks_for(
+            settings,
+            self.block_bytes,
+            self.context_length,
+            free,
+            self.image_bytes_on_device,
+            self.device,
+        )
+        self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
+        tensors = (self.pages.keys, self.pages.values)
+        self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
+        self.host_kv_bytes, self.host_image_bytes = host_budgets(
+            settings, host_memory(), self.device
+        )
+        self.steps_at_once = 2 if self.device.type == "cuda" else 1
+        """Steps that the engine may launch before it has the first one's tokens. A GPU is never
+        idle between two then; a CPU's cores have nothing to gain from it, and a new turn would wait
+        for one step more."""
+        self._latest = torch.zeros(settings.max_sessions, dtype=torch.int64, device=self.device)
+        """What followed each row of the step launched last."""
+        self._recorded: RecordedDecode | None = None
+        if record if record is not None else self.device.type == "cuda":
+            self._warm_up()
+            try:
+                self._recorded = self._record(settings.max_sessions)
+            except RuntimeError as error:  # slower is better than not at all
+                log.warning("decode steps are computed unrecorded: %s", error)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compute a prompt: a GPU's kernels are compiled now, not while the first client waits."""
+        parts = [StepPart([0, 0], 0, [self.pages.spare])]
+        self._logits(self._embeddings(parts), self._rows(parts))
+
+    @torch.inference_mode()
+    def _record(self, sequences: int) -> RecordedDecode:
+        return RecordedDecode(
+            lambda ids, rows: self._logits(self._text_model.embedding[self._known(ids)], rows),
+            self.device,
+            self.pages.spare,
+            sequences,
+            self.context_length,
+        )
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        return self._recorded is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where features, keys and values live."""
+        return torch.device(self._text_model.device)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width `D` of an image feature and of a token's embedding."""
+        return int(self._text_model.embedding.shape[1])
+
+    def features_on_device(self, features: Tensor) -> Tensor:
+        """One picture's features [T, D] of any float dtype -> as the model computes them, a copy
+        of their own."""
+        placed = features.to(self.device, self._text_model.dtype, copy=True)
+        if features.is_cuda:  # made beside the stream that the copy waits in
+            features.record_stream(torch.cuda.current_stream(features.device))
+        return placed
+
+    def use_threads(self) -> None:
+        """Let the calling thread use as many CPU cores as are worth having."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._threads)
+
+    def leave_threads(self) -> None:
+        """Let the calling thread compute on one CPU core, as all but one of a process should.
+
+        OpenMP keeps workers for every thread that ever used several cores. Once there are more of
+        them than cores, none waits spinning for the next operation: every one costs a sleep and a
+        waking, 3 ms in a decode step of 12 layers.
+        """
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+            release_workers()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> LaunchedStep:
+        """Do a step's moves of blocks, then compute its tokens; a GPU may not have begun when this
+        returns.
+
+        Raises:
+            TransferError: a move failed; nothing is computed.
+        """
+        try:
+            for transfer in step.transfers:
+                transfer()
+        except Exception as error:
+            raise TransferError(f"blocks could not be moved: {error}") from error
+        timer = DeviceTimer(self.device)
+        parts = step.parts
+        if self._first_touch is not None:
+            self._first_touch.used(max(part.blocks[-1] for part in parts))
+        if self._recorded is not None and self._recorded.takes(parts):
+            logits = self._recorded.logits(parts)
+        else:
+            ends = np.cumsum([len(part.ids) for part in parts]) - 1
+            last = to_device(ends, self.device)
+            logits = self._logits(self._embeddings(parts), self._rows(parts), last)
+        tokens = next_tokens(logits, [part.draw for part in parts])
+        self._latest[: len(parts)] = tokens.clamp(min=0)  # NO_TOKEN has no embedding
+        told = to_host(tokens)
+        timer.end()
+
+        def wait() -> StepResult:
+            seconds = timer.wait()
+            return StepResult(told.tolist(), seconds)
+
+        return LaunchedStep(wait)
+
+    def _logits(self, embeddings: Tensor, rows: Rows, last: Tensor | None = None) -> Tensor:
+        """What follows the rows `last` (None: all of them), float32 [N, V]."""
+        pages = self.pages
+        hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
+        logits = self._text_model.logits(hidden if last is None else hidden[last])
+        # Spoken by the model it would stand for a picture that does not exist.
+        logits[:, self.image_token_id] = -torch.inf
+        return logits
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Token IDs in the place of what `token_after` gave."""
+        return torch.where(ids < 0, self._latest[(-1 - ids).clamp(min=0)], ids)
+
+    def _embeddings(self, parts: list[StepPart] | Any) -> Tensor:
+        ids = np.concatenate([np.asarray(part.ids, dtype=np.int64) for part in parts])
+        starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+        pictures, places = [], []
+        for start, part in zip(starts, parts, strict=False):
+            for rows in part.image_rows:
+                features = rows.image.features[rows.first : rows.last]
+                pictures.append(features.to(self.device, non_blocking=True))
+                places.append(np.arange(len(features)) + start + rows.at)
+        if pictures:
+            ids[np.concatenate(places)] = 0  # a placeholder need not have an embedding
+        embeddings = self._text_model.embedding[self._known(to_device(ids, self.device))]
+        if pictures:
+            embeddings[to_device(np.concatenate(places), self.device)] = torch.cat(pictures)
+        return embeddings
+
+    def _rows(self, parts: list[StepPart] | Any) -> Rows:
+        lengths = [len(part.ids) for part in parts]
+        starts = np.zeros(len(parts) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        contexts = np.array([part.context for part in parts], dtype=np.int32)
+        tables = np.zeros((len(parts), max(len(part.blocks) for part in parts)), dtype=np.int32)
+        for row, part in zip(tables, parts, strict=True):
+            row[: len(part.blocks)] = part.blocks
+        first_positions = np.repeat(contexts - starts[:-1], lengths)
+        positions = first_positions.astype(np.int64) + np.arange(starts[-1])
+        arrays = (starts, contexts, tables, positions)
+        return Rows(*(to_device(array, self.device) for array in arrays))
+
+
+def cpu_threads(model: Any) -> int:
+    """Threads worth having for a model on the CPU.
+
+    A small model's layers are computed by one before a second one has woken up.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if parameters < SMALL_MODEL_PARAMETERS else len(os.sched_getaffinity(0))
+
+
+def _picture_tokens(config: Any) -> int:
+    """One for each patch; CLIP has a class token first; "default" leaves the first one out."""
+    vision = config.vision_config
+    patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
+    class_token = int(vision.model_type == "clip_vision_model")
+    left_out = int(config.vision_feature_select_strategy == "default")
+    return patches + class_token - left_out
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer, as transformers' `generate` would see it."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -1,0 +1,1 @@
+"""From what clients send as a picture to image features."""

@@ -1,0 +1,404 @@
+"""Turns' pictures -> image features: decoded picture by picture, encoded in batches.
+
+    submit ──► a lane a session ──► workers decode ──► one thread encodes ──► answers
+                                       │   ▲
+                                       ▼   │
+                              one thread asks for room
+
+Sessions take turns, picture by picture: one with eight large pictures keeps nobody's single one
+waiting for more than the picture that is being decoded. Large ones are decoded one at a time, so
+that a worker is left for the others. Whatever session a picture is of, it goes into the next batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_triton.contract.errors import ErrorCode, SessionError, unavailable
+from llava_triton.pictures.decode import numbered
+from llava_triton.pictures.feature_cache import EncodedImages
+
+log = logging.getLogger(__name__)
+
+MOST_BEGUN = 16
+"""Turns of several pictures that are decoded at the same time. Each keeps the features that it has
+(9 MiB a picture with LLaVA-1.5-7B) until it has them all."""
+
+
+class Picture(Protocol):
+    """A picture that was looked at and is not decoded yet."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether no second one such should be decoded at the same time."""
+
+    def pixel_values(self) -> np.ndarray:
+        """Float32 [1, 3, H, W].
+
+        Raises:
+            SessionError: it cannot be decoded; the sentence lacks a subject.
+        """
+
+
+Look = Callable[[bytes], Picture]
+"""Checks what can be checked without decoding; called on several threads.
+
+Raises SessionError, whose sentence lacks a subject."""
+Encode = Callable[[np.ndarray], Tensor]
+"""Pixel values float32 [N, 3, H, W] -> features [N, T, D] on any device, in memory that may be
+taken back. Only ever called on one thread."""
+AskForRoom = Callable[[Hashable], None]
+"""Raises SessionError where a session could not open now. Only ever called on one thread."""
+Answer = Callable[[Sequence[Tensor] | SessionError], None]
+"""Is called once a turn: with the features [T, D] of each of its pictures, or why there are
+none."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One turn of a session."""
+
+    lane: Hashable
+    items: list[bytes]
+    """Empty in the place of one that was looked at."""
+    answer: Answer
+    tenant: str
+    opening: Hashable | None
+    """The session for which room is to be asked for before a picture is decoded."""
+    features: list[Tensor | None] = field(init=False)
+    """Of each picture."""
+    looked_at: int = 0
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.features = [None] * len(self.items)
+
+
+class PictureEncoding:
+    """Makes the image features of all sessions' turns.
+
+    Args:
+        look, encode, ask_for_room: see their types.
+        encoded: what was encoded lately; not to be used by anybody else.
+        workers: threads that decode, at least 2.
+        max_batch: pictures in one call of `encode`.
+        most_waiting: turns that may wait or be worked on at once.
+    """
+
+    def __init__(
+        self,
+        look: Look,
+        encode: Encode,
+        ask_for_room: AskForRoom,
+        encoded: EncodedImages,
+        *,
+        workers: int,
+        max_batch: int,
+        most_waiting: int,
+    ) -> None:
+        self._look, self._encode, self._ask_for_room = look, encode, ask_for_room
+        self._max_batch = max_batch
+        self._most_waiting = most_waiting
+        self.hits = 0
+        """Pictures that did not have to be encoded."""
+        self.misses = 0
+        """Pictures that had to."""
+        self._changed = threading.Condition()
+        """Guards all that follows."""
+        self._encoded = encoded
+        self._lanes: dict[Hashable, deque[_Turn]] = {}
+        """Turns that are not answered yet, by session, in the order they came."""
+        self._waiting = 0
+        self._ready: deque[_Turn] = deque()
+        """Whose next picture can be looked at, in the order of their last ones."""
+        self._held_back: deque[_Turn] = deque()
+        """Of several pictures, while `MOST_BEGUN` such turns are worked on."""
+        self._begun = 0
+        self._openings: deque[_Turn] = deque()
+        """For which room is to be asked for."""
+        self._large: deque[tuple[_Turn, bytes, Picture]] = deque()
+        """Large pictures, one a turn, until none is decoded."""
+        self._large_is_decoded = False
+        self._decoded: deque[tuple[bytes, np.ndarray]] = deque()
+        """Pixel values to be encoded."""
+        self._coming: dict[bytes, list[tuple[_Turn, int]]] = {}
+        """Who waits for a picture that is being decoded or encoded, by its key."""
+        self._stopping = False
+        loops = [self._work] * workers + [self._encode_batches, self._ask]
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        lane: Hashable,
+        items: Sequence[bytes],
+        answer: Answer,
+        *,
+        tenant: str = "",
+        opening: Hashable | None = None,
+    ) -> None:
+        """Make the features of a turn's pictures; it is answered after the session's earlier turns.
+
+        A turn without a picture is answered at once, here, where no other of its session is before
+        it, and is never one too many.
+
+        Args:
+            lane: the session.
+            items: pictures as they were sent.
+            answer: hears of it, on any thread.
+            tenant: whose pictures they are.
+            opening: the session that the turn opens, as `ask_for_room` takes it.
+
+        Raises:
+            SessionError: UNAVAILABLE, too many turns wait; `answer` is not called then.
+        """
+        turn = _Turn(lane, list(items), answer, tenant, opening)
+        with self._changed:
+            if items and self._stopping:
+                raise unavailable("the server is shutting down")
+            if items and self._waiting >= self._most_waiting:
+                raise unavailable(
+                    f"{self._most_waiting} turns with pictures are waiting; try again later"
+                )
+            before = self._lanes.get(lane)
+            if before is not None or items:
+                self._waiting += 1
+                self._lanes.setdefault(lane, deque()).append(turn)
+                if before is None:
+                    self._start(turn)
+                return
+        _tell(turn, [])
+
+    def shutdown(self) -> None:
+        """Let pictures that are worked on finish; the turns that wait are refused."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        while self._lanes:
+            lane = next(iter(self._lanes.values()))
+            self._end(lane[0], unavailable("the server is shutting down"))
+
+    # Workers.
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._has_work())
+                if self._stopping:
+                    return
+                large = self._next_large()
+                turn = None if large else self._ready.popleft()
+            if turn is not None:
+                self._look_at_next(turn)
+            elif large is not None:
+                self._decode(*large)
+                with self._changed:
+                    self._large_is_decoded = False
+                    self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        # Pixel values are made no faster than they are encoded.
+        space = len(self._decoded) < 2 * self._max_batch
+        return space and bool(self._ready or (self._large and not self._large_is_decoded))
+
+    def _next_large(self) -> tuple[_Turn, bytes, Picture] | None:
+        if self._large_is_decoded or not self._large:
+            return None
+        self._large_is_decoded = True
+        return self._large.popleft()
+
+    def _look_at_next(self, turn: _Turn) -> None:
+        if turn.over:
+            return
+        number = turn.looked_at
+        item = turn.items[number]
+        key = self._encoded.key(turn.tenant, item)
+        with self._changed:
+            features = self._encoded.find(key)
+            new = features is None and key not in self._coming
+            if new and turn.opening is not None:
+                self._openings.append(turn)
+                self._changed.notify_all()
+                return
+            turn.looked_at += 1
+            turn.items[number] = b""  # what is made of it takes memory enough
+            self.misses += new
+            self.hits += not new
+            if features is None:
+                self._coming.setdefault(key, []).append((turn, number))
+            else:
+                turn.features[number] = features
+        if new:
+            self._open(turn, key, item)
+        else:
+            self._go_on(turn)
+
+    def _open(self, turn: _Turn, key: bytes, item: bytes) -> None:
+        try:
+            picture = self._look(item)
+        except Exception as error:
+            self._have(key, error)
+            return
+        if picture.is_large:
+            with self._changed:
+                self._large.append((turn, key, picture))
+                self._changed.notify_all()
+        else:
+            self._decode(turn, key, picture)
+
+    def _decode(self, turn: _Turn, key: bytes, picture: Picture) -> None:
+        try:
+            pixels = picture.pixel_values()
+        except Exception as error:
+            self._have(key, error)
+            return
+        with self._changed:
+            self._decoded.append((key, pixels))
+            self._changed.notify_all()
+        self._go_on(turn)
+
+    def _go_on(self, turn: _Turn) -> None:
+        """To the turn's next picture, behind all other sessions' next ones; or to its end."""
+        with self._changed:
+            if turn.over:
+                return
+            if turn.looked_at < len(turn.items):
+                self._ready.append(turn)
+                self._changed.notify_all()
+                return
+        self._end_if_complete(turn)
+
+    # The thread that encodes.
+
+    def _encode_batches(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._decoded)
+                if self._stopping:
+                    return
+                size = min(self._max_batch, len(self._decoded))
+                batch = [self._decoded.popleft() for _ in range(size)]
+                self._changed.notify_all()
+            for (key, _), features in zip(batch, self._features_of(batch), strict=True):
+                self._have(key, features)
+
+    def _features_of(self, batch: list[tuple[bytes, np.ndarray]]) -> list[Tensor | Exception]:
+        try:
+            features = self._encode(np.concatenate([pixels for _, pixels in batch]))
+            # Copies: a row of a batch would keep the whole batch in memory.
+            copies = [each.clone() for each in features]
+            if features.is_cuda:  # only begun yet, and `features` is another's when this returns
+                torch.cuda.current_stream(features.device).synchronize()
+            return list(copies)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            # What fails alone has failed.
+            return [outcome for each in batch for outcome in self._features_of([each])]
+
+    def _have(self, key: bytes, outcome: Tensor | Exception) -> None:
+        """A picture has become features [T, D], or cannot: tell all turns that show it."""
+        with self._changed:
+            turns = self._coming.pop(key)
+            if isinstance(outcome, Tensor):
+                self._encoded.add(key, outcome)
+                for turn, number in turns:
+                    turn.features[number] = outcome
+        for turn, number in turns:
+            if isinstance(outcome, SessionError):
+                self._end(turn, numbered(outcome, number + 1, len(turn.items)))
+            elif isinstance(outcome, Exception):
+                self._end(turn, _failure(outcome))
+            else:
+                self._end_if_complete(turn)
+
+    def _end_if_complete(self, turn: _Turn) -> None:
+        with self._changed:
+            features = [each for each in turn.features if each is not None]
+        if len(features) == len(turn.items):
+            self._end(turn, features)
+
+    # The thread that asks for room.
+
+    def _ask(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._openings)
+                if self._stopping:
+                    return
+                turn = self._openings.popleft()
+            assert turn.opening is not None
+            try:
+                self._ask_for_room(turn.opening)
+            except SessionError as error:
+                self._end(turn, error)
+                continue
+            except Exception:
+                log.exception("nobody could be asked for room")  # language_model will tell
+            with self._changed:
+                turn.opening = None
+                self._ready.appendleft(turn)
+                self._changed.notify_all()
+
+    # Lanes.
+
+    def _start(self, turn: _Turn) -> None:
+        """A turn with pictures has become its session's first; the lock is held."""
+        if len(turn.items) > 1 and self._begun >= MOST_BEGUN:
+            self._held_back.append(turn)
+            return
+        self._begun += len(turn.items) > 1
+        self._ready.append(turn)
+        self._changed.notify_all()
+
+    def _end(self, turn: _Turn, outcome: list[Tensor] | SessionError) -> None:
+        """Answer a turn, unless that was done, and those behind it that have no picture."""
+        with self._changed:
+            if turn.over:
+                return
+            turn.over = True
+            if len(turn.items) > 1:
+                self._begun -= 1
+                if self._held_back:
+                    self._start(self._held_back.popleft())
+        _tell(turn, outcome)
+        while True:
+            with self._changed:
+                self._waiting -= 1
+                lane = self._lanes[turn.lane]
+                lane.popleft()
+                if not lane:
+                    del self._lanes[turn.lane]
+                    return
+                turn = lane[0]
+                if turn.items:
+                    self._start(turn)
+                    return
+            _tell(turn, [])
+
+
+def _tell(turn: _Turn, outcome: list[Tensor] | SessionError) -> None:
+    try:
+        turn.answer(outcome)
+    except Exception as error:  # such as no memory for all of them, or none that is shared
+        failure = _failure(error)
+        with contextlib.suppress(Exception):  # nobody is there to tell
+            turn.answer(failure)
+
+
+def _failure(error: Exception) -> SessionError:
+    log.error("a picture could not be encoded", exc_info=error)
+    return SessionError(ErrorCode.INTERNAL, f"the picture could not be encoded: {error}")

@@ -1,0 +1,1 @@
+"""Triton as a child process: found, started, watched, ended."""
