@@ -157,7 +157,7 @@ def test_what_a_turn_computed_itself_is_not_called_cached(
     assert "new" in victims
     assert final.num_cached_tokens == 0
     now = harness.engine.statistics()
-    assert (now.prompt_tokens_reused, now.blocks_taken_over) == (0, 0)
+    assert (now.prompt_tokens_reused, now.prefix_cache_blocks) == (0, 0)
 
 
 def test_a_copy_to_host_memory_that_fails_is_nobody_elses_business(

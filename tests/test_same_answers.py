@@ -480,7 +480,7 @@ def test_sharing_with_many_sessions(
             assert comparison.same(probe, turn, heard(harness, session, pending))
         harness.check_books()
     now = harness.engine.statistics()
-    assert now.blocks_taken_over - before.blocks_taken_over >= full * len(sessions)
+    assert now.prefix_cache_blocks - before.prefix_cache_blocks >= full * len(sessions)
     assert (now.images, now.image_hits) == (1, len(sessions))
     assert now.blocks_shared >= full
     comparison.check(least=24 * 60)

@@ -119,7 +119,7 @@ def test_pictures_that_differ_in_one_pixel(start: Start, alone: Alone) -> None:
     assert final.num_cached_tokens == 0
     assert text == alone(second)[0]
     now = harness.engine.statistics()
-    assert (now.images, now.image_hits, now.blocks_taken_over) == (2, 0, 0)
+    assert (now.images, now.image_hits, now.prefix_cache_blocks) == (2, 0, 0)
 
 
 def test_features_that_differ_in_one_bit(start: Start) -> None:
@@ -140,7 +140,7 @@ def test_features_that_differ_in_one_bit(start: Start) -> None:
         harness.engine.submit(request, pending.events.put)
         assert pending.wait()[1].num_cached_tokens == 0
     now = harness.engine.statistics()
-    assert (now.images, now.image_hits, now.blocks_taken_over) == (3, 0, 0)
+    assert (now.images, now.image_hits, now.prefix_cache_blocks) == (3, 0, 0)
 
 
 def test_a_running_turn_holds_no_second_copy_of_its_pictures(start: Start) -> None:
@@ -183,11 +183,11 @@ def test_the_same_picture_at_another_place_of_the_prompt(start: Start, alone: Al
         ([Ask("Hello!"), Ask("What is it?", (one,))], 0),
     ]
     for number, (turns, most_shared) in enumerate(conversations):
-        before = harness.engine.statistics().blocks_taken_over
+        before = harness.engine.statistics().prefix_cache_blocks
         texts = [
             turn.wait(harness, number, start=index == 0)[0] for index, turn in enumerate(turns)
         ]
-        taken_over = harness.engine.statistics().blocks_taken_over - before
+        taken_over = harness.engine.statistics().prefix_cache_blocks - before
         assert taken_over * BLOCK_TOKENS == most_shared
         assert texts == alone(*turns)
     assert harness.engine.statistics().images == 2
@@ -203,7 +203,7 @@ def test_equal_blocks_behind_another_beginning(start: Start, alone: Alone) -> No
     red, green = harness.history("red"), harness.history("green")
     equal = slice(5 * BLOCK_TOKENS, 7 * BLOCK_TOKENS)
     assert red[equal] == green[equal]
-    assert harness.engine.statistics().blocks_taken_over == 0
+    assert harness.engine.statistics().prefix_cache_blocks == 0
 
 
 def test_a_whole_prompt_that_is_known_leaves_a_token_to_compute(

@@ -39,7 +39,7 @@ def test_equal_beginnings_of_two_tenants_are_not_shared(
         if ended:
             harness.engine.close(tenant or "nobody")
     now = harness.engine.statistics()
-    assert (now.blocks_taken_over, now.blocks_shared, now.image_hits) == (0, 0, 0)
+    assert (now.prefix_cache_blocks, now.blocks_shared, now.image_hits) == (0, 0, 0)
     assert now.images == (0 if ended else len(tenants))
     for tenant in tenants:  # with himself everybody shares
         _, final = SECRET.wait(harness, f"{tenant} again", start=True, tenant=tenant)

@@ -13,7 +13,7 @@ from benchmarks.gpu_check.stage import Options, run_stage
 
 BY_THEMSELVES = ["tests/test_on_gpu.py", "tests/test_gpu_attention.py"]
 """They need nothing of conftest.py, which needs Triton's client."""
-WITH_FIXTURES = ["tests/test_recorded_decode.py"]
+WITH_FIXTURES = ["tests/test_decode_graphs.py"]
 
 
 def measure(options: Options) -> None:

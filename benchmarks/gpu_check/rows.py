@@ -197,7 +197,7 @@ def engine_rows(options: Options, **limits: Any) -> tuple[Rows, EngineWay]:
     known = limits_of(options)  # before the engine takes the memory
     way = EngineWay(options.checkpoint, place, max_sessions=place.sizes.many_sessions, **limits)
     if place.device.type == "cuda":
-        recorded = way.runner.records_steps
+        recorded = way.runner.has_decode_graphs
         options.findings.add("recorded", recorded, f"decode steps are CUDA graphs: {recorded}")
         if not recorded:
             options.findings.fault("decode steps could not be recorded; see the warning above")

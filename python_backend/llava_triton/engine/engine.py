@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 SWEEP_SECONDS = 1.0
 """How often the engine looks for expired sessions."""
-SIGN_OF_LIFE_SECONDS = 0.25
+HEARTBEAT_SECONDS = 0.25
 """A turn without a token yet gets an empty piece this often: sending one is how a caller notices
 that its client has gone."""
 FIRST_TOKEN_PAUSE_SECONDS = 0.002
@@ -217,7 +217,7 @@ class Engine:
         try:
             command = self._commands.get(
                 block=wait and not busy,
-                timeout=SIGN_OF_LIFE_SECONDS if self._running else SWEEP_SECONDS,
+                timeout=HEARTBEAT_SECONDS if self._running else SWEEP_SECONDS,
             )
             while True:
                 try:
@@ -245,7 +245,7 @@ class Engine:
         for running in list(self._running.values()):
             if running.turn.is_over_time:
                 self._end_over_time(running)
-            elif not running.answer_tokens and now - running.turn.told_at >= SIGN_OF_LIFE_SECONDS:
+            elif not running.answer_tokens and now - running.turn.told_at >= HEARTBEAT_SECONDS:
                 self._tell(running.turn, running.delta(""))
         if now >= self._next_sweep_at:
             self._next_sweep_at = now + SWEEP_SECONDS

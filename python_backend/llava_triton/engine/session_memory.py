@@ -30,7 +30,7 @@ class MemoryCounters:
     restored_from_host: int = 0
     restored_by_computing: int = 0
     """Sessions whose forgotten keys and values were needed again."""
-    blocks_taken_over: int = 0
+    prefix_cache_blocks: int = 0
     """Blocks that a session took over from others instead of computing them."""
     blocks_copied: int = 0
     """Shared blocks that were copied because one of their sessions went on differently."""
@@ -79,7 +79,7 @@ class SessionMemory:
         if kv.dropped:
             kv.dropped = False
             self.counters.restored_by_computing += 1
-        self._take_over(session)
+        self._reuse_prefix(session)
         return self.reserve(session, len(session.tokens))
 
     def reserve(self, session: Session, tokens: int) -> bool:
@@ -186,7 +186,7 @@ class SessionMemory:
         self.counters.restored_from_host += 1
         return True
 
-    def _take_over(self, session: Session) -> None:
+    def _reuse_prefix(self, session: Session) -> None:
         """Hold the blocks that are published for a session's tokens beyond what it has itself.
 
         Never for all of them: the last one is computed, because its logits bring the next.
@@ -201,7 +201,7 @@ class SessionMemory:
             kv.blocks.append(block)
             kv.keys.append(key)
             kv.computed = len(kv.keys) * BLOCK_TOKENS
-            self.counters.blocks_taken_over += 1
+            self.counters.prefix_cache_blocks += 1
 
     def _drop_copy(self, session: Session) -> None:
         copy = session.key_values.host

@@ -82,7 +82,7 @@ class Statistics:
     restored_from_host: int = 0
     restored_by_computing: int = 0
     """Sessions whose forgotten keys and values were needed again."""
-    blocks_taken_over: int = 0
+    prefix_cache_blocks: int = 0
     """Blocks that a session shared instead of computing them."""
     blocks_copied: int = 0
     """Shared blocks that were copied because a session went on differently."""

@@ -42,7 +42,7 @@ class _Record:
     """Computes the step; its logits hold until any record runs again."""
 
 
-class RecordedDecode:
+class DecodeGraphs:
     """The records of one model.
 
     Made where nothing else uses the device: recording would take it in.

@@ -28,7 +28,7 @@ PIECES_A_STEP = 2
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; Python's mmap does not name it
 
 
-class FirstTouch:
+class Prefault:
     """Keeps memory ahead of the highest block in use.
 
     Args:

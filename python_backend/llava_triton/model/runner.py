@@ -15,7 +15,7 @@ from llava_triton.contract.settings import Settings
 from llava_triton.device import DeviceTimer, to_device, to_host
 from llava_triton.kernels.base import Rows
 from llava_triton.kernels.cpu.attention import release_workers
-from llava_triton.model.decode_graphs import RecordedDecode
+from llava_triton.model.decode_graphs import DecodeGraphs
 from llava_triton.model.kv_pages import Pages, block_bytes
 from llava_triton.model.memory_size import (
     blocks_for,
@@ -24,7 +24,7 @@ from llava_triton.model.memory_size import (
     host_budgets,
     host_memory,
 )
-from llava_triton.model.prefault import FirstTouch
+from llava_triton.model.prefault import Prefault
 from llava_triton.model.sampling import next_tokens
 from llava_triton.model.step import LaunchedStep, Step, StepPart, StepResult, TransferError
 from llava_triton.model.text_model import TextModel
@@ -84,7 +84,7 @@ class ModelRunner:
         )
         self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
         tensors = (self.pages.keys, self.pages.values)
-        self._first_touch = FirstTouch(tensors) if self.device.type == "cpu" else None
+        self._prefault = Prefault(tensors) if self.device.type == "cpu" else None
         self.host_kv_bytes, self.host_image_bytes = host_budgets(
             settings, host_memory(), self.device
         )
@@ -94,7 +94,7 @@ class ModelRunner:
         for one step more."""
         self._latest = torch.zeros(settings.max_sessions, dtype=torch.int64, device=self.device)
         """What followed each row of the step launched last."""
-        self._recorded: RecordedDecode | None = None
+        self._recorded: DecodeGraphs | None = None
         if record if record is not None else self.device.type == "cuda":
             self._warm_up()
             try:
@@ -109,8 +109,8 @@ class ModelRunner:
         self._logits(self._embeddings(parts), self._rows(parts))
 
     @torch.inference_mode()
-    def _record(self, sequences: int) -> RecordedDecode:
-        return RecordedDecode(
+    def _record(self, sequences: int) -> DecodeGraphs:
+        return DecodeGraphs(
             lambda ids, rows: self._logits(self._text_model.embedding[self._known(ids)], rows),
             self.device,
             self.pages.spare,
@@ -119,7 +119,7 @@ class ModelRunner:
         )
 
     @property
-    def records_steps(self) -> bool:
+    def has_decode_graphs(self) -> bool:
         """Whether decode steps are CUDA graphs."""
         return self._recorded is not None
 
@@ -172,8 +172,8 @@ class ModelRunner:
             raise TransferError(f"blocks could not be moved: {error}") from error
         timer = DeviceTimer(self.device)
         parts = step.parts
-        if self._first_touch is not None:
-            self._first_touch.used(max(part.blocks[-1] for part in parts))
+        if self._prefault is not None:
+            self._prefault.used(max(part.blocks[-1] for part in parts))
         if self._recorded is not None and self._recorded.takes(parts):
             logits = self._recorded.logits(parts)
         else:

@@ -62,7 +62,7 @@ def engine_metrics(now: Statistics) -> Iterator[Sample]:
     yield _counter(
         "llava_prefix_cache_hit_blocks_total",
         "Blocks found computed by other sessions",
-        now.blocks_taken_over,
+        now.prefix_cache_blocks,
     )
     yield _counter(
         "llava_kv_blocks_copied_total", "Shared blocks copied before a write", now.blocks_copied

@@ -9,8 +9,8 @@ import resource
 import pytest
 import torch
 
-from llava_triton.model import prefault as first_touch
-from llava_triton.model.prefault import FirstTouch
+from llava_triton.model import prefault
+from llava_triton.model.prefault import Prefault
 
 MIB = 1024 * 1024
 LAYERS, BLOCKS = 2, 256
@@ -38,12 +38,12 @@ def pages() -> torch.Tensor:
 
 
 @pytest.fixture
-def touch(pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> FirstTouch:
-    monkeypatch.setattr(first_touch, "AHEAD_BYTES", 16 * LAYERS * MIB)  # 16 blocks
-    return FirstTouch([pages])
+def touch(pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Prefault:
+    monkeypatch.setattr(prefault, "AHEAD_BYTES", 16 * LAYERS * MIB)  # 16 blocks
+    return Prefault([pages])
 
 
-def test_memory_is_ahead_of_what_is_used(touch: FirstTouch, pages: torch.Tensor) -> None:
+def test_memory_is_ahead_of_what_is_used(touch: Prefault, pages: torch.Tensor) -> None:
     assert is_there(pages, 10)
     assert not is_there(pages, 100)
     for block in range(64):  # two pieces of two blocks in one layer a step: faster than the use
@@ -55,7 +55,7 @@ def test_memory_is_ahead_of_what_is_used(touch: FirstTouch, pages: torch.Tensor)
     assert is_there(pages, BLOCKS - 1)
 
 
-def test_it_changes_nothing(touch: FirstTouch, pages: torch.Tensor) -> None:
+def test_it_changes_nothing(touch: Prefault, pages: torch.Tensor) -> None:
     pages[:, 50] = 7
     for _ in range(BLOCKS):
         touch.used(BLOCKS - 1)

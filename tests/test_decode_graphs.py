@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
-from llava_triton.model.decode_graphs import RecordedDecode
+from llava_triton.model.decode_graphs import DecodeGraphs
 from llava_triton.model.step import StepPart
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, long_ask
@@ -27,13 +27,13 @@ ANSWERS = 5
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of sequences of the steps that were taken from the records."""
     seen: list[int] = []
-    logits = RecordedDecode.logits
+    logits = DecodeGraphs.logits
 
-    def counted(self: RecordedDecode, parts: Sequence[StepPart]) -> Tensor:
+    def counted(self: DecodeGraphs, parts: Sequence[StepPart]) -> Tensor:
         seen.append(len(parts))
         return logits(self, parts)
 
-    monkeypatch.setattr(RecordedDecode, "logits", counted)
+    monkeypatch.setattr(DecodeGraphs, "logits", counted)
     return seen
 
 
@@ -100,7 +100,7 @@ def test_a_step_that_was_not_recorded_is_left_alone() -> None:
         return torch.stack((ids, rows.contexts, rows.block_tables[:, 0]), dim=1).float()
 
     context = 100 * BLOCK_TOKENS
-    records = RecordedDecode(decode, torch.device("cpu"), 999, sequences=3, context_length=context)
+    records = DecodeGraphs(decode, torch.device("cpu"), 999, sequences=3, context_length=context)
 
     def part(tokens: int, blocks: int) -> StepPart:
         return StepPart([7] * tokens, 16 * blocks - 1, list(range(5, 5 + blocks)))
