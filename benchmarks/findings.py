@@ -70,7 +70,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [list(row) for row in rows]
     columns = list(zip(heads, *cells, strict=True))
     widths = [max(3, *map(len, column)) for column in columns]
-    right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    right = [bool(cells) and all(map(_is_number, column[1:])) for column in columns]
 
     def line(row: Sequence[str]) -> str:
         padded = (
