@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import os
-import queue
 import statistics
 import subprocess
 import sys
@@ -20,20 +18,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from benchmarks.engine_load import PATIENCE_SECONDS, Encoder, make_engine
-from benchmarks.measurement import Load, read_loads
-from benchmarks.provenance import BUILD, ROOT, about, write_results
+from benchmarks.engine_way import EngineWay
+from benchmarks.export import export
+from benchmarks.findings import BUILD, ROOT, about, table, write_results
+from benchmarks.load import Ask, Load, Way, read_loads
+from benchmarks.pictures import encoded
 from benchmarks.workload import FULL, QUICK, Geometry, Workload, write_checkpoint
 from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
 from demo.evaluate import Asked, share
-from llava_export.repository import ExportJob, export
-from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import SessionError
-from llava_triton.contract.sampling_parameters import SamplingParameters
-from llava_triton.engine import Engine, TurnRequest
 from llava_triton.server.triton_server import CPU_ENVIRONMENT
 
 REPOSITORY = ROOT / "build" / "repositories" / "demo"
@@ -50,55 +43,36 @@ ROUNDS = 3
 
 def answers(repository: Path, precision: str, questions: int) -> list[Asked]:
     """At least so many questions, asked of an engine in this precision."""
-    engine, encoder = make_engine(repository, *PRECISIONS[precision]), Encoder(repository)
+    way = EngineWay.of_repository(repository, *PRECISIONS[precision])
     asked: list[Asked] = []
     number = 0
     try:
         while len(asked) < questions:
-            asked += hold(engine, encoder, number)
+            asked += hold(way, number)
             number += 1
     finally:
-        engine.shutdown()
+        way.close()
     return asked
 
 
-def hold(engine: Engine, encoder: Encoder, number: int) -> list[Asked]:
+def hold(way: Way, number: int) -> list[Asked]:
     """One conversation, in a session of its own."""
     rng = stream(EVALUATION, number)
     conversation = random_conversation(rng, turns=rng.randint(4, 10))
-    pictures = iter([_encoded(picture(scene, rng)) for scene in conversation.scenes])
+    pictures = iter([encoded(picture(scene, rng), "PNG") for scene in conversation.scenes])
     asked = []
     for index, turn in enumerate(conversation.turns):
-        request = TurnRequest(
-            session_id=f"conversation {number}",
+        ask = Ask(
+            f"conversation {number}",
             start=index == 0,
             end=index == len(conversation.turns) - 1,
             text=turn.question,
-            image_features=(encoder.features(next(pictures)),) if turn.picture else (),
-            sampling=SamplingParameters(max_tokens=MAX_TOKENS),
+            images=[next(pictures)] if turn.picture else [],
+            sampling={"max_tokens": MAX_TOKENS},
         )
-        answer = _ask(engine, request)
+        answer = way.ask(ask).wait().text
         asked.append(Asked(number, turn.kind, turn.follow_up, turn.question, turn.answer, answer))
     return asked
-
-
-def _ask(engine: Engine, request: TurnRequest) -> str:
-    events: queue.SimpleQueue[Delta | SessionError] = queue.SimpleQueue()
-    engine.submit(request, events.put)
-    text = ""
-    while True:
-        event = events.get(timeout=PATIENCE_SECONDS)
-        if isinstance(event, SessionError):
-            raise event
-        text += event.text
-        if event.is_final:
-            return text
-
-
-def _encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def between_tokens(geometry: Geometry, rounds: int, precisions: Sequence[str]) -> dict[str, float]:
@@ -106,7 +80,7 @@ def between_tokens(geometry: Geometry, rounds: int, precisions: Sequence[str]) -
     with tempfile.TemporaryDirectory(prefix="llava-accuracy-") as folder:
         checkpoint, repository = Path(folder) / "checkpoint", Path(folder) / "repository"
         write_checkpoint(checkpoint, geometry)
-        export(ExportJob(str(checkpoint), repository))
+        export(checkpoint, repository, {})
         workload = Workload(str(checkpoint), str(repository), turns=3)
         times: dict[str, list[float]] = {precision: [] for precision in precisions}
         for _ in range(rounds):
@@ -122,7 +96,7 @@ def _loads(workload: Workload, folder: Path, dtype: str, weights: str) -> list[L
     """One session, in a process whose threads wait as the server's do."""
     file, output = folder / "workload.json", folder / "loads.json"
     dataclasses.replace(workload, dtype=dtype).write(file)
-    command = [sys.executable, "-m", "benchmarks.engine_load", "--sessions", "1"]
+    command = [sys.executable, "-m", "benchmarks.part", "engine", "--sessions", "1"]
     command += ["--workload", str(file), "--output", str(output), "--weights", weights]
     environment = os.environ | CPU_ENVIRONMENT
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -132,18 +106,16 @@ def _loads(workload: Workload, folder: Path, dtype: str, weights: str) -> list[L
 def report(results: Mapping[str, list[Asked]], times: Mapping[str, float]) -> str:
     """A line a precision; the first is what the others are compared with."""
     first_precision, first = next(iter(results.items()))
-    lines = [
-        f"{'':24} {'questions':>9} {'correct':>8} {'share':>8} {'other than the first':>22}"
-        f" {'between tokens, ms':>19} {'speed-up':>9}"
-    ]
-    for precision, asked in results.items():
-        correct = sum(one.correct for one in asked)
-        lines.append(
-            f"{precision:24} {len(asked):9} {correct:8} {100 * share(asked):6.2f} % "
-            f"{_different(first, asked):22} {times[precision]:19.2f}"
-            f" {times[first_precision] / times[precision]:9.2f}"
+    rows = [
+        (
+            *(precision, str(len(asked)), str(sum(one.correct for one in asked))),
+            *(f"{100 * share(asked):.2f} %", str(_different(first, asked))),
+            *(f"{times[precision]:.2f}", f"{times[first_precision] / times[precision]:.2f}"),
         )
-    return "\n".join(lines)
+        for precision, asked in results.items()
+    ]
+    heads = ("", "questions", "correct", "share", "other than the first", "between tokens, ms")
+    return table((*heads, "speed-up"), rows)
 
 
 def _different(one: Sequence[Asked], other: Sequence[Asked]) -> int:

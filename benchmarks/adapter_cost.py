@@ -12,17 +12,18 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Bench
 from benchmarks.doors import ADAPTER_PATH, Http
-from benchmarks.measurement import TurnTimes
-from benchmarks.provenance import BUILD, about, write_results
+from benchmarks.findings import BUILD, Verdict, about, table, verdict_table, write_results
+from benchmarks.load import TransportWay, hold
 from benchmarks.stand import adapter
-from benchmarks.triton_load import TritonLoad
 from benchmarks.workload import Workload
+from llava_triton.client.grpc import GrpcTransport
 from llava_triton.server.triton_server import TritonServer, free_ports
 
 HOLDS = (1, 1, 1, 16)
@@ -39,33 +40,27 @@ def measure(workload: Workload, rounds: int, log: Path) -> dict[str, dict[str, l
         TritonServer(repository, *free_ports(3), log=log) as server,
         adapter(server.grpc_address, repository) as running,
     ):
-        loads = {
-            "T": TritonLoad(workload, server),
-            "A": TritonLoad(workload, server, lambda: Http(running.port, ADAPTER_PATH)),
+        ways = {
+            "T": TransportWay(lambda: GrpcTransport(server.grpc_address)),
+            "A": TransportWay(lambda: Http(running.port, ADAPTER_PATH)),
         }
-        found: dict[str, dict[str, list[float]]] = {
-            way: {"first_token_ms": [], "around_engine_ms": [], "tokens_per_second": []}
-            for way in loads
-        }
+        found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
+        for way in ways.values():
+            hold(way, workload, 0, 1, 2)  # warms up
         number = 0
         for index in range(rounds):
-            for way in ("TA", "AT")[index % 2]:
+            for name in ("TA", "AT")[index % 2]:
                 for sessions in HOLDS:
                     number += 1  # pictures and questions that nobody has asked yet
-                    seconds, turns = loads[way].hold_number(number, sessions, workload.turns)
-                    if sessions == 1:
-                        for name in ("first_token_ms", "around_engine_ms"):
-                            later = [getattr(each, name) for each in turns if each.turn > 0]
-                            found[way][name].append(statistics.median(later))
-                    else:
-                        rate = _tokens(turns) / seconds
-                        found[way]["tokens_per_second"].append(rate)
-                print(f"  round {index + 1}, {way}: done", flush=True)
+                    load = hold(ways[name], workload, number, sessions, workload.turns)
+                    if sessions > 1:
+                        found[name]["tokens_per_second"].append(load.tokens_per_second)
+                        continue
+                    for time in ("first_token_ms", "around_engine_ms"):
+                        later = [getattr(each, time) for each in load.turns if each.turn > 0]
+                        found[name][time].append(statistics.median(later))
+                print(f"  round {index + 1}, {name}: done", flush=True)
     return found
-
-
-def _tokens(turns: list[TurnTimes]) -> int:
-    return sum(turn.output_tokens for turn in turns)
 
 
 def report(found: dict[str, dict[str, list[float]]]) -> tuple[str, dict[str, Any]]:
@@ -75,21 +70,22 @@ def report(found: dict[str, dict[str, list[float]]]) -> tuple[str, dict[str, Any
         "around_engine_ms": "around the engine, ms",
         "tokens_per_second": "tokens/s, 16 sessions",
     }
-    lines = [f"{'':22}" + "".join(f"{title:>23}" for title in titles.values())]
+    rows = []
     for way, title in (("T", "gRPC"), ("A", "the session adapter")):
         figures = [statistics.median(found[way][name]) for name in titles]
-        lines.append(f"{title:22}" + "".join(f"{figure:23.1f}" for figure in figures))
+        rows.append((title, *(f"{figure:.1f}" for figure in figures)))
     whole_ms = _of_pairs(found, "first_token_ms", lambda a, t: a - t)
     cost_ms = _of_pairs(found, "around_engine_ms", lambda a, t: a - t)
     cost_share = 1.0 - _of_pairs(found, "tokens_per_second", lambda a, t: a / t)
-    costs = f"{whole_ms:23.2f}{cost_ms:23.2f}{100 * cost_share:21.1f} %"
-    lines.append(f"{'cost, pair by pair':22}{costs}")
-    lines.append(
-        f"{'target':22}{'':23}{f'<= {MOST_MS:g}':>23}{f'<= {100 * MOST_SHARE:g} %':>23}   "
-        + ("met" if cost_ms <= MOST_MS and cost_share <= MOST_SHARE else "NOT MET")
-    )
+    costs = (f"{whole_ms:.2f}", f"{cost_ms:.2f}", f"{100 * cost_share:.1f} %")
+    rows.append(("cost, pair by pair", *costs))
+    judged = [
+        Verdict("around the engine", cost_ms, MOST_MS, unit="ms"),
+        Verdict("tokens/s, 16 sessions", 100 * cost_share, 100 * MOST_SHARE, unit="%"),
+    ]
     values = {"found": found, "whole_ms": whole_ms, "cost_ms": cost_ms, "cost_share": cost_share}
-    return "\n".join(lines), values
+    values["targets"] = [verdict.values() for verdict in judged]
+    return f"{table(('', *titles.values()), rows)}\n{verdict_table(judged)}", values
 
 
 def _of_pairs(

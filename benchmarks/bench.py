@@ -25,31 +25,30 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks import provenance
+from benchmarks import findings
 from benchmarks.distance import Ceiling, distance_text, distances
+from benchmarks.export import ExportFailedError, export
 from benchmarks.limits import Limits, best_of, read_limits
-from benchmarks.measurement import Load, read_loads
+from benchmarks.load import Load, read_loads
 from benchmarks.processes import busy_seconds
 from benchmarks.report import CPU_TARGETS, GPU_TARGETS, Rounds, report, rows
 from benchmarks.workload import GEOMETRIES, Workload
 from llava_triton.device import compute_dtype, default_device
 from llava_triton.server.triton_server import CPU_ENVIRONMENT
 
-ROOT = provenance.ROOT
 LARGE_LOAD = 16
 """Loads of more sessions are measured in the first round only: they take minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way of answering: which part of the benchmark runs, and how."""
+class Contender:
+    """One way of answering, as `benchmarks.part` makes it."""
 
     title: str
-    module: str
+    kind: str
+    """`engine`, `triton` or `transformers`."""
     options: tuple[str, ...] = ()
     dtype: str = "float32"
-    many_sessions: bool = True
-    """Whether it can answer several sessions at once."""
     every_round: bool = True
     """Else in the first round only."""
 
@@ -60,29 +59,25 @@ class Way:
 
     @property
     def ours(self) -> bool:
-        """Whether our engine answers."""
-        return self.module in ("engine_load", "triton_load")
+        """Whether our engine answers, which can answer several sessions at once."""
+        return self.kind != "transformers"
 
 
 WAYS = {
-    "S": Way(
-        "transformers, stateless", "transformers_baselines", many_sessions=False, every_round=False
-    ),
-    "K": Way(
-        "transformers, kept cache", "transformers_baselines", ("--kept",), many_sessions=False
-    ),
-    "E": Way("engine", "engine_load"),
-    "T": Way("engine in Triton", "triton_load"),
-    "E16": Way("engine, bfloat16", "engine_load", dtype="bfloat16"),
-    "T16": Way("engine in Triton, bfloat16", "triton_load", dtype="bfloat16"),
-    "E8": Way(
-        "engine, bfloat16, int8 weights", "engine_load", ("--weights", "int8"), dtype="bfloat16"
+    "S": Contender("transformers, stateless", "transformers", every_round=False),
+    "K": Contender("transformers, kept cache", "transformers", ("--kept",)),
+    "E": Contender("engine", "engine"),
+    "T": Contender("engine in Triton", "triton"),
+    "E16": Contender("engine, bfloat16", "engine", dtype="bfloat16"),
+    "T16": Contender("engine in Triton, bfloat16", "triton", dtype="bfloat16"),
+    "E8": Contender(
+        "engine, bfloat16, int8 weights", "engine", ("--weights", "int8"), dtype="bfloat16"
     ),
 }
 DEFAULT_WAYS = ("S", "K", "E", "T", "E16", "E8")
 
 
-def ways_on(device: torch.device) -> dict[str, Way]:
+def ways_on(device: torch.device) -> dict[str, Contender]:
     """The ways by their names; on a GPU all of them compute in its own half type."""
     if device.type == "cpu":
         return WAYS
@@ -94,7 +89,7 @@ def ways_on(device: torch.device) -> dict[str, Way]:
     }
 
 
-def environment(way: Way) -> dict[str, str]:
+def environment(way: Contender) -> dict[str, str]:
     """The environment of a way's processes: OpenMP as the server sets it for our engine, as OpenMP
     itself would have it for transformers."""
     clean = {
@@ -102,7 +97,7 @@ def environment(way: Way) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("OMP_", "GOMP_", "KMP_"))
     }
-    if way.module == "engine_load":
+    if way.kind == "engine":
         clean |= CPU_ENVIRONMENT
     return clean
 
@@ -163,16 +158,8 @@ class Bench:
         self._run([*written, "--output", str(self._checkpoint)], dict(os.environ))
         for dtype in sorted({self._ways[name].dtype for name in ways if self._ways[name].ours}):
             self._say(f"exporting it for {dtype}")
-            self._repositories[dtype] = self._export(dtype)
-
-    def _export(self, dtype: str) -> Path:
-        repository = self._folder / f"served-{dtype}"
-        settings = self._folder / f"settings-{dtype}.json"
-        settings.write_text(json.dumps({"dtype": dtype}))
-        command = ["-m", "llava_export", "--model", str(self._checkpoint)]
-        command += ["--output", str(repository), "--settings", str(settings)]
-        self._run(command, dict(os.environ))
-        return repository
+            self._repositories[dtype] = self._folder / f"served-{dtype}"
+            export(self._checkpoint, self._repositories[dtype], {"dtype": dtype})
 
     def ceiling(self) -> Ceiling:
         """What the hardware allows the checkpoint: the best rates of all rounds; after `measure`.
@@ -196,7 +183,7 @@ class Bench:
 
     def about(self, ways: Sequence[str]) -> dict[str, Any]:
         """When, where and with what it runs."""
-        return provenance.about() | {"geometry": self._geometry, "dtypes": self.dtypes(ways)}
+        return findings.about() | {"geometry": self._geometry, "dtypes": self.dtypes(ways)}
 
     def titles(self, ways: Sequence[str]) -> dict[str, str]:
         """By the ways' names."""
@@ -223,16 +210,16 @@ class Bench:
         sessions = [
             count
             for count in self._sessions
-            if (way.many_sessions or count == 1) and (number == 0 or count <= LARGE_LOAD)
+            if (way.ours or count == 1) and (number == 0 or count <= LARGE_LOAD)
         ] or [1]
         self._say(f"round {number + 1}, {name} ({way.title}): {sessions} sessions at once")
         workload = self._folder / f"workload-{name}.json"
         self.workload(name).write(workload)
         output = self._folder / f"loads-{name}-{number}.json"
-        command = ["-m", f"benchmarks.{way.module}", *way.options, "--workload", str(workload)]
+        command = ["-m", "benchmarks.part", way.kind, *way.options, "--workload", str(workload)]
         command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
         fairness = self._folder / f"fairness-{name}-{number}.json"
-        if way.module == "engine_load":
+        if way.kind == "engine":
             command += ["--fairness", str(fairness)]
         others = OtherPrograms()
         self._run(command, environment(way), show=True)
@@ -261,7 +248,7 @@ class Bench:
         with tempfile.TemporaryFile("w+") as complaints:
             part = subprocess.Popen(
                 [sys.executable, *arguments],
-                cwd=ROOT,
+                cwd=findings.ROOT,
                 env=variables,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -295,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
             bench.prepare(ways)
             rounds = bench.measure(ways, options.repeats)
             ceiling = bench.ceiling()
-        except BenchError as error:
+        except (BenchError, ExportFailedError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     titles = bench.titles(ways)
@@ -310,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         "distances": [dataclasses.asdict(each) for each in far],
     }
     text = "\n".join([text, distance_text(far, ceiling)])
-    provenance.write_results(options.output, text, values, about)
+    findings.write_results(options.output, text, values, about)
     _draw(options.output)
     return 0
 
@@ -329,7 +316,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sessions", type=int, nargs="+", help="at once (default: 1 4 16 64)")
     parser.add_argument("--repeats", type=int, help="rounds (default: 3)")
-    parser.add_argument("--output", type=Path, default=provenance.BUILD / "bench.json")
+    parser.add_argument("--output", type=Path, default=findings.BUILD / "bench.json")
     options = parser.parse_args(arguments)
     options.sessions = options.sessions or ([1, 4] if options.quick else [1, 4, 16, 64])
     options.repeats = options.repeats or (1 if options.quick else 3)

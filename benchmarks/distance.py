@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.findings import table
 from benchmarks.limits import (
     Limits,
     decode_step_bytes,
@@ -88,18 +89,18 @@ class Distance:
 
 
 def distances(
-    table: Sequence[Row], dtypes: Mapping[str, str], int8: Collection[str], ceiling: Ceiling
+    rows: Sequence[Row], dtypes: Mapping[str, str], int8: Collection[str], ceiling: Ceiling
 ) -> list[Distance]:
     """One for every row.
 
     Args:
-        table: what was measured.
+        rows: what was measured.
         dtypes: of the ways, by their names.
         int8: names of those whose weights are integers.
         ceiling: what would be possible.
     """
     made = []
-    for row in table:
+    for row in rows:
         dtype = dtypes[row.way]
         decode = ceiling.decode_ms(dtype, row.sessions, row.mean_context, int8=row.way in int8)
         opening = ceiling.opening_ms(dtype, row.sessions, row.opening_tokens)
@@ -122,17 +123,19 @@ def distances(
 
 def distance_text(far: Sequence[Distance], ceiling: Ceiling) -> str:
     """The rates, and a table."""
-    lines = [
-        f"{'':41}sessions   mean   between tokens, ms        1st token, 1st turn, ms",
-        f"{'':41} at once context   limit  measured   of it    limit  measured   of it",
-    ]
-    for each in far:
-        lines.append(
-            f"{each.way:4} {each.title:34}  {each.sessions:7} {each.mean_context:7.0f}"
-            f"  {each.decode_limit_ms:6.2f}  {each.decode_ms:8.2f}  {each.decode_share:6.1%}"
-            f"  {each.opening_limit_ms:7.1f}  {each.opening_ms:8.1f}  {each.opening_share:6.1%}"
+    heads = ["", "way", "sessions", "mean context"]
+    heads += ["between tokens, ms: limit", "measured", "of it"]
+    heads += ["1st token, 1st turn, ms: limit", "measured", "of it"]
+    rows = [
+        (
+            *(each.way, each.title, str(each.sessions), f"{each.mean_context:.0f}"),
+            *(f"{each.decode_limit_ms:.2f}", f"{each.decode_ms:.2f}", f"{each.decode_share:.1%}"),
+            f"{each.opening_limit_ms:.1f}",
+            *(f"{each.opening_ms:.1f}", f"{each.opening_share:.1%}"),
         )
-    return "\n".join([*lines, "", _rates_text(ceiling)])
+        for each in far
+    ]
+    return f"{table(heads, rows)}\n{_rates_text(ceiling)}"
 
 
 def _rates_text(ceiling: Ceiling) -> str:

@@ -9,15 +9,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.load import Answer, Ask, send
 from llava_triton.client.answer import AnswerStream
 from llava_triton.client.grpc import GrpcTransport
-from llava_triton.client.transport import Transport, TurnMessage, session_error
+from llava_triton.client.transport import Transport, session_error
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
@@ -46,7 +47,7 @@ class Leavable(Transport):
     """A transport whose whole answers can be left, too."""
 
     @abstractmethod
-    def leave(self, turn: TurnMessage) -> None:
+    def leave(self, turn: Ask) -> None:
         """Ask, and go away without the answer."""
 
     def cancel(self) -> None:
@@ -62,7 +63,7 @@ class Leavable(Transport):
 class Grpc(GrpcTransport, Leavable):
     """Triton's gRPC; a deadline leaves a whole answer."""
 
-    def leave(self, turn: TurnMessage) -> None:
+    def leave(self, turn: Ask) -> None:
         """The deadline is shorter than the answer."""
         try:
             self._client.infer(
@@ -103,7 +104,7 @@ class Http(Leavable):
         """See `Leavable`."""
         return self._session
 
-    def ask(self, turn: TurnMessage) -> Delta:
+    def ask(self, turn: Ask) -> Delta:
         """One request, one answer."""
         with self._told():
             body = self._send(turn, "application/json").read()
@@ -111,7 +112,7 @@ class Http(Leavable):
                 return _CLOSED
             return _delta({each["name"]: each["data"][0] for each in json.loads(body)["outputs"]})
 
-    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
+    def stream(self, turn: Ask) -> Generator[Delta, None, None]:
         """Pieces as they come, of the adapter's."""
         if _only_closes(turn):
             yield self.ask(turn)
@@ -132,7 +133,7 @@ class Http(Leavable):
             if not ended:
                 self._connection.close()
 
-    def leave(self, turn: TurnMessage) -> None:
+    def leave(self, turn: Ask) -> None:
         """Close the connection in the middle of an answer."""
         with self._told():
             self._request(turn, "application/json")
@@ -143,7 +144,7 @@ class Http(Leavable):
         """Let the connection go."""
         self._connection.close()
 
-    def _send(self, turn: TurnMessage, accept: str) -> http.client.HTTPResponse:
+    def _send(self, turn: Ask, accept: str) -> http.client.HTTPResponse:
         self._request(turn, accept)
         answer = self._connection.getresponse()
         if answer.status != 200:
@@ -152,7 +153,7 @@ class Http(Leavable):
         self._session = answer.headers.get(NEW_SESSION, "").partition(";")[0] or self._session
         return answer
 
-    def _request(self, turn: TurnMessage, accept: str) -> None:
+    def _request(self, turn: Ask, accept: str) -> None:
         if time.monotonic() > self._used + KEPT_SECONDS:
             self._connection.close()  # the next request opens it
         self._used = time.monotonic()
@@ -174,7 +175,7 @@ class Http(Leavable):
             headers["Inference-Header-Content-Length"] = str(size)
         self._connection.request("POST", self._path, body, headers)
 
-    def _adapter_session(self, turn: TurnMessage) -> dict[str, str]:
+    def _adapter_session(self, turn: Ask) -> dict[str, str]:
         if turn.start and turn.end:
             return {}  # an answer without a session
         if turn.start:
@@ -209,20 +210,6 @@ class Door:
         return self.streamed or self.side == "adapter"
 
 
-class Said(NamedTuple):
-    """A whole answer."""
-
-    text: str
-    finish_reason: str
-    session: int | str
-    """Its ID: the adapter chooses those of the sessions that it opens."""
-    first_seconds: float
-    """Until the first token was here; through a door that does not stream, the whole answer."""
-    prompt_tokens: int
-    cached_tokens: int
-    """Of them, those that were not computed again."""
-
-
 class Connection:
     """One client's connection through a door. Its methods raise SessionError."""
 
@@ -230,34 +217,17 @@ class Connection:
         self._streamed = door.streamed
         self._transport = door.connect()
 
-    def ask(self, turn: TurnMessage) -> Said:
+    def ask(self, turn: Ask) -> Answer:
         """The answer to a turn, however it comes."""
-        asked = time.perf_counter()
-        if self._streamed:
-            pieces, first = [], 0.0
-            for piece in self.stream(turn):
-                if not first and (piece.num_output_tokens or piece.is_final):
-                    first = time.perf_counter() - asked
-                pieces.append(piece)
-            final, text = pieces[-1], "".join(piece.text for piece in pieces)
-        else:
-            final = self._transport.ask(turn)
-            text, first = final.text, time.perf_counter() - asked
-        session = self._transport.session if turn.start else None
-        return Said(
-            text,
-            final.finish_reason,
-            session or turn.session_id,
-            first,
-            final.num_input_tokens,
-            final.num_cached_tokens,
-        )
+        answer = send(self._transport, turn, streamed=self._streamed, answer=Answer())
+        answer.session = (self._transport.session if turn.start else None) or turn.session_id
+        return answer
 
-    def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
+    def stream(self, turn: Ask) -> Generator[Delta, None, None]:
         """Pieces as they come, where the door streams."""
         return self._transport.stream(turn)
 
-    def leave(self, turn: TurnMessage) -> None:
+    def leave(self, turn: Ask) -> None:
         """Ask, and go away in the middle of the answer."""
         if not self._streamed:
             self._transport.leave(turn)
@@ -295,7 +265,7 @@ DOORS = ("http", "grpc", "grpc-stream", "adapter", "adapter-stream")
 _CLOSED = Delta("", "closed", 0, 0, 0, 0.0)
 
 
-def _only_closes(turn: TurnMessage) -> bool:
+def _only_closes(turn: Ask) -> bool:
     return turn.end and not turn.start and turn.text is None and not turn.images
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.engine_load import PATIENCE_SECONDS, Asked
+from benchmarks.load import PATIENCE_SECONDS, Answer, Ask, Way, exactly
 from benchmarks.workload import Workload
-from llava_triton.contract.sampling_parameters import SamplingParameters
-from llava_triton.engine import Engine, TurnRequest
 
 QUIET_SHARE = 0.3
 """The long prompt comes when this share of every answer is there."""
@@ -39,42 +36,38 @@ class Fairness:
     """Tokens in one piece at most; above 1, an interval is one of several tokens."""
 
 
-def measure_fairness(engine: Engine, workload: Workload) -> Fairness:
+def measure_fairness(way: Way, workload: Workload) -> Fairness:
     """`workload.streams` long answers run; then a session with one long prompt comes.
+
+    Args:
+        way: an engine in this process.
+        workload: how many, and how long.
 
     Raises:
         RuntimeError: an answer ended before the long prompt's first token: the answers are too
             short to tell anything.
     """
-    finished: queue.SimpleQueue[Asked] = queue.SimpleQueue()
-    question = workload.question_tokens
+
+    def ask(name: str, prompt_tokens: int, answer_tokens: int) -> Answer:
+        text, sampling = workload.text(prompt_tokens, name), exactly(answer_tokens)
+        return way.ask(Ask(f"fairness {name}", True, True, text, sampling=sampling))
+
     streams = [
-        _submit(
-            engine,
-            workload.text(question, f"stream {number}"),
-            workload.stream_tokens,
-            number,
-            finished,
-        )
+        ask(f"stream {number}", workload.question_tokens, workload.stream_tokens)
         for number in range(workload.streams)
     ]
     enough = int(workload.stream_tokens * QUIET_SHARE)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while min(_tokens(stream) for stream in streams) < enough and time.monotonic() < deadline:
         time.sleep(0.02)
-    prompt = workload.text(workload.prompt_tokens, "long prompt")
-    late = _submit(engine, prompt, 2, workload.streams, finished)
-    for _ in range(workload.streams + 1):
-        ended = finished.get(timeout=PATIENCE_SECONDS)
-        if ended.error is not None:
-            raise ended.error
-    came = late.submitted_at
-    first_token_ms = late.events[-1][1].first_token_ms
+    late = ask("long prompt", workload.prompt_tokens, 2)
+    for answer in [late, *streams]:
+        answer.wait()
     return summarize_fairness(
         [[when for when, _ in stream.events] for stream in streams],
-        came,
-        came + first_token_ms / 1000.0,
-        prompt_tokens=late.events[-1][1].num_input_tokens,
+        late.submitted_at,
+        late.engines_first_token_at,
+        prompt_tokens=late.done.num_input_tokens,
         largest_piece=max(_largest_piece(stream) for stream in streams),
     )
 
@@ -118,26 +111,10 @@ def summarize_fairness(
     )
 
 
-def _submit(
-    engine: Engine, text: str, tokens: int, number: int, finished: queue.SimpleQueue[Asked]
-) -> Asked:
-    request = TurnRequest(
-        session_id=f"fairness {number}",
-        start=True,
-        end=True,
-        text=text,
-        sampling=SamplingParameters(max_tokens=tokens, ignore_eos=True),
-    )
-    now = time.monotonic()
-    asked = Asked(number, 0, now, now, finished)
-    engine.submit(request, asked)
-    return asked
-
-
-def _tokens(stream: Asked) -> int:
+def _tokens(stream: Answer) -> int:
     return stream.events[-1][1].num_output_tokens if stream.events else 0
 
 
-def _largest_piece(stream: Asked) -> int:
+def _largest_piece(stream: Answer) -> int:
     counts = [0, *(delta.num_output_tokens for _, delta in stream.events)]
     return max(after - before for before, after in itertools.pairwise(counts))

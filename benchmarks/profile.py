@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.findings import ROOT, table
 from benchmarks.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Turn, write_sessions
 from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 
-ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"
 QUESTIONS = (
     "What is in the picture?",
@@ -134,25 +134,18 @@ COLUMNS = (
 
 def report(rows: Sequence[Row], sessions: int, picture: Path) -> str:
     """The table for people, in Markdown."""
-    table = [list(COLUMNS)]
-    for row in rows:
-        times = (
-            row.opening_first_response_p50,
-            row.later_first_response_p50,
-            row.later_first_response_p95,
-            row.opening_whole_p50,
-            row.later_whole_p50,
-            row.later_whole_p95,
+    cells = [
+        (
+            *(row.model, row.protocol, str(row.sessions_at_once), f"{row.turns_per_second:.1f}"),
+            f"{row.opening_first_response_p50:.1f}",
+            f"{row.later_first_response_p50:.1f}",
+            f"{row.later_first_response_p95:.1f}",
+            f"{row.opening_whole_p50:.1f}",
+            f"{row.later_whole_p50:.1f}",
+            f"{row.later_whole_p95:.1f}",
         )
-        table.append(
-            [
-                *(row.model, row.protocol, str(row.sessions_at_once)),
-                *(f"{row.turns_per_second:.1f}", *(f"{time:.1f}" for time in times)),
-            ]
-        )
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(map(str.rjust, cells, widths)) + " |" for cells in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+        for row in rows
+    ]
     introduction = f"""\
 # Whole sessions under perf_analyzer
 
@@ -162,7 +155,7 @@ one at a time. Times in milliseconds as the client sees them, medians and 95th p
 first response of `llava` is the whole answer; that of `llava_stream`, its first piece.
 
 """
-    return introduction + "\n".join(lines) + "\n"
+    return introduction + table(COLUMNS, cells)
 
 
 def _pictures() -> list[Path]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from benchmarks.measurement import Load, TurnTimes
+from benchmarks.findings import Verdict, over_rounds, table, verdict_table
+from benchmarks.load import Load, TurnTimes
 
 Rounds: TypeAlias = "list[dict[str, list[Load]]]"
 """What was measured, a round each: by the way's name, one load a number of sessions."""
@@ -144,21 +145,6 @@ def _figure(loads: Mapping[str, Sequence[Load]], side: Side, metric: str) -> flo
     return None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A target beside what was measured."""
-
-    text: str
-    value: float
-    """Median over the rounds of each round's own ratio."""
-    least: float
-    """Over the rounds."""
-    most: float
-    bound: float
-    at_most: bool
-    met: bool
-
-
 def rows(rounds: Rounds, titles: Mapping[str, str]) -> list[Row]:
     """One a way and load."""
     made = []
@@ -205,18 +191,12 @@ def verdicts(
     for target in targets:
         values = [value for loads in rounds if (value := target.value(loads)) is not None]
         if values:
-            made.append(_verdict(target.text, values, target.bound, target.at_most))
+            made.append(over_rounds(target.text, values, target.bound, at_most=target.at_most))
     for way, measured in fairness.items():
         delays = [each["stalled_largest_ms"] / each["usual_ms"] - 1.0 for each in measured]
         text = f"largest delay of {way} by a long prompt / interval"
-        made.append(_verdict(text, delays, FAIRNESS_BOUND, True))
+        made.append(over_rounds(text, delays, FAIRNESS_BOUND))
     return made
-
-
-def _verdict(text: str, values: Sequence[float], bound: float, at_most: bool) -> Verdict:
-    value = _median(values)
-    met = value <= bound if at_most else value >= bound
-    return Verdict(text, value, min(values), max(values), bound, at_most, met)
 
 
 def equal_answers(rounds: Rounds) -> dict[str, str]:
@@ -254,13 +234,13 @@ def report(
         disturbances: every part's name, and the share of the machine that others used meanwhile.
         targets: to judge by.
     """
-    table, same = rows(rounds, titles), equal_answers(rounds)
+    measured, same = rows(rounds, titles), equal_answers(rounds)
     judged = verdicts(rounds, fairness, targets)
-    parts = [_table(table), _notes(same), _fairness_text(fairness), _verdict_text(judged)]
-    parts.append(_disturbance_text(disturbances))
+    parts = [_rows_table(measured), _notes(same), _fairness_text(fairness)]
+    parts += [verdict_table(judged) if judged else "", _disturbance_text(disturbances)]
     values = {
-        "rows": [asdict(row) for row in table],
-        "targets": [asdict(verdict) for verdict in judged],
+        "rows": [asdict(row) for row in measured],
+        "targets": [verdict.values() for verdict in judged],
         "fairness": dict(fairness),
         "equal_answers": same,
         "used_by_others": dict(disturbances),
@@ -279,24 +259,23 @@ def report(
     return "\n".join(part for part in parts if part), values
 
 
-def _table(table: Sequence[Row]) -> str:
-    lines = [
-        "                                         sessions  first token, ms    between     tokens"
-        "      peak",
-        "                                          at once   1st turn   later  tokens, ms  per s  "
-        "  memory, MiB",
+def _rows_table(rows: Sequence[Row]) -> str:
+    heads = ["", "way", "sessions", "1st token, 1st turn, ms", "later turns, ms"]
+    heads += ["between tokens, ms", "tokens/s", "peak memory, MiB"]
+    on_gpu = any(row.device_peak_mib is not None for row in rows)
+    cells = [
+        [
+            *(row.way, row.title, str(row.sessions)),
+            f"{row.first_token_first_turn_ms:.1f}",
+            f"{row.first_token_later_turns_ms:.1f}",
+            f"{row.between_tokens_ms:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            f"{row.peak_mib:.0f}",
+            *([f"{row.device_peak_mib or float('nan'):.0f}"] if on_gpu else []),
+        ]
+        for row in rows
     ]
-    if any(row.device_peak_mib is not None for row in table):
-        lines[1] += "   GPU, MiB"
-    for row in table:
-        device = f"  {row.device_peak_mib:9.0f}" if row.device_peak_mib is not None else ""
-        lines.append(
-            f"{row.way:4} {row.title:34}  {row.sessions:7}"
-            f"  {row.first_token_first_turn_ms:9.1f}  {row.first_token_later_turns_ms:6.1f}"
-            f"  {row.between_tokens_ms:9.2f}  {row.tokens_per_second:7.1f}"
-            f"  {row.peak_mib:10.0f}{device}"
-        )
-    return "\n".join(lines) + "\n"
+    return table(heads + (["GPU, MiB"] if on_gpu else []), cells)
 
 
 def _notes(same: Mapping[str, str]) -> str:
@@ -329,17 +308,6 @@ def _fairness_text(fairness: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             f"{stalled_largest:.1f}).\n"
         )
     return "\n".join(texts)
-
-
-def _verdict_text(judged: Sequence[Verdict]) -> str:
-    lines = [f"{'':52}  measured   (rounds)         target"]
-    for verdict in judged:
-        lines.append(
-            f"{verdict.text:52}  {verdict.value:8.3f}   {verdict.least:.3f} - {verdict.most:.3f}"
-            f"{'':3}  {'<=' if verdict.at_most else '>='} {verdict.bound:<5g}"
-            f"  {'met' if verdict.met else 'NOT MET'}"
-        )
-    return "\n".join(lines) + "\n" if judged else ""
 
 
 def _disturbance_text(disturbances: Sequence[tuple[str, float]]) -> str:

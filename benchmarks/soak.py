@@ -12,7 +12,6 @@ memory grew.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.doors import DOORS, Connection, Door
+from benchmarks.export import DEMO, ExportFailedError, export
+from benchmarks.findings import BUILD, ROOT, about, table, write_results
+from benchmarks.load import Ask
 from benchmarks.process_watch import (
     JUDGED_SESSIONS,
     Growth,
@@ -28,7 +30,6 @@ from benchmarks.process_watch import (
     ProcessWatch,
     growths,
 )
-from benchmarks.provenance import BUILD, ROOT, about, write_results
 from benchmarks.soak_clients import (
     EVERY_KIND,
     FATES,
@@ -41,8 +42,7 @@ from benchmarks.soak_clients import (
     learn_answers,
     make_scripts,
 )
-from benchmarks.stand import Stand, export
-from llava_triton.client.transport import TurnMessage
+from benchmarks.stand import Stand
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.settings import Settings
 from llava_triton.server.triton_server import ServerError
@@ -118,7 +118,7 @@ def check_afterwards(doors: Sequence[Door], script: Script, tally: Tally) -> dic
         time.sleep(max(0.0, expired_at - time.monotonic()))
         connection = Connection(doors[0])
         try:
-            connection.ask(TurnMessage(session_id, text="Are you there?"))
+            connection.ask(Ask(session_id, text="Are you there?"))
             gone = False
         except SessionError as error:
             gone = error.code is ErrorCode.NOT_FOUND
@@ -148,7 +148,7 @@ def verdict(tally: Tally, memory: Sequence[Growth], checks: dict[str, bool]) -> 
     return held | checks
 
 
-def table(values: dict[str, Any], memory: Sequence[Growth]) -> str:
+def report(values: dict[str, Any], memory: Sequence[Growth]) -> str:
     """Everything for a person."""
     counts, answers = values["counts"], values["answers"]
     fates = ", ".join(f"{counts.get(fate, 0):,} {fate}" for fate in FATES)
@@ -162,16 +162,18 @@ def table(values: dict[str, Any], memory: Sequence[Growth]) -> str:
         f"answers compared: {compared}; {counts.get('ran on', 0)} left ones ran to their end",
         ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in failures),
         "",
-        "memory, MiB               2nd quarter  last quarter  per 1,000 sessions",
     ]
-    for growth in memory:
-        lines.append(
-            f"  {growth.part:22}  {growth.second_quarter:11.1f}  {growth.last_quarter:12.1f}"
-            f"  {growth.per_thousand_sessions:+18.2f}  {'' if growth.flat else 'GROWS'}".rstrip()
+    rows = [
+        (
+            *(growth.part, f"{growth.second_quarter:.1f}", f"{growth.last_quarter:.1f}"),
+            *(f"{growth.per_thousand_sessions:+.2f}", "" if growth.flat else "GROWS"),
         )
+        for growth in memory
+    ]
+    heads = ("memory, MiB", "2nd quarter", "last quarter", "per 1,000 sessions", "")
+    lines.append(table(heads, rows))
     if values["sessions"] < JUDGED_SESSIONS:
-        lines.append(f"  (not judged: fewer than {JUDGED_SESSIONS:,} sessions)")
-    lines.append("")
+        lines.append(f"(not judged: fewer than {JUDGED_SESSIONS:,} sessions)\n")
     lines += [f"{'yes' if holds else 'NO ':3}  {name}" for name, holds in values["verdict"].items()]
     lines += ["", *values["failures"]] if values["failures"] else []
     return "\n".join(lines) + "\n"
@@ -183,7 +185,7 @@ def soak(options: argparse.Namespace) -> int:
     scripts = make_scripts(mix)
     tally = Tally(options.sessions if options.requests is None else options.requests // 2)
     print(f"exporting the demo checkpoint to {options.repository} ...", flush=True)
-    export(options.repository, LIMITS)
+    export(DEMO, options.repository, LIMITS)
     log = options.output.with_suffix(".log")
     with Stand(options.repository, log) as stand:
         doors = [stand.doors[name] for name in options.doors]
@@ -215,7 +217,7 @@ def soak(options: argparse.Namespace) -> int:
         "memory": [asdict(growth) for growth in memory],
         "samples": [asdict(sample) for sample in sampler.samples],
     }
-    write_results(options.output, table(values, memory), values, about())
+    write_results(options.output, report(values, memory), values, about())
     print(f"the server's log: {log}")
     return 0 if all(held.values()) else 1
 
@@ -234,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         return soak(options)
-    except (ServerError, subprocess.CalledProcessError) as error:
+    except (ServerError, ExportFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

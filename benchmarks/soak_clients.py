@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
 import threading
@@ -16,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.doors import Connection, Door
+from benchmarks.load import Ask
+from benchmarks.pictures import encoded
 from demo.data import picture
 from demo.shapes import random_scene
-from llava_triton.client.transport import TurnMessage
 from llava_triton.contract.errors import ErrorCode, SessionError
 
 SMALL = 20
@@ -100,10 +100,10 @@ class Script:
     max_tokens: int
     answers: list[str] = field(default_factory=list)
 
-    def message(self, session: int | str, turn: int, *, start: bool, end: bool) -> TurnMessage:
+    def message(self, session: int | str, turn: int, *, start: bool, end: bool) -> Ask:
         """Question number `turn`; the picture goes along with `start`."""
         text, sampling = self.questions[turn], {"max_tokens": self.max_tokens}
-        return TurnMessage(session, start, end, text, self.images(start), sampling)
+        return Ask(session, start, end, text, self.images(start), sampling)
 
     def images(self, start: bool) -> list[bytes]:
         """What an opening turn shows."""
@@ -127,7 +127,7 @@ def make_scripts(mix: Mix) -> list[Script]:
 
 
 def _small(rng: random.Random) -> bytes:
-    return _file(picture(random_scene(rng), rng), "PNG")
+    return encoded(picture(random_scene(rng), rng).convert("RGB"), "PNG")
 
 
 def _large(rng: random.Random, megabytes: float) -> bytes:
@@ -136,13 +136,7 @@ def _large(rng: random.Random, megabytes: float) -> bytes:
     scene = picture(random_scene(rng), rng).convert("RGB").resize((side, side))
     noise = np.random.default_rng(rng.randrange(2**32)).integers(-12, 13, (side, side, 1))
     pixels = np.clip(np.asarray(scene) + noise, 0, 255).astype(np.uint8)
-    return _file(Image.fromarray(pixels), "JPEG", quality=95)
-
-
-def _file(image: Image.Image, kind: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", quality=95)
 
 
 def hold_whole(connection: Connection, script: Script, turns: int = TURNS) -> list[str]:
@@ -230,7 +224,7 @@ def explain(door: Door, tally: Tally) -> None:
                 connection.ask(script.message(again, earlier, start=earlier == 0, end=False))
             opens = turn == 0  # what was left was the first question behind a silent opening
             images = script.images(opens)
-            connection.ask(TurnMessage(again, opens, False, LONG_QUESTION, images, LONG))
+            connection.ask(Ask(again, opens, False, LONG_QUESTION, images, LONG))
             if connection.ask(script.message(again, turn, start=False, end=True)).text == said:
                 tally.count("ran on")
             else:
@@ -394,7 +388,7 @@ class _Session:
     def open_silently(self, script: Script) -> None:
         """Send the picture alone."""
         connection, _ = self._next("an opening")
-        self.id = connection.ask(TurnMessage(self.id, True, images=script.images(True))).session
+        self.id = connection.ask(Ask(self.id, True, images=script.images(True))).session
         self.opened = True
 
     def ask(self, script: Script, turn: int, *, end: bool) -> tuple[Door, str]:
@@ -412,7 +406,7 @@ class _Session:
         sampling = {**LONG, "max_seconds": rng.uniform(0.05, 0.4)}
         text, images = script.questions[turn], script.images(start)
         try:
-            return connection.ask(TurnMessage(self.id, start, True, text, images, sampling)).text
+            return connection.ask(Ask(self.id, start, True, text, images, sampling)).text
         except SessionError as error:
             if error.code is ErrorCode.UNAVAILABLE and "max_seconds" in error.sentence:
                 return None
@@ -423,15 +417,13 @@ class _Session:
         connection, door = self._next("an answer to be left")
         sampling = LONG if door.cancels else UNSTOPPED
         images = script.images(not self.opened)
-        connection.leave(
-            TurnMessage(self.id, not self.opened, False, LONG_QUESTION, images, sampling)
-        )
+        connection.leave(Ask(self.id, not self.opened, False, LONG_QUESTION, images, sampling))
         return door.cancels
 
     def close(self) -> None:
         """END, with nothing to answer."""
         connection, _ = self._next("an END")
-        connection.ask(TurnMessage(self.id, end=True))
+        connection.ask(Ask(self.id, end=True))
 
     def _next(self, doing: str) -> tuple[Connection, Door]:
         door = self._rng.choice(self._doors)

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import http.client
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from email.message import Message
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from benchmarks.doors import doors_of
 from benchmarks.process_watch import ProcessWatch
-from benchmarks.provenance import ROOT
 from llava_triton.server.triton_server import TritonServer, free_ports
 
 START_SECONDS = 60.0
-
-
-def export(repository: Path, limits: dict[str, Any]) -> None:
-    """Export the demo checkpoint with other settings, unless that is there already."""
-    repository.parent.mkdir(parents=True, exist_ok=True)
-    settings = repository.with_suffix(".settings.json")
-    settings.write_text(json.dumps(limits))
-    command = [sys.executable, "-m", "llava_export", "--model", str(ROOT / "demo/checkpoint")]
-    command += ["--output", str(repository), "--settings", str(settings)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 class Stand:
@@ -126,12 +114,39 @@ def adapter(
             process.wait()
 
 
+def request(
+    port: int,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    method: str = "POST",
+    seconds: float = 60.0,
+) -> Reply:
+    """One HTTP request over a connection of its own.
+
+    Raises:
+        OSError, http.client.HTTPException: no answer came, or not in so many seconds.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        answer = connection.getresponse()
+        return Reply(answer.status, answer.headers, answer.read())
+    finally:
+        connection.close()
+
+
+class Reply(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    headers: Message
+    body: bytes
+
+
 def ping(port: int, seconds: float) -> int:
     """The status of an adapter's /ping; 0 where none comes in so many seconds."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=seconds) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
+        return request(port, "/ping", method="GET", seconds=seconds).status
+    except (OSError, http.client.HTTPException):
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import sys
@@ -12,9 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -23,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from benchmarks.pictures import encoded, noise
 from demo.random_checkpoint import DEMO, write_random_llava
 from llava_triton.device import compute_dtype, default_device
 
@@ -175,11 +173,8 @@ class Workload:
 
     def picture(self, load: int, session: int) -> bytes:
         """An encoded picture (PNG), another one for every session, so that none can be reused."""
-        noise = np.random.default_rng([load, session]).integers(0, 256, (12, 12, 3), dtype=np.uint8)
         size = (PICTURE_PIXELS, PICTURE_PIXELS)
-        buffer = io.BytesIO()
-        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
-        return buffer.getvalue()
+        return encoded(noise(size, (12, 12), [load, session]), "PNG")
 
 
 def whole_words(tokenizer: Any) -> list[str]:

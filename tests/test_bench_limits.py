@@ -38,7 +38,7 @@ from benchmarks.limits import (
     vision_flops,
     weight_bytes,
 )
-from benchmarks.measurement import Load, TurnTimes
+from benchmarks.load import Load, TurnTimes
 from benchmarks.report import rows
 from benchmarks.workload import LLAVA_15_7B, LLAVA_16_MISTRAL_7B, QUICK, Geometry, write_checkpoint
 from demo.random_checkpoint import DEMO

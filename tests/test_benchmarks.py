@@ -16,15 +16,17 @@ from transformers import AutoTokenizer
 from benchmarks import bench
 from benchmarks.doors import DOORS
 from benchmarks.fairness import Fairness, summarize_fairness
-from benchmarks.measurement import Load, TurnTimes, check_complete
+from benchmarks.findings import Verdict, table, verdict_table
+from benchmarks.load import Answer, Ask, Load, TurnTimes, Way, check_complete, hold
 from benchmarks.process_watch import ProcessWatch, Sample, growths
 from benchmarks.processes import device_memory_mib
+from benchmarks.references import Transformers, TransformersWay
 from benchmarks.report import report, rows, verdicts
 from benchmarks.soak import run_clients
 from benchmarks.soak_clients import EVERY_KIND, FATES, Clients, Tally
-from benchmarks.transformers_baselines import Baseline
 from benchmarks.workload import QUICK, Workload, write_checkpoint
 from demo.random_checkpoint import DEMO
+from llava_triton.contract.delta import Delta
 from tests.conftest import ROOT
 
 
@@ -36,6 +38,10 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     output = tmp_path / "bench of a test.json"
     told = run("benchmarks.bench", "--quick", "--output", str(output))
@@ -45,8 +51,9 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
         *(("S", 1), ("K", 1), ("E", 1), ("E", 4)),
         *(("T", 1), ("T", 4), ("E16", 1), ("E16", 4), ("E8", 1), ("E8", 4)),
     }
+    told_rows = [cells_of(line)[:3] for line in told.splitlines()]
     for row in values["rows"]:
-        assert f"{row['way']:4} {row['title']:34}  {row['sessions']:7}" in told
+        assert [row["way"], row["title"], str(row["sessions"])] in told_rows
         for metric in ("first_token_first_turn_ms", "first_token_later_turns_ms", "peak_mib"):
             assert row[metric] > 0, row
         assert row["tokens_per_second"] > 0
@@ -98,10 +105,10 @@ def test_on_a_gpu_every_way_computes_in_its_half_type(monkeypatch: pytest.Monkey
 def test_transformers_answers_in_the_dtype_of_the_others(kept: bool, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", QUICK, torch.bfloat16)
     workload = Workload(str(checkpoint), "none", "bfloat16", turns=2, answer_tokens=4)
-    baseline = Baseline(workload, kept=kept)
-    assert baseline._model.dtype == torch.bfloat16
-    held = check_complete(baseline.hold(workload, 1), workload)
-    first, second = held.turns
+    reference = Transformers(checkpoint, torch.device("cpu"), torch.bfloat16)
+    assert reference.model.dtype == torch.bfloat16
+    held = hold(TransformersWay(reference, kept=kept), workload, load=1, sessions=1, turns=2)
+    first, second = check_complete(held, workload).turns
     assert first.prompt_tokens + 4 + 24 < second.prompt_tokens < first.prompt_tokens + 4 + 24 + 9
     assert second.cached_tokens == (first.prompt_tokens + 3 if kept else 0)
 
@@ -124,7 +131,7 @@ def test_a_reduced_precisions_cost_and_gain_are_measured(
         assert measured["questions"] >= 20
         assert measured["correct"] >= 0.8 * measured["questions"]
         assert measured["between_tokens_ms"] > 0
-        assert any(line.startswith(f"{precision} ") for line in told.splitlines())
+        assert any(line.startswith(f"| {precision} ") for line in told.splitlines())
     assert output.with_suffix(".txt").read_text() in told
 
 
@@ -255,7 +262,7 @@ def test_a_gpus_memory_has_a_column_where_there_is_a_gpu(
     held = load(1, 100, 20, 10, 1)
     used = dataclasses.replace(held, device_peak_mib=17321.0)
     assert "GPU, MiB" in (told := report([{"K": [used]}], {"K": ""}, {})[0])
-    assert " 17321\n" in told
+    assert " 17321 |\n" in told
     assert "GPU, MiB" not in report([{"K": [held]}], {"K": ""}, {})[0]
 
 
@@ -321,3 +328,67 @@ def test_questions_have_the_promised_length_and_pictures_differ() -> None:
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 24
     pictures = {workload.picture(count, session) for count in (0, 1, 4) for session in range(4)}
     assert len(pictures) == 12
+
+
+def test_tables_line_up_and_targets_are_judged_by_their_side() -> None:
+    judged = [
+        Verdict("slow", 3.0, 2.0, unit="ms"),
+        Verdict("fast", 90.0, 85.0, at_most=False, unit="%", least=80.0, most=95.0),
+        Verdict("unknown", None, 1.0, why="it broke\nin the middle"),
+        Verdict("only looked at", 1234.5),
+        Verdict("proves nothing", 9.0, 1.0, judged=False),
+    ]
+    verdicts = [each.verdict for each in judged]
+    assert verdicts == ["NOT MET", "met", "not measured", "measured", "measured"]
+    lines = verdict_table(judged).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert cells_of(lines[3]) == ["fast", "90 %", "80 to 95", ">= 85 %", "met"]
+    assert cells_of(lines[4])[1:] == ["-", "", "<= 1", "not measured (it broke)"]
+    told = table(["way", "sessions"], [["E", "1"], ["transformers", "16"]])
+    assert told.splitlines() == [
+        "| way          | sessions |",
+        "| ------------ | -------: |",
+        "| E            |        1 |",
+        "| transformers |       16 |",
+    ]
+
+
+def test_sessions_ask_again_when_their_answer_is_there() -> None:
+    class Counting(Way):
+        """Answers at once, and remembers what it was asked."""
+
+        def __init__(self) -> None:
+            self.asked: list[Ask] = []
+
+        def ask(self, ask: Ask, answer: Answer | None = None) -> Answer:
+            answer = answer or Answer()
+            self.asked.append(ask)
+            for tokens in (1, 0, 5, 8):
+                piece = Delta("a", "length" if tokens == 8 else "", 20, tokens, 4, 1.0)
+                answer.take(piece, answer.asked_at + tokens)
+            answer.end()
+            return answer
+
+        def close(self) -> None:
+            """Nothing to do."""
+
+    way = Counting()
+    workload = Workload(str(DEMO), "none", turns=2, answer_tokens=8)
+    held = check_complete(hold(way, workload, load=3, sessions=2, turns=2), workload)
+    asked = [(ask.session_id, ask.start, ask.end, len(ask.images)) for ask in way.asked]
+    assert asked == [
+        *(("load-3-0", True, False, 1), ("load-3-1", True, False, 1)),
+        *(("load-3-0", False, True, 0), ("load-3-1", False, True, 0)),
+    ]
+    assert len({ask.text for ask in way.asked}) == 4
+    assert held.texts(1) == ["aaaa", "aaaa"]
+    for turn in held.turns:  # 7 tokens in 7 seconds behind the first piece
+        assert turn.first_token_ms == pytest.approx(1000.0)
+        assert turn.between_tokens_ms == pytest.approx(1000.0)
+        assert turn.around_engine_ms == pytest.approx(999.0)
+        assert (turn.prompt_tokens, turn.cached_tokens, turn.output_tokens) == (20, 4, 8)
+    # Where nothing lies around the engine, its own clock says when the first token was there.
+    way.tells_by_engine = True
+    by_engine = hold(way, workload, load=3, sessions=1, turns=1).turns[0]
+    assert by_engine.first_token_ms < 0  # submitted at 0, which is long ago
+    assert by_engine.around_engine_ms == 0.0

@@ -17,15 +17,15 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.gpu_check import agreement
 from benchmarks.gpu_check.__main__ import STAGES, Check, Stage, server_problem
 from benchmarks.gpu_check.agreement import Agreement, Difference
 from benchmarks.gpu_check.pythons import NO_GPU, Pythons, WheelsError
 from benchmarks.gpu_check.report import ROWS, Outcome, Report
 from benchmarks.gpu_check.stage import TINY, Findings, Place, read_findings
-from benchmarks.gpu_check.ways import Answer, joint_tokens_per_second
 from benchmarks.gpu_check.wheels import NEEDED, pinned, shrink
+from benchmarks.load import Answer, joint_tokens_per_second
 from benchmarks.processes import this_process
+from benchmarks.references import Transformers
 from llava_triton.contract.delta import Delta
 from tests.conftest import ROOT
 from tests.test_on_gpu import check_answers_agree, check_nothing_leaks, check_sessions_come_back
@@ -60,6 +60,14 @@ def test_the_whole_check_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
     assert found["agreement"]["agreement_demo"]["tokens"] > 0
     assert found["open"]["sessions_opened"] == TINY.wanted_sessions
     assert found["prepare"]["llava-1.5-7b_bytes"] < 10 * MIB
+
+
+def test_the_command_itself_needs_nothing_that_is_ours() -> None:
+    # It runs by a GPU machine's own Python, where nothing is installed.
+    code = "import sys, benchmarks.gpu_check.__main__; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    loaded = {name.partition(".")[0] for name in told.stdout.decode().split()}
+    assert loaded.isdisjoint({"llava_triton", "llava_export", "tritonclient", "transformers"})
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:
@@ -315,13 +323,13 @@ def test_only_differences_within_rounding_are_explained() -> None:
 
 def test_a_wrong_answer_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers hears another question than the engine.
-    answer = agreement.Reference.answer
+    answer = Transformers.answer
 
     def misheard(self: Any, prompt: Any, pictures: Any, tokens: int) -> Any:
         changed = [*prompt[:-8], *prompt[-9:-1]]
         return answer(self, changed, pictures, tokens)
 
-    monkeypatch.setattr(agreement.Reference, "answer", misheard)
+    monkeypatch.setattr(Transformers, "answer", misheard)
     with pytest.raises(AssertionError, match="true_gap"):
         check_answers_agree(Place.of(cpu=True), turns=4)
 

@@ -23,10 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.pythons import NO_GPU, ROOT, Pythons, WheelsError
+from benchmarks.findings import ROOT, commit
+from benchmarks.gpu_check.pythons import NO_GPU, Pythons, WheelsError
 from benchmarks.gpu_check.report import FILE_NAME, Outcome, Report
 from benchmarks.gpu_check.stage import MISTRAL, SEVEN, read_findings
-from benchmarks.provenance import commit
 
 SECONDS = 530.0
 """For everything: ten minutes less what starting and copying the results take."""

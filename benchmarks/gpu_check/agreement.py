@@ -7,8 +7,6 @@ itself preferred its token, and how far its logits are off those it computes in 
 
 from __future__ import annotations
 
-import copy
-import io
 import json
 import math
 import os
@@ -16,22 +14,24 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks.accuracy import answers
-from benchmarks.gpu_check.pythons import NO_GPU, ROOT
+from benchmarks.engine_way import EngineWay
+from benchmarks.export import DEMO
+from benchmarks.findings import ROOT
+from benchmarks.gpu_check.pythons import NO_GPU
 from benchmarks.gpu_check.stage import Options, Place, repository_folder, run_stage
-from benchmarks.gpu_check.ways import Ask, EngineWay
+from benchmarks.load import Ask
+from benchmarks.pictures import encoded
+from benchmarks.references import Transformers
 from benchmarks.workload import Workload
 from demo.conversations import random_conversation
 from demo.data import EVALUATION, picture, stream
+from llava_triton.contract.settings import Settings
 
 KV_BYTES = 4 << 30
 """Beside the engine, transformers' model needs room, too."""
@@ -91,77 +91,8 @@ class Agreement:
         return sum(not each.explained for each in self.differences)
 
 
-class Reference:
-    """A checkpoint in transformers.
-
-    Args:
-        checkpoint: its directory.
-        place: where and in what to compute.
-    """
-
-    def __init__(self, checkpoint: Path, place: Place) -> None:
-        self._place = place
-        self.model: Any = (
-            LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=place.dtype)
-            .eval()
-            .to(place.device)
-        )
-        self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
-
-    @cached_property
-    def _exact(self) -> Any:
-        """The same weights, computed in float32; made when a difference is to be looked at."""
-        return copy.deepcopy(self.model).float()
-
-    def pixels(self, pictures: Sequence[bytes]) -> Tensor:
-        """[N, 3, H, W]."""
-        images = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
-        processed = self._processor.image_processor(images, return_tensors="pt")
-        return torch.as_tensor(processed["pixel_values"]).to(self._place.device, self._place.dtype)
-
-    @torch.inference_mode()
-    def features(self, encoded: bytes) -> Tensor:
-        """One picture's [1, T, D], by transformers' vision tower."""
-        config = self.model.config
-        output = self.model.model.get_image_features(
-            pixel_values=self.pixels([encoded]),
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-        return torch.stack(list(output.pooler_output))
-
-    @torch.inference_mode()
-    def answer(
-        self, prompt: Sequence[int], pictures: Sequence[bytes], tokens: int
-    ) -> tuple[list[int], list[Tensor]]:
-        """`generate`'s greedy answer to token IDs, and the logits [V] before each token."""
-        ids = torch.tensor([list(prompt)], device=self._place.device)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **({"pixel_values": self.pixels(pictures)} if pictures else {}),
-            max_new_tokens=tokens,
-            do_sample=False,
-            # A picture is nothing that a model can say; the engine rules it out likewise.
-            suppress_tokens=[self.model.config.image_token_id],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        chosen = [int(token) for token in output.sequences[0, len(prompt) :]]
-        return chosen, [each[0].float() for each in output.logits]
-
-    @torch.inference_mode()
-    def exact_logits(self, ids: Sequence[int], pictures: Sequence[bytes]) -> Tensor:
-        """What follows the token IDs, computed in float32, [V]."""
-        given = torch.tensor([list(ids)], device=self._place.device)
-        inputs = {"pixel_values": self.pixels(pictures).float()} if pictures else {}
-        output = self._exact(input_ids=given, attention_mask=torch.ones_like(given), **inputs)
-        logits: Tensor = output.logits[0, -1].float()
-        return logits
-
-
 def compare(
-    reference: Reference,
+    reference: Transformers,
     way: EngineWay,
     conversation: Sequence[Question],
     tokens: int,
@@ -171,16 +102,15 @@ def compare(
     pictures: list[bytes] = []
     for index, question in enumerate(conversation):
         pictures += question.pictures
-        answer = way.ask(
-            Ask(
-                SESSION,
-                picture=question.pictures[0] if question.pictures else None,
-                text=question.text,
-                answer_tokens=tokens,
-                start=index == 0,
-            )
-        ).wait()
-        session = way.on_engine(lambda engine: engine._sessions.get(SESSION))
+        ask = Ask(
+            SESSION,
+            start=index == 0,
+            text=question.text,
+            images=question.pictures,
+            sampling={"max_tokens": tokens},
+        )
+        answer = way.ask(ask).wait()
+        session = way.engine.inspect(lambda sessions, *_: sessions.get(SESSION))
         history = session.tokens[: session.committed]
         length = answer.done.num_input_tokens
         got = history[length:]
@@ -245,7 +175,7 @@ def demo_conversations() -> Iterator[list[Question]]:
     while True:
         rng = stream(EVALUATION, number)
         conversation = random_conversation(rng, turns=4)
-        pictures = iter([_png(picture(scene, rng)) for scene in conversation.scenes])
+        pictures = iter([encoded(picture(scene, rng), "PNG") for scene in conversation.scenes])
         yield [
             Question(turn.question, [next(pictures)] if turn.picture else [])
             for turn in conversation.turns
@@ -262,25 +192,17 @@ def random_conversations(workload: Workload) -> Iterator[list[Question]]:
         number += 1
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def agree(
     checkpoint: Path, place: Place, conversations: Iterator[list[Question]], turns: int, tokens: int
 ) -> Agreement:
     """Hold conversations until so many turns were answered."""
-    reference = Reference(checkpoint, place)
-    way = EngineWay(
-        checkpoint,
-        place,
-        reference.features,
-        ignore_eos=False,
+    reference = Transformers(checkpoint, place.device, place.dtype)
+    settings = Settings(
+        dtype=place.dtype_name,
         max_sessions=2,
         kv_cache_bytes=KV_BYTES if place.device.type == "cuda" else None,
     )
+    way = EngineWay(checkpoint, settings, reference.features, device=place.device)
     agreement = Agreement()
     try:
         while agreement.answers < turns:
@@ -331,8 +253,7 @@ def measure(options: Options) -> None:
 
     workload = Workload(str(options.checkpoint), "none", question_tokens=sizes.question_tokens)
     random = random_conversations(workload)
-    checkpoint = ROOT / "demo" / "checkpoint"
-    findings.attempt("demo checkpoint", lambda: part("demo", checkpoint, demo_conversations()))
+    findings.attempt("demo checkpoint", lambda: part("demo", DEMO, demo_conversations()))
     findings.attempt(options.geometry, lambda: part(options.geometry, options.checkpoint, random))
     findings.attempt("scores", lambda: _score(options, demo, on_cpu, scores))
 

@@ -6,7 +6,8 @@ import statistics
 import sys
 
 from benchmarks.gpu_check.stage import Options, run_stage
-from benchmarks.transformers_baselines import Baseline
+from benchmarks.load import hold
+from benchmarks.references import Transformers, TransformersWay
 from benchmarks.workload import Workload
 
 ANSWER_TOKENS = 64
@@ -26,8 +27,11 @@ def measure(options: Options) -> None:
     )
 
     def way(name: str, title: str, kept: bool) -> None:
-        baseline = Baseline(workload, kept=kept)
-        turns = [turn for turn in baseline.hold(workload, 1).turns if turn.turn > 0]
+        reference = Transformers(options.checkpoint, place.device, place.dtype)
+        baseline = TransformersWay(reference, kept=kept)
+        hold(baseline, workload, 0, 1, 2)  # warms up
+        load = hold(baseline, workload, 1, 1, workload.turns)
+        turns = [turn for turn in load.turns if turn.turn > 0]
         later = statistics.median(turn.first_token_ms for turn in turns)
         gaps = [turn.between_tokens_ms for turn in turns if turn.between_tokens_ms is not None]
         between = statistics.median(gaps)

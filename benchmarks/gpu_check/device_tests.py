@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.gpu_check.pythons import ROOT
+from benchmarks.findings import ROOT
 from benchmarks.gpu_check.stage import Options, run_stage
 
 BY_THEMSELVES = ["tests/test_on_gpu.py", "tests/test_gpu_attention.py"]

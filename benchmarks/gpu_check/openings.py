@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 import sys
 
-from benchmarks.engine_load import Encoder
-from benchmarks.gpu_check.stage import Findings, Options, Sizes, repository_folder, run_stage
-from benchmarks.gpu_check.ways import Ask, EngineWay, Way, large_jpeg
+from benchmarks.engine_way import Encoder, EngineWay
+from benchmarks.gpu_check.stage import Options, repository_folder, run_stage
+from benchmarks.load import Ask, Way
+from benchmarks.pictures import large_jpeg
 from benchmarks.workload import Workload
+from llava_triton.contract.settings import Settings
 
 PICTURES = 10_001
 """A load's number that nothing else has."""
@@ -19,16 +21,14 @@ class Openings:
 
     Args:
         way: who is asked.
-        workload: makes pictures.
-        sizes: how much is measured.
-        findings: where it goes.
+        options: of the stage.
     """
 
-    def __init__(self, way: Way, workload: Workload, sizes: Sizes, findings: Findings) -> None:
+    def __init__(self, way: Way, options: Options) -> None:
         self._way = way
-        self._workload = workload
-        self._sizes = sizes
-        self._findings = findings
+        self._workload = Workload(str(options.checkpoint), "none")
+        self._sizes = options.place.sizes
+        self._findings = options.findings
 
     def small(self) -> None:
         """A PNG as large as the encoder's input."""
@@ -47,7 +47,8 @@ class Openings:
         seconds = []
         for number, picture in enumerate(pictures):
             session = f"{name}-{number}"
-            seconds.append(self._way.ask(Ask(session, picture=picture, start=True)).wait().seconds)
+            opening = Ask(session, start=True, images=[picture])
+            seconds.append(self._way.ask(opening).wait().seconds)
             self._way.ask(Ask(session, end=True)).wait()
         median = statistics.median(seconds[2:]) * 1000  # the first two warm up
         self._findings.add(name, median, f"opening on a {what}: {median:.1f} ms")
@@ -55,16 +56,16 @@ class Openings:
 
 def measure(options: Options) -> None:
     """The stage."""
+    place = options.place
     repository = repository_folder(options.folder, options.geometry)
     way = EngineWay(
         options.checkpoint,
-        options.place,
+        Settings(dtype=place.dtype_name, max_sessions=place.sizes.many_sessions),
         Encoder(repository).features,
+        device=place.device,
         record=False,  # nothing is decoded here
-        max_sessions=options.place.sizes.many_sessions,
     )
-    workload = Workload(str(options.checkpoint), str(repository))
-    openings = Openings(way, workload, options.place.sizes, options.findings)
+    openings = Openings(way, options)
     options.findings.attempt("small", openings.small)
     options.findings.attempt("large", openings.large)
     way.close()

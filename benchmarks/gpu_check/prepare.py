@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from benchmarks.gpu_check.pythons import ROOT
+from transformers import MistralConfig
+
+from benchmarks.export import DEMO, export
 from benchmarks.gpu_check.stage import (
     MISTRAL,
     Options,
@@ -16,24 +15,17 @@ from benchmarks.gpu_check.stage import (
     repository_folder,
     run_stage,
 )
-from benchmarks.gpu_check.ways import geometry_of
-from benchmarks.workload import write_checkpoint
+from benchmarks.workload import GEOMETRIES, QUICK, Geometry, write_checkpoint
 
 
-def export(checkpoint: Path, repository: Path, settings: dict[str, object]) -> None:
-    """Fill a model repository.
-
-    Raises:
-        RuntimeError: it failed; the text is what the export said.
-    """
-    repository.parent.mkdir(parents=True, exist_ok=True)
-    file = repository.with_suffix(".settings.json")
-    file.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "llava_export", "--model", str(checkpoint)]
-    command += ["--output", str(repository), "--settings", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{checkpoint.name} cannot be exported: {done.stdout}{done.stderr}")
+def geometry_of(name: str, *, cpu: bool) -> Geometry:
+    """The model of that name, or a tiny one of the same kind."""
+    if not cpu:
+        return GEOMETRIES[name]
+    grouped = {"num_key_value_heads": 2, "sliding_window": None}
+    if GEOMETRIES[name].family is MistralConfig:
+        return Geometry(QUICK.vision, QUICK.text | grouped, MistralConfig)
+    return QUICK
 
 
 def prepare(options: Options) -> None:
@@ -60,7 +52,7 @@ def prepare(options: Options) -> None:
         export(checkpoint_folder(folder, name), repository_folder(folder, name), settings)
 
     def demo() -> None:
-        export(ROOT / "demo" / "checkpoint", repository_folder(folder, "demo"), {})
+        export(DEMO, repository_folder(folder, "demo"), {})
 
     attempt = options.findings.attempt
     if options.geometry == MISTRAL:

@@ -9,9 +9,9 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.findings import ROOT
 from benchmarks.gpu_check.wheels import SERVER_ONLY
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT, ROOT / "python_backend", ROOT / "export")
 HIDDEN = ("scipy", "sklearn", "skimage", "pandas", "pyarrow", "numba", "cv2", "h5py", "jax")
 """From the server's Python: they may want a newer NumPy than it has, and transformers, which

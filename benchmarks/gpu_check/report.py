@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.findings import Verdict, first_line, save, table, verdict_table
 
 FILE_NAME = "gpu-check.json"
 CPU_WARNING = """\
@@ -108,7 +109,6 @@ class Report:
     def __init__(
         self, folder: Path, facts: Mapping[str, Any], *, cpu: bool, stages: Sequence[str]
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / FILE_NAME
         self._facts = dict(facts)
         self._cpu = cpu
@@ -142,30 +142,34 @@ class Report:
         parts[-1] += f"Python {facts['python']}\n"
         parts[-1] += ", ".join(f"{name} {number}" for name, number in versions.items() if number)
         parts[-1] += f"\n{facts['date']}, commit {facts['commit'] or 'unknown'}\n"
-        parts.append(_table(self.rows()))
-        parts.append(_stage_lines(self._in_order()))
+        parts.append(verdict_table(self._judge(row) for row in ROWS))
+        stages = [
+            (each.name, each.result, f"{each.seconds:.1f} s", first_line(each.why))
+            for each in self._in_order()
+        ]
+        parts.append(table(("stage", "result", "took", "why"), stages))
         return "\n".join(parts)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row with its value and verdict."""
-        return [self._judge(row) for row in ROWS]
+        return [asdict(row) | self._judge(row).values() for row in ROWS]
 
-    def _judge(self, row: Row) -> dict[str, Any]:
+    def _judge(self, row: Row) -> Verdict:
         outcome = self._outcomes.get(row.stage)
-        judged = asdict(row) | {"value": None, "why": ""}
-        if outcome is None:
-            return judged | {"verdict": "not measured", "why": f"stage {row.stage} has not run"}
-        value = outcome.values.get(row.finding)
-        if value is None:
+        value, why = None, f"stage {row.stage} has not run"
+        if outcome is not None:
+            value = outcome.values.get(row.finding)
             why = outcome.left_out.get(row.finding) or outcome.why or "it was not found"
-            return judged | {"verdict": "not measured", "why": f"{row.stage}: {why}"}
-        value = value * row.scale
-        if row.bound is None or self._cpu:
-            verdict = "measured"
-        else:
-            met = value <= row.bound if row.at_most else value >= row.bound
-            verdict = "met" if met else "NOT MET"
-        return judged | {"value": value, "verdict": verdict}
+            why = f"{row.stage}: {why}" if value is None else ""
+        return Verdict(
+            row.text,
+            None if value is None else value * row.scale,
+            row.bound,
+            row.at_most,
+            row.unit,
+            why=why,
+            judged=not self._cpu,
+        )
 
     def _in_order(self) -> list[Outcome]:
         return [self._outcomes[name] for name in self._stages if name in self._outcomes]
@@ -173,36 +177,8 @@ class Report:
     def _write(self) -> None:
         values = {
             "run_without_a_gpu": self._cpu,
-            **self._facts,
             "complete": self.complete,
             "rows": self.rows(),
             "stages": [asdict(outcome) for outcome in self._in_order()],
         }
-        self.file.write_text(json.dumps(values, indent=1) + "\n")
-        self.file.with_suffix(".txt").write_text(self.text())
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"{'':56} {'measured':>12}  {'target':>12}"]
-    for row in rows:
-        value, unit = row["value"], row["unit"]
-        shown = "-" if value is None else f"{value:,.4g} {unit}".strip()
-        target = ""
-        if row["bound"] is not None:
-            target = f"{'<=' if row['at_most'] else '>='} {row['bound']:g} {unit}".strip()
-        verdict = row["verdict"] + (f" ({_short(row['why'])})" if row["why"] else "")
-        lines.append(f"{row['text']:56} {shown:>12}  {target:>12}  {verdict}")
-    return "\n".join(lines) + "\n"
-
-
-def _stage_lines(outcomes: Sequence[Outcome]) -> str:
-    lines = []
-    for outcome in outcomes:
-        why = f": {_short(outcome.why)}" if outcome.why else ""
-        lines.append(f"{outcome.name:14} {outcome.result:8} {outcome.seconds:6.1f} s{why}")
-    return "\n".join(lines) + "\n"
-
-
-def _short(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line if len(line) <= 160 else f"{line[:157]}..."
+        save(self.file, self.text(), values, self._facts)

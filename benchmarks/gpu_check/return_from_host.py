@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import sys
 
+from benchmarks.engine_way import EngineWay
 from benchmarks.gpu_check.rows import limits_of
 from benchmarks.gpu_check.stage import Options, run_stage
-from benchmarks.gpu_check.ways import Answer, Ask, EngineWay
 from benchmarks.limits import Limits
+from benchmarks.load import Answer, Ask, exactly
 from benchmarks.workload import Workload
-from llava_triton.engine import Engine
+from llava_triton.contract.settings import Settings
+from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.session_table import SessionTable
 
 HOST_BYTES = 4 << 30
 SESSION = "memory"
@@ -24,16 +27,13 @@ class ComingBack:
 
     Args:
         way: an engine with nothing open.
-        workload: pictures and questions.
         options: of the stage.
         limits: of the device.
     """
 
-    def __init__(
-        self, way: EngineWay, workload: Workload, options: Options, limits: Limits
-    ) -> None:
+    def __init__(self, way: EngineWay, options: Options, limits: Limits) -> None:
         self._way = way
-        self._workload = workload
+        self._workload = Workload(str(options.checkpoint), "none")
         self._sizes = options.place.sizes
         self._findings = options.findings
         # Without a GPU both sides are the same memory: a copy reads and writes it.
@@ -82,34 +82,35 @@ class ComingBack:
         """A turn in a session that has met its fate, and the bytes of what it remembered."""
         sizes, way = self._sizes, self._way
         picture = self._workload.picture(PICTURES, number)
-        picture_tokens = way.runner.picture_tokens
-        text = self._workload.text(max(4, sizes.context_tokens - picture_tokens), f"m{number}")
-        way.ask(Ask(SESSION, picture=picture, text=text, answer_tokens=1, start=True)).wait()
-        size = way.on_engine(lambda engine: _leave(engine, fate))
+        tokens = max(4, sizes.context_tokens - way.features_shape[0])
+        text = self._workload.text(tokens, f"m{number}")
+        way.ask(Ask(SESSION, True, False, text, [picture], exactly(1))).wait()
+        size = way.engine.inspect(lambda sessions, memory, _: _leave(sessions, memory, fate))
         # What was planned is done before a step: before this one, not before the one measured.
-        way.ask(Ask(OTHER, text=f"Hello {number}", answer_tokens=1, start=True, end=True)).wait()
+        way.ask(Ask(OTHER, True, True, f"Hello {number}", sampling=exactly(1))).wait()
         question = self._workload.text(sizes.question_tokens, f"q{number}")
-        answer = way.ask(Ask(SESSION, text=question, answer_tokens=16)).wait()
+        answer = way.ask(Ask(SESSION, text=question, sampling=exactly(16))).wait()
         way.ask(Ask(SESSION, end=True)).wait()
-        way.on_engine(_forget_free_blocks)
+        way.engine.inspect(lambda _sessions, memory, _images: _forget_free_blocks(memory))
         return answer, size * way.runner.block_bytes
 
 
-def _leave(engine: Engine, fate: str) -> int:
-    """On the engine's thread: as memory pressure would do it. Returns its blocks."""
-    session = engine._sessions._sessions[SESSION]
+def _leave(sessions: SessionTable, memory: SessionMemory, fate: str) -> int:
+    """As memory pressure would do it. Returns the session's blocks."""
+    session = sessions.get(SESSION)
     blocks = len(session.key_values.blocks)
     if fate == "leave":
-        engine._memory.evict(session)
-    elif fate == "forget":
-        engine._memory._drop(session)
-    _forget_free_blocks(engine)
+        memory.evict(session)
+    elif fate == "forget":  # as `evict` does where host memory is too small
+        memory.truncate(session, 0)
+        session.key_values.dropped = True
+    _forget_free_blocks(memory)
     return blocks
 
 
-def _forget_free_blocks(engine: Engine) -> None:
+def _forget_free_blocks(memory: SessionMemory) -> None:
     """Nobody finds what they held, as if they had been given out meanwhile."""
-    pool = engine._memory.pool
+    pool = memory.pool
     for block in pool.allocate(pool.free) or []:
         pool.release(block)
 
@@ -117,9 +118,10 @@ def _forget_free_blocks(engine: Engine) -> None:
 def measure(options: Options) -> None:
     """The stage."""
     limits = limits_of(options)
-    way = EngineWay(options.checkpoint, options.place, max_sessions=2, host_cache_bytes=HOST_BYTES)
-    workload = Workload(str(options.checkpoint), "none")
-    options.findings.attempt("coming back", ComingBack(way, workload, options, limits).measure)
+    place = options.place
+    settings = Settings(dtype=place.dtype_name, max_sessions=2, host_cache_bytes=HOST_BYTES)
+    way = EngineWay(options.checkpoint, settings, device=place.device)
+    options.findings.attempt("coming back", ComingBack(way, options, limits).measure)
     way.close()
 
 

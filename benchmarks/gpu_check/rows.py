@@ -6,14 +6,16 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.stage import Findings, Options, Sizes, read_findings, run_stage
-from benchmarks.gpu_check.ways import Answer, Ask, EngineWay, Way, joint_tokens_per_second
+from benchmarks.engine_way import EngineWay
+from benchmarks.gpu_check.stage import Options, read_findings, run_stage
 from benchmarks.limits import Limits, decode_step_bytes, measure_limits, prefill_flops
+from benchmarks.load import Answer, Ask, Way, exactly, joint_tokens_per_second
 from benchmarks.workload import Workload
+from llava_triton.checkpoint.vision_tower import features_shape, llava_config
+from llava_triton.contract.settings import Settings
 
 RUNS = 3
 """Of what is measured over a whole answer; medians count."""
@@ -24,34 +26,20 @@ class Rows:
 
     Args:
         way: who is asked.
-        workload: questions and pictures.
-        config: of the text model.
+        options: of the stage.
         limits: of this device, measured in this run.
-        itemsize: bytes of a weight and of a key or value.
-        picture_tokens: of one picture.
-        sizes: how much is measured.
-        findings: where they go.
     """
 
-    def __init__(
-        self,
-        way: Way,
-        workload: Workload,
-        config: Any,
-        limits: Limits,
-        itemsize: int,
-        picture_tokens: int,
-        sizes: Sizes,
-        findings: Findings,
-    ) -> None:
+    def __init__(self, way: Way, options: Options, limits: Limits) -> None:
+        config = llava_config(options.checkpoint)
         self._way = way
-        self._workload = workload
-        self._config = config
+        self._workload = Workload(str(options.checkpoint), "none")
+        self._config = config.get_text_config()
         self._limits = limits
-        self._itemsize = itemsize
-        self._picture_tokens = picture_tokens
-        self._sizes = sizes
-        self._findings = findings
+        self._itemsize = options.place.dtype.itemsize
+        self._picture_tokens = features_shape(config, config.vision_config.image_size)[0]
+        self._sizes = options.place.sizes
+        self._findings = options.findings
         self._opened = 0
 
     def warm_up(self) -> None:
@@ -68,7 +56,9 @@ class Rows:
             session = self._open(before)
             answer = self._question(session, sizes.answer_tokens).wait()
             self._end(session)
-            seconds.append(answer.between_tokens_seconds)
+            gap = answer.between_tokens_seconds
+            assert gap is not None, "all tokens came in one piece"
+            seconds.append(gap)
             contexts.append(_mean_context(answer))
         step, context = statistics.median(seconds), statistics.mean(contexts)
         limit = self._step_limit([context])
@@ -119,9 +109,7 @@ class Rows:
         for _ in range(self._sizes.repeats):
             session, picture = self._next()
             text = self._workload.text(self._sizes.opening_text_tokens, session)
-            answer = self._way.ask(
-                Ask(session, picture=picture, text=text, answer_tokens=1, start=True, end=True)
-            ).wait()
+            answer = self._way.ask(Ask(session, True, True, text, [picture], exactly(1))).wait()
             new = answer.done.num_input_tokens - answer.done.num_cached_tokens
             flops = prefill_flops(self._config, new, answer.done.num_cached_tokens)
             # By the engine's clock: the picture's digest, before it, is no prefill.
@@ -154,12 +142,13 @@ class Rows:
         """A session with a picture and so many tokens in all, about."""
         session, picture = self._next()
         text = self._workload.text(max(4, tokens - self._picture_tokens), session)
-        self._way.ask(Ask(session, picture=picture, text=text, answer_tokens=1, start=True)).wait()
+        opening = Ask(session, start=True, text=text, images=[picture], sampling=exactly(1))
+        self._way.ask(opening).wait()
         return session
 
     def _question(self, session: str, answer_tokens: int) -> Answer:
         text = self._workload.text(self._sizes.question_tokens, f"{session} again")
-        return self._way.ask(Ask(session, text=text, answer_tokens=answer_tokens))
+        return self._way.ask(Ask(session, text=text, sampling=exactly(answer_tokens)))
 
     def _end(self, session: str) -> None:
         self._way.ask(Ask(session, end=True)).wait()
@@ -191,27 +180,20 @@ def limits_of(options: Options) -> Limits:
     return limits
 
 
-def engine_rows(options: Options, **limits: Any) -> tuple[Rows, EngineWay]:
-    """An engine on the stage's checkpoint, and what is measured of it; `limits` as for the way."""
+def engine_rows(options: Options, weights: str = "unrounded") -> tuple[Rows, EngineWay]:
+    """An engine on the stage's checkpoint, its weights as in `Settings`, and what is measured."""
     place = options.place
     known = limits_of(options)  # before the engine takes the memory
-    way = EngineWay(options.checkpoint, place, max_sessions=place.sizes.many_sessions, **limits)
+    settings = Settings(
+        dtype=place.dtype_name, max_sessions=place.sizes.many_sessions, weights=weights
+    )
+    way = EngineWay(options.checkpoint, settings, device=place.device)
     if place.device.type == "cuda":
         recorded = way.runner.has_decode_graphs
         options.findings.add("recorded", recorded, f"decode steps are CUDA graphs: {recorded}")
         if not recorded:
             options.findings.fault("decode steps could not be recorded; see the warning above")
-    rows = Rows(
-        way,
-        Workload(str(options.checkpoint), "none"),
-        way.text_config,
-        known,
-        place.dtype.itemsize,
-        way.runner.picture_tokens,
-        place.sizes,
-        options.findings,
-    )
-    return rows, way
+    return Rows(way, options, known), way
 
 
 def measure(options: Options) -> None:

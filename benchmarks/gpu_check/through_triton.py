@@ -17,9 +17,7 @@ from benchmarks.gpu_check.stage import (
     repository_folder,
     run_stage,
 )
-from benchmarks.gpu_check.ways import TritonWay
-from benchmarks.workload import Workload
-from llava_triton.checkpoint.vision_tower import features_shape, llava_config
+from benchmarks.load import TransportWay
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.server.triton_server import TritonServer, free_ports
 
@@ -43,28 +41,17 @@ def _log_shown(log: Path, findings: Findings) -> Iterator[None]:
 
 def measure(options: Options) -> None:
     """The stage."""
-    place, findings = options.place, options.findings
+    findings = options.findings
     repository = repository_folder(options.folder, options.geometry)
-    config = llava_config(options.checkpoint)
     limits = limits_of(options)
-    workload = Workload(str(options.checkpoint), str(repository))
     log = options.folder / "triton.log"
     began = time.perf_counter()
     with _log_shown(log, findings), TritonServer(repository, *free_ports(3), log=log) as server:
         seconds = time.perf_counter() - began
         findings.add("start_seconds", seconds, f"the server is ready after {seconds:.1f} s")
-        way = TritonWay(lambda: GrpcTransport(server.grpc_address))
-        rows = Rows(
-            way,
-            workload,
-            config.get_text_config(),
-            limits,
-            place.dtype.itemsize,
-            features_shape(config, config.vision_config.image_size)[0],
-            place.sizes,
-            findings,
-        )
-        openings = Openings(way, workload, place.sizes, findings)
+        way = TransportWay(lambda: GrpcTransport(server.grpc_address))
+        rows = Rows(way, options, limits)
+        openings = Openings(way, options)
         rows.measure(
             rows.warm_up,
             rows.decode_one,

@@ -14,7 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.findings import ROOT
+
 PYTHON = "3.12"
 """Of the GPU machine."""
 NEEDED = (

@@ -11,7 +11,6 @@ within a second, no process ended, and memory came back or does not grow when th
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import threading
 import time
@@ -23,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.export import DEMO, ExportFailedError, export
+from benchmarks.findings import BUILD, ROOT, about, table, write_results
+
 # In the order in which they are played.
 from benchmarks.hostile import adapter_bodies, faults, neighbours, triton_ports  # noqa: F401
 from benchmarks.hostile.attack import ATTACKS, Attack, Play, UnsafeError
 from benchmarks.hostile.honest import HonestClients, Seen
-from benchmarks.provenance import BUILD, ROOT, about, write_results
 from benchmarks.soak_clients import EVERY_KIND, learn_answers, make_scripts
-from benchmarks.stand import Stand, export
+from benchmarks.stand import Stand
 from llava_triton.server.triton_server import ServerError
 
 LIMITS: dict[str, Any] = {"session_idle_seconds": 4.0, "max_sessions": 64}
@@ -175,40 +176,40 @@ def _judge_memory(stand: Stand, result: Result) -> None:
         result.faults["memory"] = f"grew: {', '.join(grown)}"
 
 
-def table(results: list[Result], quiet: dict[str, dict[str, float]]) -> str:
+QUANTILES = ("median", "p95", "p99", "max")
+
+
+def report(results: list[Result], quiet: dict[str, dict[str, float]]) -> str:
     """Everything for a person."""
-    lines = ["honest clients alone, first token, ms      median     p95     p99     max"]
-    for door, told in quiet.items():
-        figures = "".join(f"{told[name]:8.0f}" for name in ("median", "p95", "p99", "max"))
-        lines.append(f"  {door:39}{figures}")
-    lines += [
-        "",
-        "beside an attack (the door that suffers most)            first token, ms         "
-        "ping    memory, MiB",
-        f"{'':56}median   p95   p99   max   ms, max  before  after",
-    ]
+    alone = [(door, *(f"{told[name]:.0f}" for name in QUANTILES)) for door, told in quiet.items()]
+    heads = ("honest clients alone, first token, ms", *QUANTILES)
+    beside = (
+        "beside an attack",
+        "first token, ms: median",
+        *QUANTILES[1:],
+        "/ping, ms",
+        "memory, MiB",
+    )
+    figures = [(result.name, result.title, *_figures(result)) for result in results]
+    lines = [table(heads, alone), table(("", *beside, "after", "again"), figures)]
+    lines.append("First tokens are of the door that suffers most.\n")
     for result in results:
-        lines.append(f"{result.name:4} {result.title[:51]:51}" + _figures(result))
-        lines.append(f"     answered {_answers(result.answered)}")
+        lines.append(f"{result.name:4} answered {_answers(result.answered)}")
         lines += [f"     NOT HELD, {kind}: {what}" for kind, what in result.faults.items()]
     held = sum(not result.faults for result in results)
     lines += ["", f"{held} of {len(results)} attacks did no harm"]
     return "\n".join(lines) + "\n"
 
 
-def _figures(result: Result) -> str:
-    before = sum(result.memory_before_mib.values())
-    after = sum(result.memory_after_mib.values())
-    memory = f"{before:8.0f}{after:7.0f}"
-    if result.memory_repeated_mib:
-        memory += f", again {sum(result.memory_repeated_mib.values()):.0f}"
+def _figures(result: Result) -> list[str]:
+    memories = (result.memory_before_mib, result.memory_after_mib, result.memory_repeated_mib)
+    memory = [f"{sum(each.values()):.0f}" if each else "" for each in memories]
     if not result.first_token_ms:
-        return f"{'-':>6}{'-':>6}{'-':>6}{'-':>6}{'-':>10}{memory}"
+        return ["-"] * 5 + memory
     worst = max(
         result.first_token_ms.values(), key=lambda told: told["p99"] / max(1.0, told["quiet p99"])
     )
-    figures = "".join(f"{worst[name]:6.0f}" for name in ("median", "p95", "p99", "max"))
-    return f"{figures}{result.worst_ping_ms:10.0f}{memory}"
+    return [*(f"{worst[name]:.0f}" for name in QUANTILES), f"{result.worst_ping_ms:.0f}", *memory]
 
 
 def _answers(answered: dict[str, int]) -> str:
@@ -225,7 +226,7 @@ def hostile(options: argparse.Namespace) -> int:
     repository = options.repository
     if repository is None:
         repository = ROOT / "build/repositories/hostile"
-        export(repository, LIMITS)
+        export(DEMO, repository, LIMITS)
     scripts = [each for each in make_scripts(EVERY_KIND) if each.kind == "small"][:SCRIPTS]
     for script in scripts:
         script.max_tokens = 4
@@ -242,7 +243,7 @@ def hostile(options: argparse.Namespace) -> int:
                 told = "; ".join(results[-1].faults) or "held"
                 print(f"{attack.name:4} {attack.title}: {told}", flush=True)
     values = {"quiet": quiet, "attacks": [asdict(result) for result in results]}
-    write_results(options.output, table(results, quiet), values, about())
+    write_results(options.output, report(results, quiet), values, about())
     return 0 if not any(result.faults for result in results) else 1
 
 
@@ -273,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         return hostile(options)
-    except (ServerError, subprocess.CalledProcessError) as error:
+    except (ServerError, ExportFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

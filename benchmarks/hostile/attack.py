@@ -13,14 +13,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from benchmarks.doors import Connection, Door
-from benchmarks.stand import Stand
-from llava_triton.client.transport import TurnMessage
+from benchmarks.load import Ask
+from benchmarks.stand import Stand, request
 from llava_triton.contract.errors import SessionError
 
 Play = Callable[[], Counter[str]]
 """Does it; what it was answered: statuses, codes or words, and how often."""
-SECONDS = 60.0
-"""For an answer."""
 
 
 class UnsafeError(Exception):
@@ -88,17 +86,13 @@ def post(
     port: int, path: str, body: bytes | None, headers: dict[str, str], method: str = "POST"
 ) -> tuple[str, bytes]:
     """One request; its status (`closed` where the connection ended) and the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     try:
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        return str(answer.status), answer.read()
+        answer = request(port, path, body, headers, method)
     except TimeoutError:
         return "hung", b""
     except (OSError, http.client.HTTPException):
         return "closed", b""
-    finally:
-        connection.close()
+    return str(answer.status), answer.body
 
 
 def invoke(stand: Stand, body: bytes, headers: dict[str, str] | None = None) -> str:
@@ -120,7 +114,7 @@ def connected(door: Door) -> Iterator[Connection]:
         connection.close()
 
 
-def ask(door: Door, turn: TurnMessage) -> str:
+def ask(door: Door, turn: Ask) -> str:
     """One turn over a connection of its own: `OK` or the error's code."""
     with connected(door) as connection:
         try:

@@ -15,11 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.hostile.attack import Play, UnsafeError, ask, attack, connected, side_by_side
+from benchmarks.load import Ask
 from benchmarks.stand import Stand
-from llava_triton.client.transport import TurnMessage
 from llava_triton.contract.errors import SessionError
 from llava_triton.server.restarts import POLL_SECONDS
-from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
+from llava_triton.server.triton_server import (
+    ServerError,
+    TritonServer,
+    free_ports,
+)
 
 FROZEN_SECONDS = 2.0
 LONG_ANSWER = {"max_tokens": 700, "ignore_eos": True}
@@ -39,7 +43,7 @@ def frozen(stand: Stand) -> Play:
         if found is None or "language_model" not in found:
             raise UnsafeError(f"the watch says {found!r}")
         stand.restart()
-        turn = TurnMessage(uuid.uuid4().hex, True, True, "Hi", sampling={"max_tokens": 1})
+        turn = Ask(uuid.uuid4().hex, True, True, "Hi", sampling={"max_tokens": 1})
         return Counter({ask(stand.doors["grpc"], turn): 1})
 
     return play
@@ -52,10 +56,10 @@ def longer_than_idle(stand: Stand) -> Play:
     def call() -> str:
         session = uuid.uuid4().hex
         with connected(stand.doors["grpc-stream"]) as connection:
-            turn = TurnMessage(session, True, text="Describe it.", sampling=LONG_ANSWER)
+            turn = Ask(session, True, text="Describe it.", sampling=LONG_ANSWER)
             connection.ask(turn)
             try:
-                connection.ask(TurnMessage(session, end=True, text="And?"))
+                connection.ask(Ask(session, end=True, text="And?"))
             except SessionError as error:
                 return error.code.name
         return "OK"
@@ -100,7 +104,7 @@ def left_at_once(stand: Stand) -> Play:
 
     def call(wait: float) -> str:
         with connected(stand.doors["grpc-stream"]) as connection:
-            turn = TurnMessage(uuid.uuid4().hex, True, text="Hi", sampling=LONG_ANSWER)
+            turn = Ask(uuid.uuid4().hex, True, text="Hi", sampling=LONG_ANSWER)
             pieces = connection.stream(turn)
             leaving = threading.Timer(wait, connection.cancel)
             leaving.start()

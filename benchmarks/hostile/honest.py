@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection as Pipe
 
 from benchmarks.doors import Connection, Door, doors_of
+from benchmarks.load import Ask
 from benchmarks.soak_clients import Script
 from benchmarks.stand import ping
-from llava_triton.client.transport import TurnMessage
 from llava_triton.contract.errors import SessionError
 from llava_triton.server.triton_server import TritonServer
 
@@ -138,11 +138,11 @@ def _hold(connection: Connection, door: Door, script: Script, notes: _Notes) -> 
             message = replace(message, images=[unseen])
         said = connection.ask(message)
         session = said.session
-        notes.first_token(door.name, said.first_seconds)
+        notes.first_token(door.name, said.first_token_seconds)
         if said.text != script.answers[turn]:
             notes.failure(f"{door.name}: {said.text!r} instead of {script.answers[turn]!r}")
         time.sleep(THINK_SECONDS)
-    connection.ask(TurnMessage(session, end=True))
+    connection.ask(Ask(session, end=True))
 
 
 def _with_note(png: bytes, note: str) -> bytes:

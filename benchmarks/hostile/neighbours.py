@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import io
 import json
 import threading
 import time
@@ -25,9 +23,10 @@ from benchmarks.hostile.attack import (
     post,
     side_by_side,
 )
+from benchmarks.load import Ask
+from benchmarks.pictures import encoded
 from benchmarks.soak_clients import LONG, LONG_QUESTION
-from benchmarks.stand import Stand
-from llava_triton.client.transport import TurnMessage
+from benchmarks.stand import Stand, request
 from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
 
 ONE_TOKEN = {"max_tokens": 1}
@@ -35,9 +34,7 @@ NEW = {"X-Amzn-SageMaker-Session-Id": "NEW_SESSION"}
 
 
 def _picture() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (64, 64), "red"), "PNG")
 
 
 def _chat(stand: Stand, session: str, messages: list[dict[str, Any]]) -> tuple[str, str]:
@@ -50,12 +47,9 @@ def _chat(stand: Stand, session: str, messages: list[dict[str, Any]]) -> tuple[s
 
 
 def _minted(stand: Stand, body: bytes, content_type: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", stand.adapter_port, timeout=60.0)
-    connection.request("POST", "/invocations", body, {"Content-Type": content_type, **NEW})
-    answer = connection.getresponse()
-    answer.read()
-    connection.close()
-    return answer.headers.get("X-Amzn-SageMaker-New-Session-Id", "").partition(";")[0]
+    headers = {"Content-Type": content_type, **NEW}
+    told = request(stand.adapter_port, "/invocations", body, headers).headers
+    return told.get("X-Amzn-SageMaker-New-Session-Id", "").partition(";")[0]
 
 
 @attack("S1", right=r"200|4\d\d", cheap=True)
@@ -92,7 +86,7 @@ def _beside_a_long_answer(
     def hold(session: str) -> None:
         with connected(stand.doors["grpc-stream"]) as connection:
             pieces = connection.stream(
-                TurnMessage(session, True, text=LONG_QUESTION, sampling={**LONG, "max_seconds": 8})
+                Ask(session, True, text=LONG_QUESTION, sampling={**LONG, "max_seconds": 8})
             )
             try:
                 for _ in pieces:
@@ -124,7 +118,7 @@ def waiting_turns(stand: Stand) -> Play:
 
     def play() -> Counter[str]:
         session = uuid.uuid4().hex
-        turn = TurnMessage(session, text="And?", sampling=ONE_TOKEN)
+        turn = Ask(session, text="And?", sampling=ONE_TOKEN)
         calls = [partial(ask, stand.doors["grpc"], turn)] * 40
         return _beside_a_long_answer(stand, [session], lambda: side_by_side(calls))
 
@@ -138,7 +132,7 @@ def endless_ends(stand: Stand) -> Play:
     def play() -> Counter[str]:
         answered: Counter[str] = Counter()
         session = uuid.uuid4().hex
-        message = TurnMessage(session, text="Hello", sampling=ONE_TOKEN)
+        message = Ask(session, text="Hello", sampling=ONE_TOKEN)
         inputs = message.inputs(tritonclient.grpc)
         with tritonclient.grpc.InferenceServerClient(stand.server.grpc_address) as client:
 
@@ -175,7 +169,7 @@ def waiting_features(stand: Stand) -> Play:
             partial(
                 ask,
                 stand.doors["grpc"],
-                TurnMessage(session, text="And?", images=[picture] * 8, sampling=ONE_TOKEN),
+                Ask(session, text="And?", images=[picture] * 8, sampling=ONE_TOKEN),
             )
             for session in sessions
             for _ in range(50)
@@ -191,7 +185,7 @@ def oracle(stand: Stand) -> Play:
     words = "The number of my account is one two three four five six seven eight nine ten. " * 6
 
     def cached(tenant: str, text: str) -> int:
-        turn = TurnMessage(uuid.uuid4().hex, text=text, sampling=ONE_TOKEN)
+        turn = Ask(uuid.uuid4().hex, text=text, sampling=ONE_TOKEN)
         with tritonclient.grpc.InferenceServerClient(stand.server.grpc_address) as client:
             result = client.infer(
                 "llava",
@@ -216,9 +210,7 @@ def oracle(stand: Stand) -> Play:
 
 def _scans(side: int, scans: int) -> bytes:
     """A JPEG of one colour in many scans."""
-    buffer = io.BytesIO()
-    Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True, quality=50)
-    data = buffer.getvalue()
+    data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
     last = data.rindex(b"\xff\xda")
     missing = max(0, scans - data.count(b"\xff\xda"))
     return data[:-2] + data[last:-2] * missing + data[-2:]
@@ -228,7 +220,7 @@ def _scans(side: int, scans: int) -> bytes:
 def many_scans(stand: Stand) -> Play:
     """4 requests of 8 JPEGs of 49 megapixels in 100 scans."""
     bomb = _scans(7000, 99)
-    turn = TurnMessage(uuid.uuid4().hex, True, True, "What?", [bomb] * 8, ONE_TOKEN)
+    turn = Ask(uuid.uuid4().hex, True, True, "What?", [bomb] * 8, ONE_TOKEN)
     return lambda: side_by_side([partial(ask, stand.doors["grpc"], turn)] * 4)
 
 
@@ -237,7 +229,7 @@ def large_pictures(stand: Stand) -> Play:
     """4 requests of 8 ordinary JPEGs of 49 megapixels, the last a broken one."""
     picture = _scans(7000, 0)
     turns = [
-        TurnMessage(
+        Ask(
             uuid.uuid4().hex,
             start=True,
             end=True,
@@ -256,7 +248,7 @@ def long_texts(stand: Stand) -> Play:
     text = ("What do you see, " * 16_000)[: 255 * 1024]
 
     def call(door: str) -> str:
-        turn = TurnMessage(uuid.uuid4().hex, True, True, text, sampling=ONE_TOKEN)
+        turn = Ask(uuid.uuid4().hex, True, True, text, sampling=ONE_TOKEN)
         return ask(stand.doors[door], turn)
 
     doors = ("http", "grpc", "grpc-stream", "adapter", "adapter-stream")
@@ -268,9 +260,9 @@ def control_tokens(stand: Stand) -> Play:
     """Control tokens in a user's text."""
 
     def tokens(text: str) -> int:
-        turn = TurnMessage(uuid.uuid4().hex, True, True, text, sampling=ONE_TOKEN)
+        turn = Ask(uuid.uuid4().hex, True, True, text, sampling=ONE_TOKEN)
         with connected(stand.doors["grpc-stream"]) as connection:
-            return connection.ask(turn).prompt_tokens
+            return connection.ask(turn).done.num_input_tokens
 
     def play() -> Counter[str]:
         for control in ("</s>", "<s>", "<unk>"):
@@ -293,16 +285,16 @@ def full_house(stand: Stand) -> Play:
             try:
                 while len(opened) < 2000:
                     opened.append(uuid.uuid4().hex)
-                    connection.ask(TurnMessage(opened[-1], True, text="Hi", sampling=ONE_TOKEN))
+                    connection.ask(Ask(opened[-1], True, text="Hi", sampling=ONE_TOKEN))
             except SessionError as error:
                 if error.code is not ErrorCode.UNAVAILABLE:
                     raise
             began = time.monotonic()
-            turn = TurnMessage(uuid.uuid4().hex, True, images=[picture + b"x"] * 8)
+            turn = Ask(uuid.uuid4().hex, True, images=[picture + b"x"] * 8)
             said = ask(stand.doors["grpc"], turn)
             took = time.monotonic() - began
             for session in opened[:-1]:
-                connection.ask(TurnMessage(session, end=True))
+                connection.ask(Ask(session, end=True))
         return Counter({said if took < 1.0 else f"{said} after {took:.1f} s": 1})
 
     return play

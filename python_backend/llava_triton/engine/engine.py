@@ -166,6 +166,11 @@ class Engine:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
         return self.on_thread(self._count).result()
 
+    def inspect(self, look: Callable[[SessionTable, SessionMemory, ImageStore], Result]) -> Result:
+        """What `look` finds in the books, called on the engine's thread between two steps: for
+        tests and measurements. Waits as `statistics` does."""
+        return self.on_thread(lambda: look(self._sessions, self._memory, self._images)).result()
+
     def on_thread(self, action: Callable[[], Result]) -> Future[Result]:
         """Call `action` on the engine's thread, between two of its steps: nothing else changes
         what the engine holds meanwhile."""
