@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import llava_triton.kernels as kernels
+from llava_triton.kernels import cpu
 
 # One thread dawdles at its first item until the others have taken what they can.
 PROGRAM = r"""
@@ -46,7 +46,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shares")
     source, program = folder / "shares.cpp", folder / "shares"
     source.write_text(PROGRAM)
-    headers = Path(kernels.__file__).parent
+    headers = Path(cpu.__file__).parent
     flags = ["-std=c++17", "-O2", "-fopenmp", f"-I{headers}"]
     subprocess.run(["c++", *flags, str(source), "-o", str(program)], check=True)
     return program

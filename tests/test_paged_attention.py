@@ -322,7 +322,7 @@ def test_a_build_is_kept_for_the_next_process(
         "maps = open('/proc/self/maps').read().split()\n"
         "assert len({word for word in maps if 'libgomp' in word}) == 1\n"
     )
-    package = Path(cpu_build.__file__).parents[2]
+    package = Path(cpu_build.__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(package)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
     assert [library] == list((tmp_path / "llava-triton").iterdir())
