@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llava_triton import kernels as paged_attention
+from llava_triton.kernels import gpu, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Rows
 from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.reference import ReferenceAttention
@@ -262,9 +262,9 @@ def test_a_step_can_be_captured_in_a_cuda_graph(sequences: list[tuple[int, int]]
 
 
 def test_no_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("gpu", "gpu_kernels", "gpu_row_kernels"):
-        monkeypatch.delitem(sys.modules, f"{paged_attention.__name__}.{name}", raising=False)
-        monkeypatch.delattr(paged_attention, name, raising=False)
+    for name in ("attention", "attention_kernels", "row_kernels"):
+        monkeypatch.delitem(sys.modules, f"{gpu.__name__}.{name}", raising=False)
+        monkeypatch.delattr(gpu, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ModuleNotFoundError, match="torch built for CUDA brings it along"):
-        paged_attention.kernels_for(torch.device("cuda"))
+        kernels_for(torch.device("cuda"))

@@ -298,3 +298,24 @@ def test_a_turn_that_takes_long_gives_signs_of_life(start: Start, alone: Alone) 
     assert {sign.text for sign in signs} == {""}
     assert not any(sign.is_final for sign in signs)
     assert "".join(piece.text for piece in pieces) == alone(ask)[0]
+
+
+def test_what_a_turn_put_back_before_its_first_step_was_spared(start: Start) -> None:
+    """Its session's blocks went to an older turn: nothing of its prompt is cached any more."""
+    harness = start(host_blocks=0, cache_freed_blocks=False)
+    long = Ask("a b c d e f g h " * 8, max_tokens=8, ignore_eos=True)
+    long.wait(harness, "young", start=True)
+    with harness.held_device() as device:
+        old = long.submit(harness, "old", start=True)
+        device.wait_until_busy()
+        young = Ask("again", max_tokens=8).submit(harness, "young")
+
+        def put_back(engine: Engine) -> None:
+            (turn,) = (each for each in engine._running.values() if each.session.id == "young")
+            victim = engine._scheduler._victim([turn])
+            assert victim is turn.session
+            engine._memory.evict(victim)
+
+        harness.on_engine(put_back)
+    old.wait()
+    assert young.wait()[1].num_cached_tokens == 0

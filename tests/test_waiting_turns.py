@@ -248,6 +248,27 @@ def test_idle_time_begins_when_an_answer_ends(start: Start) -> None:
     assert failure(HELLO.submit(harness, "s")) is ErrorCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_turn_outlives_its_session_s_time(start: Start, alone: Alone, share: bool) -> None:
+    """Whoever asks for the session meanwhile ends it no more than the sweep does."""
+    asked = Ask("a b c d e f g h " * 4, max_tokens=60, ignore_eos=True)
+    harness = start(session_lifetime_seconds=100.0, cache_freed_blocks=share)
+    with harness.held_device() as device:
+        running = asked.submit(harness, "s", start=True)
+        device.wait_until_busy()
+        harness.clock.now += 150.0
+        assert harness.engine.knows("s")
+        stranger = harness.submit("s", "?", tenant="another")
+        waiting = HELLO.submit(harness, "s")
+        assert failure(stranger) is ErrorCode.NOT_FOUND
+        harness.check_books()
+    assert running.wait()[0] == alone(asked)[0]
+    assert failure(waiting) is ErrorCode.NOT_FOUND
+    assert harness.expired == ["s"]
+    assert asked.wait(harness, "again", start=True, end=True)[0] == alone(asked)[0]
+    harness.assert_nothing_is_held()
+
+
 def test_whoever_ended_a_session_is_not_told_that_it_has_expired(start: Start) -> None:
     harness = start(session_idle_seconds=100.0)
     for name in ("ended", "closed", "opened anew"):

@@ -154,7 +154,7 @@ class Engine:
     def knows(self, session_id: SessionId) -> bool:
         """Whether a session is open or has turns on their way; waits as `statistics` does."""
         sessions, lanes = self._sessions, self._lanes
-        look = self.on_thread(lambda: sessions.find(session_id) is not None or session_id in lanes)
+        look = self.on_thread(lambda: session_id in lanes or sessions.find(session_id) is not None)
         return look.result()
 
     def room_for_a_session(self, session_id: SessionId) -> SessionError | None:
@@ -279,7 +279,8 @@ class Engine:
         before = lanes.of_session(request.session_id)
         if self._stopping:
             return unavailable("the server is shutting down")
-        session = self._sessions.find(request.session_id)
+        # Only where no turn of it is on its way: to look a session up may end it.
+        session = None if before else self._sessions.find(request.session_id)
         owner = before[0].request.tenant if before else session.tenant if session else None
         if owner not in (None, request.tenant):
             # At once: behind the owner's turns a stranger would learn that there are some.

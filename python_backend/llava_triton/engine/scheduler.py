@@ -173,7 +173,8 @@ class Scheduler:
                 return session
         for turn in reversed(younger):
             if turn.session.key_values.blocks:
-                turn.phase = Phase.PUT_BACK
+                if turn.phase is Phase.COMPUTING:
+                    turn.phase = Phase.PUT_BACK
                 return turn.session
         return None
 

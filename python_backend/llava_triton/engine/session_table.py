@@ -88,7 +88,8 @@ class SessionTable:
         return Session(session_id, opened_at=now, last_used_at=now, tenant=tenant)
 
     def find(self, session_id: SessionId) -> Session | None:
-        """The open session of this ID; one that has outlived its limits is closed instead."""
+        """The open session of this ID; one that has outlived its limits is closed instead. Not to
+        be asked while a turn of it runs, which would go on without what was freed."""
         session = self._sessions.get(session_id)
         if session is not None and self._has_expired(session):
             self._expire(session)
