@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 from benchmarks.findings import ROOT
 from benchmarks.gpu_check.stage import Options, run_stage
 
-BY_THEMSELVES = ["tests/test_on_gpu.py", "tests/test_gpu_attention.py"]
+BY_THEMSELVES = ["tests/engine/test_on_gpu.py", "tests/unit/test_gpu_attention.py"]
 """They need nothing of conftest.py, which needs Triton's client."""
-WITH_FIXTURES = ["tests/test_decode_graphs.py"]
+WITH_FIXTURES = ["tests/engine/test_decode_graphs.py"]
 
 
 def measure(options: Options) -> None:
@@ -22,7 +22,7 @@ def measure(options: Options) -> None:
     chosen = [*BY_THEMSELVES, *WITH_FIXTURES]
     more: list[str] = []
     if options.place.device.type == "cpu":
-        chosen = ["tests/test_on_gpu.py"]  # the others run anyhow where there is no GPU
+        chosen = ["tests/engine/test_on_gpu.py"]  # the others run anyhow where there is no GPU
     if importlib.util.find_spec("tritonclient") is None:
         chosen, more = [each for each in chosen if each in BY_THEMSELVES], ["--noconftest"]
         findings.leave_out("tests with fixtures", f"without tritonclient: {WITH_FIXTURES}")

@@ -16,7 +16,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from llava_triton.server.triton_server import TritonServer, free_ports
-from tests.test_bad_input import LIMIT, PICTURES
+from tests.server.test_bad_input import LIMIT, PICTURES
 from tests.triton import WAIT_SECONDS, Stream, whole
 
 SIDE = 96

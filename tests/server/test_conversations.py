@@ -23,7 +23,7 @@ from tests.checkpoints import tiny_llava
 from tests.reference import TransformersChat
 from tests.triton import Asker, ask
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*"))
 QUESTIONS = (

@@ -10,8 +10,8 @@ import pytest
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.model.step import LaunchedStep, Step
+from tests.engine.test_engine import DEMO, QUESTIONS, picture
 from tests.engine_harness import EngineHarness, Pending
-from tests.test_engine import DEMO, QUESTIONS, picture
 
 PAST_TURN_LIMIT = 0.3
 

@@ -303,10 +303,9 @@ def test_a_turn_that_takes_long_gives_signs_of_life(start: Start, alone: Alone) 
 def test_what_a_turn_put_back_before_its_first_step_was_spared(start: Start) -> None:
     """Its session's blocks went to an older turn: nothing of its prompt is cached any more."""
     harness = start(host_blocks=0, cache_freed_blocks=False)
-    long = Ask("a b c d e f g h " * 8, max_tokens=8, ignore_eos=True)
-    long.wait(harness, "young", start=True)
+    long_ask("young").wait(harness, "young", start=True)
     with harness.held_device() as device:
-        old = long.submit(harness, "old", start=True)
+        old = long_ask("old").submit(harness, "old", start=True)
         device.wait_until_busy()
         young = Ask("again", max_tokens=8).submit(harness, "young")
 

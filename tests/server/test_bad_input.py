@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from llava_triton.contract.errors import ErrorCode, error_from_text
 from tests.triton import Asker, ask, inputs
 
-PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))
+PICTURES = sorted((Path(__file__).resolve().parents[2] / "examples" / "pictures").glob("*.*"))
 LIMIT = {"max_tokens": 24}
 HALF = '[{"text": "\\ud800", "answer": ""}]'
 QUESTIONS = ("Describe the picture.", "How many shapes are there?")

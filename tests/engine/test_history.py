@@ -14,9 +14,9 @@ from llava_triton.contract.history import PastTurn, history_from_json, history_t
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
 from tests.conftest import ROOT
+from tests.engine.test_engine import DEMO, QUESTIONS, picture
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
-from tests.test_engine import DEMO, QUESTIONS, picture
 from tests.triton import Asker
 
 TOLD = (

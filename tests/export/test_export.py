@@ -21,7 +21,7 @@ from llava_export.cli import main
 from llava_triton.contract.settings import Settings
 from tests.checkpoints import DEMO, tiny_llava
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config_of(repository: Path, model: str) -> ModelConfig:

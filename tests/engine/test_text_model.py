@@ -27,7 +27,7 @@ from llava_triton.kernels.layers import HiddenStates, OneByOne, Stack
 from llava_triton.model.text_model import TextModel
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
-from tests.test_paged_attention import Step
+from tests.unit.test_paged_attention import Step
 
 VISION = CLIPVisionConfig(
     hidden_size=48,

@@ -21,7 +21,7 @@ from llava_triton.contract.delta import Delta
 from llava_triton.contract.models import MODELS
 from llava_triton.contract.tensors import TensorSpec
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "model_repository").glob("*/config.pbtxt"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "model_repository").glob("*/config.pbtxt"))
 PUBLIC_INPUTS = [
     ("text_input", "TYPE_STRING", [1], True),
     ("image", "TYPE_STRING", [-1], True),

@@ -11,7 +11,7 @@ from typing import Any
 from llava_triton.server.triton_server import TritonServer
 from tests.triton import Answer, Stream, ask
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = sorted((ROOT / "examples" / "pictures").glob("*.*"))[0]
 LIMIT = {"max_tokens": 24}
 LONG = {"max_tokens": 700, "ignore_eos": True}

@@ -16,8 +16,8 @@ from llava_triton.contract.errors import ErrorCode, SessionError, error_from_tex
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.server.triton_server import TritonServer
+from tests.server.test_conversations import never_seen_picture
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
-from tests.test_conversations import never_seen_picture
 from tests.triton import answer_of, inputs
 
 SECRET = Ask("The number of the account is 12 34 56 78. What is it? " * 3, (PICTURES[0],))

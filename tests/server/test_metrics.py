@@ -23,7 +23,7 @@ from llava_triton.server.triton_server import TritonServer, free_ports
 from llava_triton.serving.metrics import _histogram
 from tests.triton import Answer, Stream, whole
 
-PICTURES = sorted((Path(__file__).resolve().parents[1] / "examples" / "pictures").glob("*.*"))
+PICTURES = sorted((Path(__file__).resolve().parents[2] / "examples" / "pictures").glob("*.*"))
 PUBLISHED_SECONDS = 30.0
 """Numbers are half a second old at the most; this much more for a busy machine."""
 POLL_SECONDS = 0.05

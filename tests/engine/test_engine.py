@@ -14,7 +14,7 @@ from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import TransformersChat
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
 QUESTIONS = (
     "How many shapes are there?",

@@ -28,7 +28,11 @@ from benchmarks.processes import this_process
 from benchmarks.references import Transformers
 from llava_triton.contract.delta import Delta
 from tests.conftest import ROOT
-from tests.test_on_gpu import check_answers_agree, check_nothing_leaks, check_sessions_come_back
+from tests.engine.test_on_gpu import (
+    check_answers_agree,
+    check_nothing_leaks,
+    check_sessions_come_back,
+)
 
 MIB = 1 << 20
 

@@ -90,7 +90,7 @@ def test_where_there_is_no_room_no_picture_is_decoded(
     narrow: TritonServer, client: tritonclient.grpc.InferenceServerClient
 ) -> None:
     misses = 'llava_image_cache_total{result="miss"}'
-    picture = (Path(__file__).parents[1] / "examples/pictures/tall.webp").read_bytes()
+    picture = (Path(__file__).parents[2] / "examples/pictures/tall.webp").read_bytes()
     with Stream(narrow.grpc_address) as stream:
         assert next(stream.turn("Tell me.", session="only", start=True, parameters=LONG)).text
         before = metric(narrow, misses)

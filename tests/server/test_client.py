@@ -17,7 +17,7 @@ from llava_triton.client.transport import LostConnectionError, session_error
 from llava_triton.contract.errors import as_session_error, error_from_text
 from llava_triton.server.triton_server import TritonServer, free_ports
 
-PICTURE = sorted((Path(__file__).parents[1] / "examples" / "pictures").iterdir())[0]
+PICTURE = sorted((Path(__file__).parents[2] / "examples" / "pictures").iterdir())[0]
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Is there a red circle?")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from llava_triton.server.triton_server import TritonServer
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PICTURES = sorted((EXAMPLES / "pictures").iterdir())
 
 

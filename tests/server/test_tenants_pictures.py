@@ -13,8 +13,8 @@ import tritonclient.grpc
 from PIL import Image
 
 from llava_triton.server.triton_server import TritonServer
-from tests.test_image_encoding import until
 from tests.triton import inputs
+from tests.unit.test_image_encoding import until
 
 
 def counted(server: TritonServer) -> dict[str, int]:

@@ -23,7 +23,7 @@ from llava_triton.kernels import gpu, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Rows
 from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.reference import ReferenceAttention
-from tests.test_paged_attention import Step
+from tests.unit.test_paged_attention import Step
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -128,7 +128,7 @@ def test_by_the_interpreter() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=INTERPRETER_SECONDS,

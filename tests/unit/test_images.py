@@ -24,7 +24,7 @@ from llava_triton.pictures.decode import PixelValues, decode_image, encoded_imag
 from tests.properties import given
 
 SETTINGS = Settings()
-CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
 SIDE = 96
 """Pixels that the demo checkpoint's processor makes of a picture, across and down."""
 ORIENTATIONS = range(1, 9)

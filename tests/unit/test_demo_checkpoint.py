@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from demo.evaluate import CHECKPOINT, answers, evaluate, load, share
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_tensor_is_where_transformers_looks_for_it() -> None:

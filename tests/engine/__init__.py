@@ -1,0 +1,1 @@
+"""The engine in the test's own process, on tiny checkpoints."""

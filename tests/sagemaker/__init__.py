@@ -1,0 +1,1 @@
+"""The session adapter, the container, the local endpoint, the deployment."""
