@@ -55,6 +55,9 @@ sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint
 test: .venv/development compiler libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
 	$(python) -m pytest $(TESTS)
 
+check: .venv/development compiler lint ## Lint, types, and the parts by themselves (2 minutes)
+	$(python) -m pytest -q tests/unit
+
 lint: .venv/development ## Style and types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check --quiet .
@@ -110,7 +113,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
+.PHONY: demo serve export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
 .PHONY: repository compiler libb64 curl force
 
 # ---- model repositories ----
