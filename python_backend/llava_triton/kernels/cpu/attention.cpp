@@ -1,6 +1,6 @@
-// Paged attention and the small layers around it, for CPUs; interface.py says what lies where.
+// Paged attention and the small layers around it, for CPUs; base.py says what lies where.
 //
-// Compiled at run time for the CPU at hand (cpu_build.py). Storage is float32 or bfloat16,
+// Compiled at run time for the CPU at hand (build.py). Storage is float32 or bfloat16,
 // arithmetic is float32. Every function takes its number of threads from the caller and runs
 // serially when waking a thread (10 to 50 us) would cost more than it saves.
 

@@ -1,4 +1,4 @@
-"""Paged attention and the small layers around it, on a GPU: launches `gpu_kernels.py`.
+"""Paged attention and the small layers around it, on a GPU: launches `attention_kernels.py`.
 
 Nothing here waits for the GPU or looks at what a tensor holds: grids follow from shapes alone, so a
 step can be captured in a CUDA graph.

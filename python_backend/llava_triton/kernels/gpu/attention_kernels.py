@@ -1,6 +1,6 @@
-"""Paged attention on a GPU, in the Triton language; `gpu.py` launches it.
+"""Paged attention on a GPU, in the Triton language; `attention.py` launches it.
 
-Names as in `interface.py`; what a kernel is compiled for is in capitals. Tensors are contiguous.
+Names as in `base.py`; what a kernel is compiled for is in capitals. Tensors are contiguous.
 Nothing about the batch but its shapes is known to the host, so programs find their sequence
 themselves, and those without work end at once.
 """
