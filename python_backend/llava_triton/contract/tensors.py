@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -29,10 +30,12 @@ class TensorSpec:
     optional: bool = False
     """Where it is an input: whether a request may leave it out."""
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         """Whether its value is a tuple."""
         return self.shape != (1,)
+
+    # Single values have a short way: every piece of every answer passes through here twice.
 
     def elements(self, value: Any) -> list[Any]:
         """The elements that a plain value consists of."""
@@ -44,10 +47,9 @@ class TensorSpec:
 
     def to_array(self, value: Any) -> np.ndarray:
         """A plain value as an array of the tensor's type, of one dimension."""
-        elements = self.elements(value)
         if self.datatype == "BYTES":
-            elements = [element.encode() for element in elements]
-        return np.array(elements, dtype=_DTYPES[self.datatype])
+            value = [each.encode() for each in value] if self.is_list else value.encode()
+        return np.array(value if self.is_list else [value], dtype=_DTYPES[self.datatype])
 
     def from_array(self, array: np.ndarray) -> Any:
         """The plain value of an array."""
@@ -66,6 +68,10 @@ class TensorSpec:
 
     def from_raw(self, raw: bytes) -> Any:
         """The plain value of what Triton's protocols carry."""
+        if not self.is_list:
+            if self.datatype == "BYTES":
+                return raw[_LENGTH.size :].decode()
+            return _NUMBERS[self.datatype].unpack(raw)[0]
         if self.datatype == "BYTES":
             return self.value(_strings(raw))
         return self.value([number for (number,) in _NUMBERS[self.datatype].iter_unpack(raw)])

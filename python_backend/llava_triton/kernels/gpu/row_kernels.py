@@ -1,4 +1,4 @@
-"""The small layers around attention, on a GPU, in the Triton language; `attention.py` launches them.
+"""The small layers around attention, on a GPU, in the Triton language; launched by `attention.py`.
 
 All tensors are contiguous. What a kernel is compiled for is in capitals.
 """
