@@ -1,4 +1,4 @@
-"""`python -m llava_triton.server REPOSITORY`: serves a model repository until it is told to end."""
+"""`python -m llava_triton.server --repository REPOSITORY`: serves it until it is told to stop."""
 
 from __future__ import annotations
 
