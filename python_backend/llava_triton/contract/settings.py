@@ -1,4 +1,4 @@
-"""Every limit that an operator may want to set, in one place.
+"""The limits of the models that an operator may want to set, in one place.
 
 The export writes one `settings.json` into the model repository, generates the numbers in Triton's
 `config.pbtxt` files from the same object, and the Python models read it when they load.

@@ -349,8 +349,6 @@ class Engine:
             session.append(prepared.past.prompt)
             session.committed = len(session.tokens)
         running.kept = session.replace_message(prepared.message)
-        running.last_answer = prepared.past.last_answer
-        running.pending_images = len(prepared.message.spans)
         self._memory.truncate(session, running.remembered)
         running.cached_tokens = session.key_values.computed
         if request.is_empty:

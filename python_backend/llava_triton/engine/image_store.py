@@ -60,7 +60,8 @@ class ImageStore:
 
     Args:
         place: puts features [T, D] of any float type where and how the model computes.
-        device_bytes: what may lie on the device; the longest unused go to host memory first.
+        device_bytes: what may lie on the device; what was shown the longest time ago goes to host
+            memory first.
         host_bytes: what may lie there.
     """
 
@@ -69,7 +70,7 @@ class ImageStore:
     ) -> None:
         self._place = place
         self._budgets = (device_bytes, host_bytes)
-        # Longest unused first.
+        # Those first that were brought the longest time ago.
         self._on_device: OrderedDict[Digest, Image] = OrderedDict()
         self._on_host: OrderedDict[Digest, Image] = OrderedDict()
         self.device_bytes = 0
@@ -93,7 +94,8 @@ class ImageStore:
         image = self._on_device.get(digest) or self._on_host.get(digest)
         if image is not None:
             self.hits += 1
-            self.touch(image)
+            tier = self._on_device if digest in self._on_device else self._on_host
+            tier.move_to_end(digest)
         else:
             image = Image(digest, self._place(features))
             self._make_room(image.bytes)
@@ -121,11 +123,6 @@ class ImageStore:
                 self.release(image)
             raise
         return held
-
-    def touch(self, image: Image) -> None:
-        """A picture has been used: it stays on the device longer than others."""
-        tier = self._on_device if image.digest in self._on_device else self._on_host
-        tier.move_to_end(image.digest)
 
     def release(self, image: Image) -> None:
         """Hold a picture once less; one that nobody holds is forgotten."""

@@ -104,6 +104,8 @@ class TurnPreparation:
             max_tokens=0 if request.text is None else min(wanted, room),
             draws=Draws(request.sampling),
             detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
+            last_answer=prepared.past.last_answer,
+            pending_images=len(prepared.message.spans),
         )
 
     def _check(self, request: TurnRequest) -> None:

@@ -131,9 +131,9 @@ class RunningTurn:
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
     detokenizer: Detokenizer
-    last_answer: str | None = None
+    last_answer: str | None
     """Text of the last answer before this turn."""
-    pending_images: int = 0
+    pending_images: int
     """Images that the session has to be asked about when the turn is done."""
     kept: int = 0
     """How many of its tokens the session had before: it goes back to them if the turn fails."""

@@ -96,8 +96,8 @@ class TritonServer:
         self._run_folder: Path | None = None
         self._log_file: IO[bytes] | None = None
         self._log_start = 0
-        self._crash_handler: CrashHandler | None = None
         """Where in its log the server's present life begins."""
+        self._crash_handler: CrashHandler | None = None
 
     @property
     def http_address(self) -> str:

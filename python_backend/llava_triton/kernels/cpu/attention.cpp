@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int kBlockTokens = 16;  // interface.BLOCK_TOKENS; a block's keys fill one vector
+constexpr int kBlockTokens = 16;  // base.BLOCK_TOKENS; a block's keys fill one vector
 static_assert(kBlockTokens == kLanes, "a block of keys is one vector");
 constexpr int kChunkBlocks = 4;  // blocks between two updates of the online softmax
 constexpr int kChunk = kChunkBlocks * kBlockTokens;
@@ -65,7 +65,7 @@ struct Geometry {
   }
 };
 
-// interface.Rows.
+// base.Rows.
 struct Batch {
   const int32_t* starts;
   const int32_t* contexts;

@@ -1,5 +1,5 @@
 // All layers of a text model in one call: between two kernels of a step no Python runs, and nobody
-// waits for its interpreter's lock. layers.py says the same one operation at a time.
+// waits for its interpreter's lock. kernels/layers.py says the same one operation at a time.
 
 #include <cstdint>
 
@@ -10,7 +10,7 @@ namespace {
 struct Geometry;  // attention.cpp knows them
 struct Batch;
 
-// cpu_linear.CpuLinear.
+// linear.CpuLinear.
 struct Linear {
   const void* weight;
   const void* integers;  // the same rounded, for few rows; or null

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int kPanelVectors = 2;  // what Step::add is written for
-constexpr int64_t kPanelOutputs = kPanelVectors * kLanes;  // cpu_linear.PANEL_OUTPUTS
+constexpr int64_t kPanelOutputs = kPanelVectors * kLanes;  // linear.PANEL_OUTPUTS
 constexpr double kSerialOperations = 1 << 16;  // multiply-adds not worth a second thread
 constexpr int64_t kAheadBytes = 8192;
 

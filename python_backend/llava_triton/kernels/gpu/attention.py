@@ -15,8 +15,7 @@ from torch import Tensor
 from llava_triton.kernels.base import BLOCK_TOKENS, AttentionGeometry, Rows
 
 try:
-    from llava_triton.kernels.gpu import attention_kernels as gpu_kernels
-    from llava_triton.kernels.gpu import row_kernels as gpu_row_kernels
+    from llava_triton.kernels.gpu import attention_kernels, row_kernels
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -86,11 +85,11 @@ class GpuAttention:
         geometry = self._geometry
         sequences, table_width = rows.block_tables.shape
         grid = (
-            _ceil_div(len(qkv), gpu_kernels.ROTATED_ROWS.value),
+            _ceil_div(len(qkv), attention_kernels.ROTATED_ROWS.value),
             geometry.heads + 2 * geometry.kv_heads,
         )
         with torch.cuda.device_of(qkv):
-            gpu_kernels.rotate_and_store[grid](
+            attention_kernels.rotate_and_store[grid](
                 qkv,
                 cos,
                 sin,
@@ -131,7 +130,7 @@ class GpuAttention:
         geometry = self._geometry
         sequences, table_width = rows.block_tables.shape
         tile_rows = tiles.many_queries // (geometry.heads // geometry.kv_heads)
-        gpu_kernels.attend_many[(len(qkv) // tile_rows + sequences, geometry.kv_heads)](
+        attention_kernels.attend_many[(len(qkv) // tile_rows + sequences, geometry.kv_heads)](
             qkv,
             keys,
             values,
@@ -164,7 +163,7 @@ class GpuAttention:
         partial = qkv.new_empty((*kept, geometry.head_dim), dtype=torch.float32)
         largest_scores = qkv.new_empty(kept, dtype=torch.float32)
         weight_sums = torch.empty_like(largest_scores)
-        gpu_kernels.attend_one[(sequences, geometry.kv_heads, splits)](
+        attention_kernels.attend_one[(sequences, geometry.kv_heads, splits)](
             qkv,
             keys,
             values,
@@ -193,7 +192,7 @@ class GpuAttention:
         )
         if splits == 1:
             return
-        gpu_kernels.combine[(sequences, geometry.heads)](
+        attention_kernels.combine[(sequences, geometry.heads)](
             partial,
             largest_scores,
             weight_sums,
@@ -253,7 +252,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
         assert delta.is_contiguous()
     out = torch.empty_like(residual)
     with torch.cuda.device_of(residual):
-        gpu_row_kernels.add_rms_norm[(rows,)](
+        row_kernels.add_rms_norm[(rows,)](
             residual,
             residual if delta is None else delta,
             weight,
@@ -277,7 +276,7 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     with torch.cuda.device_of(gate_up):
-        gpu_row_kernels.silu_multiply[(rows, _ceil_div(width, _SILU_COLUMNS))](
+        row_kernels.silu_multiply[(rows, _ceil_div(width, _SILU_COLUMNS))](
             gate_up, out, WIDTH=width, COLUMNS=_SILU_COLUMNS
         )
     return out
@@ -312,7 +311,7 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None)
     with torch.cuda.device_of(x):
         tile = min(64, max(16, _power_of_two(rows)))
         # Programs side by side share their weights, so that all but one find them in the cache.
-        gpu_row_kernels.int8_product[(_ceil_div(rows, tile), _ceil_div(outputs, _INT8_OUTPUTS))](
+        row_kernels.int8_product[(_ceil_div(rows, tile), _ceil_div(outputs, _INT8_OUTPUTS))](
             x,
             weight,
             scales,
