@@ -1,4 +1,8 @@
-"""A stand-in for Triton that streams pieces at a steady rate, in a process of its own."""
+"""A stand-in for Triton that streams pieces at a steady rate, in a process of its own.
+
+The text of each piece is the time at which it was sent, and a space, by `time.monotonic`, which all processes of
+a machine share.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +53,9 @@ def _piece(request_id: str, reason: str) -> Any:
     response = service_pb2.ModelStreamInferResponse()
     response.infer_response.id = request_id
     zero = struct.pack("<i", 0)
+    sent = f"{time.monotonic():.6f} ".encode()
     values = {
-        "text_output": struct.pack("<I", 1) + b"a",
+        "text_output": struct.pack("<I", len(sent)) + sent,
         "finish_reason": struct.pack("<I", len(reason)) + reason.encode(),
         **dict.fromkeys(("num_input_tokens", "num_output_tokens", "num_cached_tokens"), zero),
         "first_token_ms": struct.pack("<f", 0.0),
