@@ -133,15 +133,15 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
 .venv/runtime: .venv/checkout pyproject.toml constraints.txt
-	$(call pip_install,server$(comma)export$(comma)sagemaker)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker)
 	touch $@
 
 .venv/bench: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)bench)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)bench)
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)sagemaker$(comma)deploy$(comma)bench$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)bench$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.

@@ -1,7 +1,7 @@
 """A stand-in for Triton that streams pieces at a steady rate, in a process of its own.
 
-The text of each piece is the time at which it was sent, and a space, by `time.monotonic`, which all processes of
-a machine share.
+The text of each piece is the time at which it was sent, and a space: by `time.monotonic`, which all
+processes of a machine share.
 """
 
 from __future__ import annotations

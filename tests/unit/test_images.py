@@ -70,12 +70,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "PNG": lambda: encoded(scene(), "PNG"),
     "PNG, interlace of one row": lambda: encoded(scene(width=64, height=1), "PNG"),
     "PNG, palette": lambda: encoded(scene("P"), "PNG"),
-    "PNG, palette with transparency": lambda: encoded(scene("P"), "PNG", transparency=3),
-    "PNG, alpha": lambda: encoded(with_alpha(scene()), "PNG"),
     "PNG, grey": lambda: encoded(scene("L"), "PNG"),
-    "PNG, grey and alpha": lambda: encoded(with_alpha(scene()).convert("LA"), "PNG"),
     "PNG, 1 bit": lambda: encoded(scene("1"), "PNG"),
-    "PNG, 16 bit grey": lambda: encoded(grey_16_bit(), "PNG"),
     "PNG, rotated by EXIF": lambda: encoded(scene(), "PNG", exif=rotated_exif()),
     "JPEG": lambda: encoded(scene(), "JPEG"),
     "JPEG, progressive": lambda: encoded(scene(), "JPEG", progressive=True),
@@ -86,7 +82,6 @@ FILES: dict[str, Callable[[], bytes]] = {
         scene(), "MPO", save_all=True, append_images=[scene("L").convert("RGB")]
     ),
     "WebP": lambda: encoded(scene(), "WEBP"),
-    "WebP, lossless with alpha": lambda: encoded(with_alpha(scene()), "WEBP", lossless=True),
     "WebP, rotated by EXIF": lambda: encoded(scene(), "WEBP", exif=rotated_exif()),
     "WebP, animated": lambda: encoded(
         scene(), "WEBP", save_all=True, append_images=[scene("L").convert("RGB")]
@@ -95,10 +90,33 @@ FILES: dict[str, Callable[[], bytes]] = {
         scene("P"), "GIF", save_all=True, append_images=[scene("L").convert("P")]
     ),
     "BMP": lambda: encoded(scene(), "BMP"),
+    "TIFF": lambda: encoded(scene(), "TIFF"),
+    "TIFF, LZW": lambda: encoded(scene(), "TIFF", compression="tiff_lzw"),
+    "TIFF, Deflate, rotated": lambda: encoded(
+        scene(), "TIFF", compression="tiff_adobe_deflate", exif=rotated_exif()
+    ),
+    "TIFF, fax": lambda: encoded(scene("1"), "TIFF", compression="group4"),
+    "AVIF": lambda: encoded(scene(), "AVIF", speed=10),
+    "HEIC": lambda: encoded(scene(), "HEIF", quality=90),
     "3 pixels high": lambda: encoded(scene(width=40, height=3), "PNG"),
     "1 pixel": lambda: encoded(scene(width=1, height=1), "PNG"),
     "tall": lambda: encoded(scene(width=20, height=500), "JPEG"),
 }
+
+SPECIAL: dict[str, Callable[[], bytes]] = {
+    "PNG, palette with transparency": lambda: encoded(
+        scene("P"), "PNG", transparency=scene("P").getpixel((0, 0))
+    ),
+    "PNG, alpha": lambda: encoded(with_alpha(scene()), "PNG"),
+    "PNG, grey and alpha": lambda: encoded(with_alpha(scene()).convert("LA"), "PNG"),
+    "PNG, 16 bit grey": lambda: encoded(grey_16_bit(), "PNG"),
+    "TIFF, 16 bit grey": lambda: encoded(grey_16_bit(), "TIFF"),
+    "WebP, lossless with alpha": lambda: encoded(with_alpha(scene()), "WEBP", lossless=True),
+    "AVIF with alpha": lambda: encoded(with_alpha(scene()), "AVIF", speed=10),
+}
+"""Files that transformers' own loading shows wrongly: without their shades, or with the colours
+that lie under what is transparent."""
+ALL = FILES | SPECIAL
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +142,26 @@ def test_pixel_values_equal_the_processors_own(
     assert actual.dtype == np.float32
     assert actual.shape == (1, 3, SIDE, SIDE)
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPECIAL if "16 bit" not in kind])
+def test_what_is_transparent_shows_the_background(kind: str) -> None:
+    data = SPECIAL[kind]()
+    with Image.open(io.BytesIO(data)) as stored:
+        layers = np.asarray(stored.convert("RGBA"), float)
+    colours, alpha = layers[..., :3], layers[..., 3:] / 255
+    assert alpha.min() < 0.1
+    for name, background in (("#ffffff", (255, 255, 255)), ("#102030", (16, 32, 48))):
+        shown = decode_image(data, Settings(picture_background=name))
+        expected = colours * alpha + np.array(background) * (1 - alpha)
+        assert np.abs(np.asarray(shown, float) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPECIAL if "16 bit" in kind])
+def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
+    shown = np.asarray(decode_image(SPECIAL[kind](), SETTINGS), int)
+    expected = np.asarray(grey_16_bit(), int) * 255 / 65_535
+    assert np.abs(shown - expected[..., None]).max() <= 1
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -200,9 +238,9 @@ def test_a_rotated_picture_stands_upright(orientation: int) -> None:
     assert np.abs(np.asarray(upright, int) - np.asarray(picture, int)).max() < 8
 
 
-@pytest.mark.parametrize("kind", list(FILES))
+@pytest.mark.parametrize("kind", list(ALL))
 def test_raw_base64_and_data_uri_are_the_same_picture(kind: str) -> None:
-    data = FILES[kind]()
+    data = ALL[kind]()
     text = base64.b64encode(data)
     assert encoded_image(data) == data
     assert encoded_image(text) == data
@@ -239,10 +277,8 @@ def refusal(items: list[bytes], settings: Settings = SETTINGS) -> str:
 @pytest.mark.parametrize(
     ("item", "said"),
     [
-        (b"", "image is empty; expected an encoded picture (PNG, JPEG, WEBP, GIF, BMP)"),
+        (b"", "image is empty; expected an encoded picture (PNG, JPEG, WEBP, GIF, BMP, TIFF, "),
         (b"\x00" * 100_000, "image is no picture: 100000 bytes that begin with '\\x00"),
-        (b"%PDF-1.7 ...", "image is no picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image is no picture"),
         ("ein Bild, äh".encode(), "image is no picture"),
         (b"hello", "looks like base64 text but is not"),
         (b"aGVsbG8=", "image is no picture: 5 bytes that begin with 'hello'"),
@@ -252,7 +288,14 @@ def refusal(items: list[bytes], settings: Settings = SETTINGS) -> str:
         (b"iVBORw0KGgo=iVBORw0KGgo=", "looks like base64 text but is not"),
         (b"====", "looks like base64 text but is not"),
         (b"data:image/png;base64,", "image is no picture: 0 bytes"),
-        (b"II*\x00" + bytes(200), "image is no picture"),
+        (b"II*\x00" + bytes(200), "image is"),
+        (b"%PDF-1.7 ...", "image is a PDF file, which is not decoded here; send it as JPEG or PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image is a SVG file"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isommp41", "image is a video or other ISO media file"),
+        (b"\xff\x0a" + bytes(50), "image is a JPEG XL file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "image is"),
+        (b"https://example.com/cat.png", "image is a URL ('https://example.' ...), which the"),
+        (b"S3://bucket/cat.png", "image is a URL"),
         (b"\x89PNG\r\n\x1a\n", "image is"),
         (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "image is"),
         (b"BM" + bytes(60), "image is"),
@@ -301,10 +344,10 @@ def test_a_file_that_is_too_long_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in FILES if kind not in ("3 pixels high", "1 pixel", "tall")]
+    "kind", [kind for kind in ALL if kind not in ("3 pixels high", "1 pixel", "tall")]
 )
 def test_a_file_cut_anywhere_is_refused_unless_every_pixel_is_there(kind: str) -> None:
-    data = FILES[kind]()
+    data = ALL[kind]()
     whole = np.asarray(decode_image(data, SETTINGS))
     near_the_end = range(max(0, len(data) - 40), len(data))
     for length in [*range(0, len(data), max(1, len(data) // 60)), *near_the_end]:
@@ -319,13 +362,13 @@ def test_a_file_cut_anywhere_is_refused_unless_every_pixel_is_there(kind: str) -
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "JPEG, progressive", "JPEG, CMYK", "WebP", "BMP"])
 def test_a_truncated_file_is_called_cut_off(kind: str) -> None:
-    data = FILES[kind]()
+    data = ALL[kind]()
     assert "damaged or cut off" in refusal([data[: len(data) * 9 // 10]])
 
 
-@given(kind=st.sampled_from(list(FILES)), flips=st.integers(1, 30), seed=st.integers(0, 2**32 - 1))
+@given(kind=st.sampled_from(list(ALL)), flips=st.integers(1, 30), seed=st.integers(0, 2**32 - 1))
 def test_a_damaged_file_is_decoded_or_refused(kind: str, flips: int, seed: int) -> None:
-    data, chance = bytearray(FILES[kind]()), random.Random(seed)
+    data, chance = bytearray(ALL[kind]()), random.Random(seed)
     for _ in range(flips):
         data[chance.randrange(len(data))] = chance.randrange(256)
     try:

@@ -75,9 +75,39 @@ def run_lengths() -> bytes:
     return bytes(data)
 
 
+def tiff(*entries: tuple[int, int, int, int], order: str = "<") -> bytes:
+    """A TIFF with these entries (tag, type, count, value) in its only directory, and 64 KB of
+    0xFF."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    directory = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    head = struct.pack(f"{order}IH", 8, len(entries))
+    return mark + head + directory + bytes(4) + b"\xff" * 65_536
+
+
+def long_entries() -> bytes:
+    """All of them the same 60 KB."""
+    return tiff(*((40_000 + each, 1, 60_000, 8) for each in range(900)), order=">")
+
+
+def many_entries() -> bytes:
+    return tiff(*((each, 3, 1, 0) for each in range(60_000)))
+
+
+def many_strips() -> bytes:
+    return tiff((279, 3, 100_000, 20))
+
+
+def strips_over_one_another() -> bytes:
+    return tiff((279, 3, 1000, 50))
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        long_entries,
+        many_entries,
+        many_strips,
+        strips_over_one_another,
         many_scans,
         many_scans_of_many_pixels,
         many_exif_parts,
@@ -107,8 +137,15 @@ def test_bombs_are_refused_by_their_structure(
         saved("BMP"),
         saved("WEBP"),
         saved("GIF"),
+        saved("TIFF"),
+        saved("TIFF", compression="tiff_lzw"),
+        saved("AVIF", speed=10),
+        saved("HEIF"),
     ],
-    ids=["jpeg", "progressive, with profile and EXIF", "and a film", "png", "bmp", "webp", "gif"],
+    ids=[
+        *("jpeg", "progressive, with profile and EXIF", "and a film"),
+        *("png", "bmp", "webp", "gif", "tiff", "lzw", "avif", "heic"),
+    ],
 )
 def test_ordinary_pictures_are_decoded(data: bytes) -> None:
     assert decode_image(data, Settings()).size == PICTURE.size
@@ -215,8 +252,13 @@ def test_what_else_could_take_long_does_not(make: Callable[[], bytes]) -> None:
     assert peak < 100_000_000
 
 
+def test_a_tiff_with_a_picture_file_inside_is_refused() -> None:
+    with pytest.raises(SessionError, match="TIFF with compression 7; send it as JPEG"):
+        decode_image(saved("TIFF", compression="jpeg"), Settings())
+
+
 def test_a_file_that_is_cut_off_anywhere_is_decoded_or_refused_in_a_sentence() -> None:
-    for data in (many_scans(), saved("PNG"), saved("BMP")):
+    for data in (many_scans(), saved("PNG"), saved("BMP"), saved("TIFF"), saved("HEIF")):
         for length in range(0, min(len(data), 400)):
             with contextlib.suppress(SessionError):
                 decode_image(data[:length], Settings())

@@ -7,12 +7,14 @@ The export writes one `settings.json` into the model repository, generates the n
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE_NAME = "settings.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("unrounded", "int8")
+_COLOUR = re.compile("#[0-9a-fA-F]{6}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Settings:
     """Larger pictures are refused before they are decoded."""
     max_image_bytes: int = 32 * 1024 * 1024
     """Larger encoded pictures are refused."""
+    picture_background: str = "#ffffff"
+    """What is transparent in a picture is shown on this colour, `#rrggbb`."""
     max_images_per_turn: int = 8
     max_text_bytes: int = 256 * 1024
     """Longer texts are refused before they are tokenized."""
@@ -80,7 +84,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("dtype", "weights") or (value is None and field.default is None):
+            if isinstance(field.default, str) or (value is None and field.default is None):
                 continue
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
@@ -88,6 +92,11 @@ class Settings:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"setting {field.name} is {value!r}; it must be a number above 0")
+        background = self.picture_background
+        if not isinstance(background, str) or not _COLOUR.fullmatch(background):
+            raise ValueError(
+                f"setting picture_background is {background!r}; it must be a colour, #rrggbb"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"setting dtype is {self.dtype!r}; it must be one of {DTYPES}")
         if self.weights not in WEIGHTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Literal
 
 from llava_triton.contract.errors import SessionError, invalid
 
@@ -16,6 +17,16 @@ MOST_JPEG_SEGMENTS = 2000
 MOST_EXIF_SEGMENTS = 16
 """Pillow joins them one by one, copying all before."""
 MOST_PNG_CHUNKS = 50_000
+MOST_TIFF_ENTRIES = 1000
+MOST_TIFF_PARTS = 50_000
+"""Strips or tiles: Pillow makes an object for each."""
+_TIFF_COMPRESSION = 259
+_TIFF_PACKINGS = (1, 2, 3, 4, 5, 8, 32773, 32946)
+"""None, fax, LZW, Deflate, run lengths. What is a picture file of its own inside is not taken."""
+_TIFF_PARTS = (279, 325)
+"""Tags: how long each strip or tile is."""
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+"""Bytes of a value by its type."""
 _BMP_HEADER, _BMP_COMPRESSION = slice(14, 18), slice(30, 34)
 _BMP_WITH_COMPRESSION = 40
 """The header's size, from which on it says how the pixels are packed."""
@@ -53,6 +64,8 @@ def refuse_bombs(data: bytes, max_pixels: int) -> int:
         )
         if header >= _BMP_WITH_COMPRESSION and compression in _RUN_LENGTHS:
             raise _refused("is a BMP with run lengths")
+    elif data.startswith((b"II", b"MM")):
+        _check_tiff(data)
     return 1
 
 
@@ -97,6 +110,35 @@ def _check_png(data: bytes) -> None:
             raise _refused("is a PNG with more than one colour profile")
         position += 12 + size
     raise _refused(f"is a PNG with more than {MOST_PNG_CHUNKS} chunks")
+
+
+def _check_tiff(data: bytes) -> None:
+    """The first directory, the only one that is read: its values and its strips or tiles are each
+    no longer together than the file (they may lie over one another), and there are not too many."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+
+    def numbers(start: int, size: int, count: int = 1) -> list[int]:
+        ends = range(start + size, start + size * count + 1, size)
+        return [int.from_bytes(data[end - size : end], order) for end in ends]
+
+    (directory,) = numbers(4, 4)
+    (entries,) = numbers(directory, 2)
+    if entries > MOST_TIFF_ENTRIES:
+        raise _refused(f"is a TIFF with more than {MOST_TIFF_ENTRIES} entries")
+    values = parts = 0
+    for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+        (tag, kind), (count,) = numbers(entry, 2, 2), numbers(entry + 4, 4)
+        size = _TIFF_SIZES.get(kind, 0)
+        values += count * size
+        place = entry + 8 if count * size <= 4 else numbers(entry + 8, 4)[0]
+        if tag == _TIFF_COMPRESSION and (packed := numbers(place, 2)[0]) not in _TIFF_PACKINGS:
+            raise invalid(f"is a TIFF with compression {packed}; send it as JPEG or PNG")
+        if tag in _TIFF_PARTS:
+            if count > MOST_TIFF_PARTS:
+                raise _refused(f"is a TIFF of more than {MOST_TIFF_PARTS} parts")
+            parts += sum(numbers(place, size, count)) if size else 0
+    if max(values, parts) > len(data):
+        raise _refused("is a TIFF whose parts are longer than the file")
 
 
 def _refused(fault: str) -> SessionError:

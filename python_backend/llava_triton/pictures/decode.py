@@ -7,6 +7,7 @@ import binascii
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import IMAGE
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.bombs import refuse_bombs
+from llava_triton.pictures.colours import to_rgb
+from llava_triton.pictures.formats import DECODED, PILLOW_FORMATS, SEND_INSTEAD, format_of
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What is tried on a client's bytes. Pillow reads many more; each is one more parser to attack."""
 MAX_ASPECT_RATIO = 100
 """Processors scale the shorter side to a fixed length: a picture of 1 x 50,000,000 pixels passes
 every other limit and would become 336 x 16,800,000,000."""
@@ -37,13 +38,16 @@ by 1 of 255 or so from those of the whole picture."""
 
 _SLICE_BYTES = 1024 * 1024
 """Decoded at a time."""
-_ACCEPTED = f"an encoded picture ({', '.join(FORMATS)}), its base64 text or a data URI"
+_ACCEPTED = f"an encoded picture ({', '.join(DECODED)}), its base64 text or a data URI"
+_URLS = (b"http://", b"https://", b"s3://")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]+\Z")
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 # Ours is stricter, comes before decoding, too, and answers with a sentence; Pillow's would warn
 # on the server's log first and stand in the way of an operator's larger limit.
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module=r"PIL\.")
+"""Of what is odd in a client's file; whoever sends many would fill the log."""
 
 LARGE_PIXELS = 16_000_000
 """Above that pictures are decoded one at a time: one of 50 million pixels takes a gigabyte and a
@@ -93,8 +97,13 @@ def encoded_image(item: bytes) -> bytes:
     """
     if not item:
         raise invalid(f"is empty; expected {_ACCEPTED}")
-    if _is_picture_file(item):
+    if format_of(item):
         return item
+    if item[:8].lower().startswith(_URLS):
+        raise invalid(
+            f"is a URL ({_shown(item)}), which the models do not fetch; send the picture itself, "
+            "or ask through the session adapter, which fetches from the hosts it is allowed to"
+        )
     begin = 0
     if item[:5].lower() == b"data:":
         begin = item.find(b",") + 1
@@ -144,6 +153,8 @@ class OpenPicture:
     """Pillow has read its header only."""
     scans: int
     """How often decoding goes over the pixels."""
+    background: str
+    """Of what is transparent, `#rrggbb`."""
 
     @property
     def is_large(self) -> bool:
@@ -152,7 +163,8 @@ class OpenPicture:
         return pixels * max(1.0, self.scans / ORDINARY_SCANS) > LARGE_PIXELS
 
     def decode(self, side: int | None = None) -> Image.Image:
-        """Decode as transformers' `load_image` does: upright (EXIF), then RGB; only once.
+        """Decode as transformers' `load_image` does: upright (EXIF), then RGB; only once. But see
+        `to_rgb`.
 
         The first frame of an animation.
 
@@ -170,7 +182,7 @@ class OpenPicture:
                 if factor <= 0.5:  # formats other than JPEG do nothing
                     width, height = (math.ceil(factor * each) for each in image.size)
                     image.draft(None, (width, height))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image), self.background)
 
 
 def open_picture(item: bytes, settings: Settings) -> OpenPicture:
@@ -205,11 +217,14 @@ def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Im
 def _open_file(data: bytes, settings: Settings) -> OpenPicture:
     if len(data) > settings.max_image_bytes:
         raise _too_long(data, settings)
+    kind = format_of(data)
+    if kind is not None and kind not in DECODED:
+        raise invalid(f"is a {kind} file, which is not decoded here; {SEND_INSTEAD}")
     scans = refuse_bombs(data, settings.max_image_pixels)
     with _faults(data):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
         _check_size(*image.size, settings)
-    return OpenPicture(data, image, scans)
+    return OpenPicture(data, image, scans, settings.picture_background)
 
 
 @contextmanager
@@ -294,12 +309,6 @@ class LookedAt:
     def pixel_values(self) -> np.ndarray:
         """See `PixelValues.of_open`."""
         return self.processor.of_open(self.picture)
-
-
-def _is_picture_file(data: bytes) -> bool:
-    return data.startswith(
-        (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
-    ) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:
