@@ -12,16 +12,18 @@ import os
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from llava_sagemaker.adapter import json_body, off_loop, request_reading
-from llava_sagemaker.adapter.app import Adapter as AdapterApp
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.json_body import JsonReader
+from llava_sagemaker.adapter.metrics import AdapterMetrics
+from llava_sagemaker.adapter.request_handling import RequestHandler
+from llava_sagemaker.adapter.turns import Triton
 from starlette.requests import Request as HttpRequest
 
 from llava_triton.contract.settings import Settings
@@ -402,11 +404,8 @@ def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_reading, "SILENCE_SECONDS", 0.1)
 
     async def ask() -> Any:
-        app = in_process()
-        try:
-            return await app.invocations(http_request([{"body": b"{", "more_body": True}]))
-        finally:
-            await app.close()
+        async with in_process() as handler:
+            return await handler.any_kind(http_request([{"body": b"{", "more_body": True}]))
 
     answer = asyncio.run(ask())
     assert answer.status_code == 408
@@ -431,9 +430,12 @@ def test_small_bodies_have_room_beside_large_ones() -> None:
 # What is left of a request.
 
 
-def in_process() -> AdapterApp:
-    """An adapter in the running loop, nobody behind it."""
-    return AdapterApp("127.0.0.1:1", "127.0.0.1:1", SETTINGS, [], [])
+@contextlib.asynccontextmanager
+async def in_process() -> AsyncIterator[RequestHandler]:
+    """The adapter's handler in the running loop, nobody behind it."""
+    triton = Triton("127.0.0.1:1")
+    yield RequestHandler(triton, AdapterMetrics(), SETTINGS)
+    await triton.close()
 
 
 def test_a_refused_request_leaves_nothing_to_the_garbage_collector() -> None:
@@ -450,11 +452,8 @@ def test_a_refused_request_leaves_nothing_to_the_garbage_collector() -> None:
         yield http_request([{"body": stream}])
 
     async def refuse() -> list[int]:
-        app = in_process()
-        try:
-            return [(await app.invocations(http)).status_code for http in requests()]
-        finally:
-            await app.close()
+        async with in_process() as handler:
+            return [(await handler.any_kind(http)).status_code for http in requests()]
 
     asyncio.run(refuse())  # what is made once
     gc.collect()

@@ -56,7 +56,8 @@ async def chat_request(
     """
     size = len(request.body)
     parameters = read_parameters(fields)
-    conversation = await off_loop(size, read_conversation, fields["messages"])
+    stream = request.by_streaming_call if parameters.stream is None else parameters.stream
+    conversation = await off_loop(size, read_conversation, fields.get("messages"))
     images: Sequence[Picture] = conversation.images
     history = None
     flags: dict[str, Any] = {}
@@ -101,17 +102,22 @@ async def chat_request(
     )
     answer = _ChatAnswer(parameters.include_usage)
     if asked.end:  # no session: nothing to remember
-        return Invocation("chat", asked, answer, parameters.stream)
+        return Invocation("chat", asked, answer, stream)
     if conversation.past and known is not None and known.turns != turns:
         raise unavailable("another request used the session meanwhile; try again")
     return Invocation(
         "chat",
         asked,
         answer,
-        parameters.stream,
+        stream,
         opened=session_id if request.opens else None,
         session_turn=remembered.chat_begins(session_id, before, conversation, asked.start),
     )
+
+
+def _finish_reason(answer: Delta) -> str:
+    """One of OpenAI's."""
+    return "stop" if answer.finish_reason == "stop" else "length"
 
 
 @dataclass
@@ -128,7 +134,7 @@ class _ChatAnswer(AnswerFormat):
             "index": 0,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
             "logprobs": None,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": _finish_reason(answer),
         }
         usage = _usage(answer)
         return as_json({**self._head("chat.completion"), "choices": [choice], "usage": usage})
@@ -141,7 +147,7 @@ class _ChatAnswer(AnswerFormat):
         return self._chunk(delta, None) if delta else b""
 
     def end(self, final: Delta) -> bytes:
-        last = self._chunk({}, final.finish_reason)
+        last = self._chunk({}, _finish_reason(final))
         if self.include_usage:
             last += event(
                 {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(final)}

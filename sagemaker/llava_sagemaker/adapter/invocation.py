@@ -27,7 +27,9 @@ class Request:
     """Without parameters, in small letters; empty where there is none."""
     content_parameters: dict[str, str]
     wants_events: bool
-    """`Accept: text/event-stream`."""
+    """`Accept: text/event-stream`, or the streaming call of SageMaker's."""
+    by_streaming_call: bool
+    """Through SageMaker's InvokeEndpointWithResponseStream."""
     body: bytes
     take: Callable[[int], None]
     """Takes so many bytes more of what the request may have, see `BodyShare.take`."""

@@ -22,6 +22,9 @@ SILENCE_SECONDS = 10.0
 """A body that has begun goes on within this time."""
 MOST_CONTENT_TYPE = 1000
 """Characters: reading its parameters takes the square of them."""
+FORWARDED_API = "X-Amzn-SageMaker-Forwarded-Api"
+"""Names the operation that SageMaker's caller used (AWS's own servers read it)."""
+STREAMING_CALL = "invokeendpointwithresponsestream"
 LARGEST_BODIES = 16
 """All bodies that are read or answered at once may take as much as so many of the largest."""
 SMALL_BYTES = 64 * 1024
@@ -131,11 +134,14 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
         }
     except ValueError:
         raise unknown_content_type(named) from None
+    by_streaming_call = http.headers.get(FORWARDED_API, "").lower() == STREAMING_CALL
     return Request(
         session=session,
         content_type=named.partition(";")[0].strip().lower(),
         content_parameters=parameters,
-        wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
+        wants_events=by_streaming_call
+        or "text/event-stream" in http.headers.get("accept", "").lower(),
+        by_streaming_call=by_streaming_call,
         body=await _body(http, limit_bytes, share.take),
         take=share.take,
         tenant=tenant,
