@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from llava_triton.contract.settings import Settings
 from tests.adapter_process import Adapter
 from tests.container_process import Answer
 from tests.stub_triton import StubTriton
 
-SETTINGS = Settings(max_sessions=4, max_queued_turns=4)
 KEY = "a-key-that-is-long-enough"
 PAGE = "https://chat.example.org"
 CHAT_PATHS = ("/v1/chat/completions", "/openai/v1/chat/completions", "/invocations")
@@ -23,35 +21,10 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repository")
-    (folder / "settings.json").write_text(SETTINGS.to_json())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def triton() -> Iterator[StubTriton]:
-    stub = StubTriton()
-    yield stub
-    stub.stop()
-
-
-@pytest.fixture(scope="module")
-def adapter(triton: StubTriton, repository: Path) -> Iterator[Adapter]:
-    """Open to all."""
-    adapter = Adapter(triton, repository)  # type: ignore[arg-type]
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
-
-
-@pytest.fixture(scope="module")
-def guarded(triton: StubTriton, repository: Path) -> Iterator[Adapter]:
+def guarded(stub_triton: StubTriton, settings_repository: Path) -> Iterator[Adapter]:
     """With an API key, and for a page of another origin."""
     settings = {"LLAVA_API_KEY": KEY, "LLAVA_CORS_ORIGINS": f"{PAGE}, https://other.example"}
-    adapter = Adapter(triton, repository, **settings)  # type: ignore[arg-type]
+    adapter = Adapter(stub_triton, settings_repository, **settings)  # type: ignore[arg-type]
     try:
         adapter.wait_until(lambda: adapter.ping() == 200)
         yield adapter
@@ -74,16 +47,16 @@ def error_of(answer: Answer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", CHAT_PATHS)
-def test_chat_completions(adapter: Adapter, path: str) -> None:
-    answer = post(adapter, path, {**HELLO, "model": ""})
+def test_chat_completions(stub_adapter: Adapter, path: str) -> None:
+    answer = post(stub_adapter, path, {**HELLO, "model": ""})
     assert answer.status == 200, answer.body
     assert answer.json["object"] == "chat.completion"
     assert answer.json["choices"][0]["message"]["content"] == "Hello!"
 
 
 @pytest.mark.parametrize("path", CHAT_PATHS)
-def test_each_event_is_written_whole(adapter: Adapter, path: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", adapter.port, timeout=60.0)
+def test_each_event_is_written_whole(stub_adapter: Adapter, path: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", stub_adapter.port, timeout=60.0)
     body = json.dumps({**HELLO, "stream": True, "stream_options": {"include_usage": True}})
     connection.request("POST", path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -113,25 +86,25 @@ def chunks_of(response: http.client.HTTPResponse) -> Iterator[bytes]:
     ],
 )
 def test_sagemakers_streaming_call_implies_a_stream(
-    adapter: Adapter, operation: str, stream: bool | None, streamed: bool
+    stub_adapter: Adapter, operation: str, stream: bool | None, streamed: bool
 ) -> None:
     header = {"X_Amzn_SageMaker_Forwarded_Api": operation}
-    answer = post(adapter, "/invocations", {**HELLO, "stream": stream}, **header)
+    answer = post(stub_adapter, "/invocations", {**HELLO, "stream": stream}, **header)
     assert (b"[DONE]" in answer.body) is streamed
 
 
 @pytest.mark.parametrize("prefix", ["/v1", "/openai/v1"])
-def test_models(adapter: Adapter, prefix: str) -> None:
-    (model,) = adapter.request("GET", f"{prefix}/models").json["data"]
+def test_models(stub_adapter: Adapter, prefix: str) -> None:
+    (model,) = stub_adapter.request("GET", f"{prefix}/models").json["data"]
     assert model["object"] == "model"
-    assert adapter.request("GET", f"{prefix}/models/{model['id']}").json == model
-    unknown = adapter.request("GET", f"{prefix}/models/org/other")
+    assert stub_adapter.request("GET", f"{prefix}/models/{model['id']}").json == model
+    unknown = stub_adapter.request("GET", f"{prefix}/models/org/other")
     assert (unknown.status, error_of(unknown)["code"]) == (404, "model_not_found")
 
 
-def test_health_and_version(adapter: Adapter) -> None:
-    assert adapter.request("GET", "/health").status == 200
-    assert adapter.request("GET", "/version").json["version"][0].isdigit()
+def test_health_and_version(stub_adapter: Adapter) -> None:
+    assert stub_adapter.request("GET", "/health").status == 200
+    assert stub_adapter.request("GET", "/version").json["version"][0].isdigit()
 
 
 @pytest.mark.parametrize(
@@ -146,20 +119,20 @@ def test_health_and_version(adapter: Adapter) -> None:
     ],
 )
 def test_what_is_not_served(
-    adapter: Adapter, method: str, path: str, status: int, code: str
+    stub_adapter: Adapter, method: str, path: str, status: int, code: str
 ) -> None:
-    refused = adapter.request(method, path)
+    refused = stub_adapter.request(method, path)
     assert (refused.status, error_of(refused)["code"]) == (status, code)
     if status == 405:
         assert refused.headers["allow"]
 
 
 @pytest.mark.parametrize("path", CHAT_PATHS[:2])
-def test_only_chat_completions_are_taken(adapter: Adapter, path: str) -> None:
+def test_only_chat_completions_are_taken(stub_adapter: Adapter, path: str) -> None:
     for body in ({}, {"requestType": "NEW_SESSION"}, {"inputs": "Hello!"}, {"messages": None}):
-        refused = post(adapter, path, body)
+        refused = post(stub_adapter, path, body)
         assert (refused.status, error_of(refused)["param"]) == (400, "messages")
-    picture = adapter.request("POST", path, b"...", {"Content-Type": "image/png"})
+    picture = stub_adapter.request("POST", path, b"...", {"Content-Type": "image/png"})
     assert (picture.status, error_of(picture)["code"]) == (415, "invalid_request")
 
 
@@ -175,20 +148,21 @@ def test_without_the_key(guarded: Adapter, path: str, given: str | None) -> None
     assert refused.headers["www-authenticate"] == "Bearer"
 
 
-def test_with_the_key(guarded: Adapter, triton: StubTriton) -> None:
-    seen = len(triton.seen)
+def test_with_the_key(guarded: Adapter, stub_triton: StubTriton) -> None:
+    seen = len(stub_triton.seen)
     for path in CHAT_PATHS:
         assert post(guarded, path, HELLO).status == 401
-    assert len(triton.seen) == seen
+    assert len(stub_triton.seen) == seen
     for path in CHAT_PATHS:
         assert post(guarded, path, HELLO, Authorization=f"Bearer {KEY}").status == 200
     assert guarded.request("GET", "/health").status == 200  # load balancers have none
 
 
 def test_a_key_that_no_header_could_carry(
-    triton: StubTriton, repository: Path, capfd: pytest.CaptureFixture[str]
+    stub_triton: StubTriton, settings_repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = Adapter(triton, repository, LLAVA_API_KEY="two words")  # type: ignore[arg-type]
+    key = {"LLAVA_API_KEY": "two words"}
+    adapter = Adapter(stub_triton, settings_repository, **key)  # type: ignore[arg-type]
     assert adapter.process.wait(60.0) == 1
     assert "LLAVA_API_KEY must be" in capfd.readouterr().err
 
@@ -196,7 +170,7 @@ def test_a_key_that_no_header_could_carry(
 # Pages of other origins.
 
 
-def test_cors(guarded: Adapter, adapter: Adapter) -> None:
+def test_cors(guarded: Adapter, stub_adapter: Adapter) -> None:
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization, content-type, x-stainless-os"
     allowed = guarded.request("OPTIONS", "/v1/chat/completions", headers=asked)
@@ -210,5 +184,5 @@ def test_cors(guarded: Adapter, adapter: Adapter) -> None:
             guarded, "/v1/chat/completions", HELLO, Origin=PAGE, Authorization=f"Bearer {key}"
         )
         assert (told.status, told.headers["access-control-allow-origin"]) == (status, PAGE)
-    unset = adapter.request("GET", "/v1/models", headers={"Origin": PAGE})
+    unset = stub_adapter.request("GET", "/v1/models", headers={"Origin": PAGE})
     assert "access-control-allow-origin" not in unset.headers

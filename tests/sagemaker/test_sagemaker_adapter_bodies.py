@@ -13,7 +13,6 @@ import socket
 import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,39 +25,23 @@ from llava_sagemaker.adapter.request_handling import RequestHandler
 from llava_sagemaker.adapter.turns import Triton
 from starlette.requests import Request as HttpRequest
 
-from llava_triton.contract.settings import Settings
 from tests.adapter_process import Adapter
 from tests.container_process import NEW_SESSION, Answer, question
+from tests.sagemaker.conftest import SETTINGS
 from tests.stub_triton import StubTriton
 
-SETTINGS = Settings(max_sessions=4, max_queued_turns=4)
 PICTURE = base64.b64encode(bytes(range(256)) * 8192).decode()  # has + and / in it
 INVALID = (400, "invalid_request")
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter reads nothing of one but its settings."""
-    folder = tmp_path_factory.mktemp("repository")
-    (folder / "settings.json").write_text(SETTINGS.to_json())
-    return folder
+@pytest.fixture
+def triton(stub_triton: StubTriton) -> StubTriton:
+    return stub_triton
 
 
-@pytest.fixture(scope="module")
-def triton() -> Iterator[StubTriton]:
-    stub = StubTriton()
-    yield stub
-    stub.stop()
-
-
-@pytest.fixture(scope="module")
-def adapter(triton: StubTriton, repository: Path) -> Iterator[Adapter]:
-    adapter = Adapter(triton, repository)  # type: ignore[arg-type]
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
+@pytest.fixture
+def adapter(stub_adapter: Adapter) -> Adapter:
+    return stub_adapter
 
 
 def chat(text: str, picture: str | None = None) -> bytes:

@@ -35,6 +35,8 @@ class Request:
     """Takes so many bytes more of what the request may have, see `BodyShare.take`."""
     tenant: str = NO_TENANT
     """Whose request it is."""
+    session_name: str | None = None
+    """What a client of OpenAI's API calls its session."""
 
     @property
     def opens(self) -> bool:

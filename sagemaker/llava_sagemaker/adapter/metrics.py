@@ -16,8 +16,8 @@ class AdapterMetrics:
         """A request has ended.
 
         Args:
-            kind: what it was: chat, triton, sample, open, image, close; unknown where that could
-                not be told.
+            kind: what it was: chat, text, triton, sample, open, image, close; unknown where that
+                could not be told.
             outcome: ok, disconnected, or the error's code.
         """
         self._requests[kind, outcome] += 1

@@ -14,9 +14,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from llava_sagemaker.adapter.chat import MODEL
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.health import Health
+from llava_sagemaker.adapter.openai_answers import MODEL
 from llava_sagemaker.adapter.request_handling import RequestHandler
 
 PREFIXES = ("/v1", "/openai/v1")
