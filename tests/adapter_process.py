@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,12 +19,12 @@ PATIENCE_SECONDS = 60.0
 class Adapter(Instance):
     """`python -m llava_sagemaker.adapter` as a child process."""
 
-    def __init__(self, server: TritonServer, repository: Path) -> None:
+    def __init__(self, server: TritonServer, repository: Path, **environment: str) -> None:
         (self.port,) = free_ports(1)
         command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(self.port)]
         command += ["--triton", server.grpc_address, "--repository", str(repository)]
         command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen(command, env={**os.environ, **environment})
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
+from PIL import Image
 
 from llava_triton.contract.history import PastTurn
 from llava_triton.conversation.renderer import ConversationRenderer
@@ -20,7 +21,7 @@ from tests.tokenizers_for_tests import byte_level, of_demo_checkpoint, sentence_
 MAKERS = (byte_level, sentence_piece, of_demo_checkpoint)
 PER_IMAGE = 3
 IMAGES = [PER_IMAGE, PER_IMAGE]
-CONTROL = ("<s>", "</s>", "<unk>")
+CONTROL = ("<s>", "</s>", "<unk>", "<image>")
 
 
 @pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__)
@@ -38,7 +39,7 @@ def renderer(tokenizer: Any) -> ConversationRenderer:
 
 def control_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
     """Those among them that steer the model. (Of a character that it does not know it has none.)"""
-    names = set(CONTROL) - {"<unk>"} | {"<image>"}
+    names = set(CONTROL) - {"<unk>"}
     return [name for name in tokenizer.convert_ids_to_tokens(ids) if name in names]
 
 
@@ -128,6 +129,16 @@ def test_an_end_of_sequence_that_a_user_writes_ends_nothing(harness: EngineHarne
         harness.ask(name, question)
         counts[name] = harness.history(name).count(eos)
     assert counts["spelled"] == counts["plain"]
+
+
+def test_a_placeholder_that_is_written_shows_nothing(harness: EngineHarness) -> None:
+    """Neither does it stop a conversation, whoever has written it."""
+    asked = "What does <image> mean in <image> tags?"
+    harness.ask("s", asked, start=True)
+    harness.ask("s", "And <image>?", [Image.new("RGB", (60, 60), "red")])
+    said = [PastTurn(asked, "<image> stands for a picture.")]
+    harness.ask("told", asked, start=True, history=said)
+    assert harness.ask("told", asked)[1].finish_reason in ("stop", "length")
 
 
 # How many tokens a text has at least.

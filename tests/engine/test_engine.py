@@ -217,7 +217,6 @@ def test_an_integer_and_its_digits_are_two_sessions(harness: EngineHarness) -> N
     ("text", "sentence"),
     [
         ("word " * 2000, "context is 1024"),
-        ("What is in <image>?", "image placeholder '<image>'"),
         (None, "neither text_input nor image"),
     ],
 )

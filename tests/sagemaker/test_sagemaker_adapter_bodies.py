@@ -12,51 +12,36 @@ import os
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psutil
 import pytest
 from llava_sagemaker.adapter import json_body, off_loop, request_reading
-from llava_sagemaker.adapter.app import Adapter as AdapterApp
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.json_body import JsonReader
+from llava_sagemaker.adapter.metrics import AdapterMetrics
+from llava_sagemaker.adapter.request_handling import RequestHandler
+from llava_sagemaker.adapter.turns import Triton
 from starlette.requests import Request as HttpRequest
 
-from llava_triton.contract.settings import Settings
 from tests.adapter_process import Adapter
 from tests.container_process import NEW_SESSION, Answer, question
+from tests.sagemaker.conftest import SETTINGS
 from tests.stub_triton import StubTriton
 
-SETTINGS = Settings(max_sessions=4, max_queued_turns=4)
 PICTURE = base64.b64encode(bytes(range(256)) * 8192).decode()  # has + and / in it
 INVALID = (400, "invalid_request")
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter reads nothing of one but its settings."""
-    folder = tmp_path_factory.mktemp("repository")
-    (folder / "settings.json").write_text(SETTINGS.to_json())
-    return folder
+@pytest.fixture
+def triton(stub_triton: StubTriton) -> StubTriton:
+    return stub_triton
 
 
-@pytest.fixture(scope="module")
-def triton() -> Iterator[StubTriton]:
-    stub = StubTriton()
-    yield stub
-    stub.stop()
-
-
-@pytest.fixture(scope="module")
-def adapter(triton: StubTriton, repository: Path) -> Iterator[Adapter]:
-    adapter = Adapter(triton, repository)  # type: ignore[arg-type]
-    try:
-        adapter.wait_until(lambda: adapter.ping() == 200)
-        yield adapter
-    finally:
-        adapter.stop()
+@pytest.fixture
+def adapter(stub_adapter: Adapter) -> Adapter:
+    return stub_adapter
 
 
 def chat(text: str, picture: str | None = None) -> bytes:
@@ -402,11 +387,8 @@ def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_reading, "SILENCE_SECONDS", 0.1)
 
     async def ask() -> Any:
-        app = in_process()
-        try:
-            return await app.invocations(http_request([{"body": b"{", "more_body": True}]))
-        finally:
-            await app.close()
+        async with in_process() as handler:
+            return await handler.any_kind(http_request([{"body": b"{", "more_body": True}]))
 
     answer = asyncio.run(ask())
     assert answer.status_code == 408
@@ -431,9 +413,12 @@ def test_small_bodies_have_room_beside_large_ones() -> None:
 # What is left of a request.
 
 
-def in_process() -> AdapterApp:
-    """An adapter in the running loop, nobody behind it."""
-    return AdapterApp("127.0.0.1:1", "127.0.0.1:1", SETTINGS, [], [])
+@contextlib.asynccontextmanager
+async def in_process() -> AsyncIterator[RequestHandler]:
+    """The adapter's handler in the running loop, nobody behind it."""
+    triton = Triton("127.0.0.1:1")
+    yield RequestHandler(triton, AdapterMetrics(), SETTINGS)
+    await triton.close()
 
 
 def test_a_refused_request_leaves_nothing_to_the_garbage_collector() -> None:
@@ -450,11 +435,8 @@ def test_a_refused_request_leaves_nothing_to_the_garbage_collector() -> None:
         yield http_request([{"body": stream}])
 
     async def refuse() -> list[int]:
-        app = in_process()
-        try:
-            return [(await app.invocations(http)).status_code for http in requests()]
-        finally:
-            await app.close()
+        async with in_process() as handler:
+            return [(await handler.any_kind(http)).status_code for http in requests()]
 
     asyncio.run(refuse())  # what is made once
     gc.collect()

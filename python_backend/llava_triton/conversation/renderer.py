@@ -54,7 +54,6 @@ class ConversationRenderer:
     def __init__(self, tokenizer: Any, image_token_id: int) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
-        self._image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
         # Stands for the last answer in a rendered window; nothing a client sends can equal it.
         self._answer_mark = uuid.uuid4().hex
         # Stands before and behind every control token that a client or an answer has spelled.
@@ -62,7 +61,7 @@ class ConversationRenderer:
         control = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special
+            if token.special or token_id == image_token_id
         }
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -85,12 +84,8 @@ class ConversationRenderer:
 
         Returns:
             Every image as so many placeholders. What the user spells like a control token of the
-            tokenizer, `</s>` for one, is text.
-
-        Raises:
-            SessionError: INVALID_ARG, the text holds the image placeholder.
+            tokenizer, `</s>` for one, or like the placeholder, is text.
         """
-        self._refuse_placeholder("text_input", text or "")
         if text is None and not images:
             return Prompt()
         message = self._user_message(text or "", len(images))
@@ -114,12 +109,11 @@ class ConversationRenderer:
             context: tokens that they may be at the most.
 
         Raises:
-            SessionError: INVALID_ARG, a text holds the image placeholder, or it is too much.
+            SessionError: INVALID_ARG, it is too much.
         """
         history, shown = Prompt(), 0
         last_answer: str | None = None
         for turn in turns:
-            self._refuse_placeholder("history", turn.text + turn.answer)
             self.check_length(turn.text + turn.answer, context)
             lengths = images[shown : shown + turn.images]
             history.append(self.message(last_answer, turn.text, lengths))
@@ -154,13 +148,6 @@ class ConversationRenderer:
         question = self._user_message("", 0)
         said = self._render([question, self._assistant_message()])
         return self._render([question]), said.split(self._answer_mark, 1)[0]
-
-    def _refuse_placeholder(self, name: str, text: str) -> None:
-        if self._image_token in text:
-            raise invalid(
-                f"{name} contains the image placeholder {self._image_token!r}, which stands "
-                "for a picture; send the picture in the input 'image' and leave the placeholder out"
-            )
 
     def tokens_of(self, answer_ids: Sequence[int], shown: str) -> list[int]:
         """Token IDs of the part of an answer that was shown.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -37,12 +38,22 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {options.repository} has no settings that fit: {error}", file=sys.stderr)
         return 1
+    api_key = os.environ.get("LLAVA_API_KEY", "")  # no option: those are for everybody to see
+    if not re.fullmatch(r"[!-~]*", api_key):
+        print(
+            "error: LLAVA_API_KEY must be of printable ASCII without spaces: it is compared with "
+            "a header",
+            file=sys.stderr,
+        )
+        return 1
     app = make_app(
         options.triton,
         options.triton_metrics,
         settings,
-        _listed("LLAVA_IMAGE_HOSTS"),
-        _listed("LLAVA_IMAGE_BUCKETS"),
+        image_hosts=_listed("LLAVA_IMAGE_HOSTS"),
+        image_buckets=_listed("LLAVA_IMAGE_BUCKETS"),
+        cors_origins=_listed("LLAVA_CORS_ORIGINS"),
+        api_key=api_key,
     )
     give_back_large_blocks()
     # A connection takes a file descriptor, and 1,024 is a common limit that may be raised.

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_sagemaker.adapter.chat_messages import Picture, read_conversation
+from llava_sagemaker.adapter.chat_messages import Conversation, Picture, read_conversation
 from llava_sagemaker.adapter.chat_parameters import read_parameters
-from llava_sagemaker.adapter.errors import invalid_request, unavailable
-from llava_sagemaker.adapter.invocation import (
-    AnswerFormat,
-    Body,
-    Invocation,
-    Request,
-    as_json,
-    event,
-)
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
+from llava_sagemaker.adapter.invocation import Invocation, Request
 from llava_sagemaker.adapter.off_loop import off_loop
+from llava_sagemaker.adapter.openai_answers import ChatAnswer
 from llava_sagemaker.adapter.pictures import Pictures
-from llava_sagemaker.adapter.remembered import Remembered
+from llava_sagemaker.adapter.remembered import Known, Remembered
+from llava_sagemaker.adapter.session_ids import SESSION_NAME, named_session_id
 from llava_sagemaker.adapter.turns import turn
-from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import history_to_json
 
-MODEL = "llava"
-"""What answers call the model, whatever the request called it."""
+CheckOpen = Callable[[str], Awaitable[None]]
+"""Raises SessionError, NOT_FOUND, where there is no session of this ID."""
 
 
 async def chat_request(
@@ -35,14 +28,15 @@ async def chat_request(
     fields: dict[str, Any],
     pictures: Pictures,
     remembered: Remembered,
-    check_open: Callable[[str], Awaitable[None]],
+    check_open: CheckOpen,
 ) -> Invocation:
     """`{"messages": [...], ...}`.
 
     Without a session: one answer to the whole conversation. In a session, a single user message is
     its next turn; of a whole conversation only what the session does not have is sent. Where the
     session has something else, it is opened anew with all of it, but only where it is known that
-    the messages show every picture that the session was shown.
+    the messages show every picture that the session was shown, or where the client named the
+    session itself.
 
     Args:
         request, fields: the request and its JSON.
@@ -56,111 +50,124 @@ async def chat_request(
     """
     size = len(request.body)
     parameters = read_parameters(fields)
-    conversation = await off_loop(size, read_conversation, fields["messages"])
+    stream = request.by_streaming_call if parameters.stream is None else parameters.stream
+    conversation = await off_loop(size, read_conversation, fields.get("messages"))
+    past = b""
+    if request.session is not None or request.session_name is not None:
+        past = await off_loop(size, conversation.past_digest)
+    if request.open_session is not None:
+        place = await _in_session(request.open_session, conversation, past, remembered, check_open)
+    elif request.session is None and request.session_name is not None:
+        session_id = named_session_id(request.tenant, request.session_name)
+        place = await _in_named_session(session_id, conversation, past, remembered, check_open)
+    else:
+        flags = request.session_flags()
+        place = _Place(flags.pop("session_id"), past, flags)
     images: Sequence[Picture] = conversation.images
     history = None
-    flags: dict[str, Any] = {}
-    before = known = None
-    turns = 0
-    if request.session is not None:
-        past = await off_loop(size, conversation.past_digest)
-    session_id = request.open_session
-    if session_id is None:
-        flags = request.session_flags()
-        session_id = flags.pop("session_id")
-        before = past if request.opens else None
-    else:
-        known = remembered.known(session_id)
-        before, turns = (known.digest, known.turns) if known else (None, 0)
-        if conversation.past and before != past:
-            await check_open(session_id)  # nobody but we makes IDs
-            if known is None:
-                raise invalid_request(
-                    "it is not known any more what the session was shown, so it cannot be told "
-                    "whether the messages continue it; send only the new user message, or the "
-                    "whole conversation in a new session"
-                )
-            if not known.pictures <= conversation.pictures:
-                raise invalid_request(
-                    "the messages are not what was said in the session, and it has a picture that "
-                    "they do not show; send only the new user message"
-                )
-            before, flags = past, {"start": True}
-    if flags:
+    if place.opens:
         images = conversation.all_images()
         history = await off_loop(size, history_to_json, conversation.history())
     asked = await off_loop(
         size,
         turn,
-        session_id,
-        **flags,
+        place.session_id,
+        **place.flags,
         text=conversation.text,
         images=await pictures.load(images, request.take),
         sampling=parameters.sampling,
         history=history if conversation.past else None,
     )
-    answer = _ChatAnswer(parameters.include_usage)
+    answer = ChatAnswer(parameters.include_usage)
     if asked.end:  # no session: nothing to remember
-        return Invocation("chat", asked, answer, parameters.stream)
-    if conversation.past and known is not None and known.turns != turns:
+        return Invocation("chat", asked, answer, stream)
+    if conversation.past and place.known is not None and place.known.turns != place.turns:
         raise unavailable("another request used the session meanwhile; try again")
     return Invocation(
         "chat",
         asked,
         answer,
-        parameters.stream,
-        opened=session_id if request.opens else None,
-        session_turn=remembered.chat_begins(session_id, before, conversation, asked.start),
+        stream,
+        opened=place.session_id if request.opens else None,
+        session_turn=remembered.chat_begins(
+            place.session_id, place.before, conversation, asked.start
+        ),
     )
 
 
-@dataclass
-class _ChatAnswer(AnswerFormat):
-    """A chat completion, or its chunks."""
+@dataclass(frozen=True)
+class _Place:
+    """The session of a turn, and what it has already."""
 
-    include_usage: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    _began: bool = False
+    session_id: str
+    before: bytes | None
+    """The digest of what will have been said before the question; None: that is not known."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    """Of the turn: empty where it goes on in an open session."""
+    known: Known | None = None
+    turns: int = 0
+    """Of `known`, when it was looked at."""
 
-    def whole(self, answer: Delta) -> Body:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": answer.finish_reason,
-        }
-        usage = _usage(answer)
-        return as_json({**self._head("chat.completion"), "choices": [choice], "usage": usage})
-
-    def piece(self, piece: Delta) -> bytes:
-        delta: dict[str, str] = {"content": piece.text} if piece.text else {}
-        if not self._began:
-            self._began = True
-            delta = {"role": "assistant", "content": piece.text}
-        return self._chunk(delta, None) if delta else b""
-
-    def end(self, final: Delta) -> bytes:
-        last = self._chunk({}, final.finish_reason)
-        if self.include_usage:
-            last += event(
-                {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(final)}
-            )
-        return last + b"data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        usage = {"usage": None} if self.include_usage else {}
-        return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": MODEL}
+    @property
+    def opens(self) -> bool:
+        """Whether the session gets the whole conversation."""
+        return bool(self.flags)
 
 
-def _usage(answer: Delta) -> dict[str, Any]:
-    return {
-        "prompt_tokens": answer.num_input_tokens,
-        "completion_tokens": answer.num_output_tokens,
-        "total_tokens": answer.num_input_tokens + answer.num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": answer.num_cached_tokens},
-    }
+async def _in_session(
+    session_id: str,
+    conversation: Conversation,
+    past: bytes,
+    remembered: Remembered,
+    check_open: CheckOpen,
+) -> _Place:
+    """In a session whose ID we made."""
+    known = remembered.known(session_id)
+    before, turns = (known.digest, known.turns) if known else (None, 0)
+    if not conversation.past or before == past:
+        return _Place(session_id, before, {}, known, turns)
+    await check_open(session_id)  # nobody but we makes IDs
+    if known is None:
+        raise invalid_request(
+            "it is not known any more what the session was shown, so it cannot be told whether "
+            "the messages continue it; send only the new user message, or the whole conversation "
+            "in a new session"
+        )
+    if not known.pictures <= conversation.pictures:
+        raise invalid_request(
+            "the messages are not what was said in the session, and it has a picture that they do "
+            "not show; send only the new user message"
+        )
+    return _Place(session_id, past, {"start": True}, known, turns)
+
+
+async def _in_named_session(
+    session_id: str,
+    conversation: Conversation,
+    past: bytes,
+    remembered: Remembered,
+    check_open: CheckOpen,
+) -> _Place:
+    """In a session that the client named. Its messages are the whole conversation where there is
+    an answer among them."""
+    known = remembered.known(session_id)
+    before, turns = (known.digest, known.turns) if known else (None, 0)
+    if known is not None and known.opening:
+        raise unavailable("another request is opening the session; try again later")
+    if not conversation.past or before == past:
+        try:
+            await check_open(session_id)
+        except SessionError as error:
+            if error.code is not ErrorCode.NOT_FOUND:
+                raise
+            if known is not None and not conversation.past:
+                remembered.forget(session_id)  # told once: who asks again begins anew
+                raise AdapterError(
+                    400,
+                    "session_not_found",
+                    f"the session of this {SESSION_NAME} has expired or was lost; send the whole "
+                    "conversation, or ask again to begin a new one",
+                ) from None
+        else:
+            return _Place(session_id, before, {}, known, turns)
+    return _Place(session_id, past, {"start": True}, known, turns)

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, Literal, NamedTuple
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.json_body import LongString, beginning, too_long
@@ -95,55 +95,74 @@ def _extended(digest: bytes, parts: Sequence[str | bytes | LongString]) -> bytes
     return grown.digest()
 
 
+NO_TEXT = " "
+"""A question without words. (Of an empty one the models would only take the pictures.)"""
+
+
+class _Message(NamedTuple):
+    """A message, or several of one side."""
+
+    side: Literal["user", "assistant"]
+    text: str
+    images: tuple[Picture, ...]
+
+
 def read_conversation(messages: Any) -> Conversation:
     """Check a request's `messages`.
 
-    A system message is put before the first question: the models know no other place for it.
+    Neighbouring messages of one side are joined by line breaks. What the system says is the user's
+    to say: the models know no other place for it.
 
     Raises:
         AdapterError: invalid_request, naming the message.
     """
     if not isinstance(messages, list) or not messages:
-        raise invalid_request("messages must be a list with at least one message")
+        raise _wrong("messages must be a list with at least one message")
     said = [_message(number, message) for number, message in enumerate(messages, 1)]
-    system = ""
-    if said[0][0] == "system":
-        system = said.pop(0)[1]
-    expected = "user"
-    for number, (role, _, _) in enumerate(said, len(messages) - len(said) + 1):
-        if role != expected:
-            raise invalid_request(
-                f"message {number} is the {role}'s where one of the {expected} was expected; after "
-                "at most one system message, user and assistant take turns"
-            )
-        expected = "assistant" if role == "user" else "user"
-    if expected == "user":
-        raise invalid_request("the last message must be the user's, the question to answer")
-    if system:
-        role, text, images = said[0]
-        said[0] = (role, f"{system}\n{text}", images)
-    for number, (role, text, _) in enumerate(said, len(messages) - len(said) + 1):
-        if role == "user" and not text:
-            raise invalid_request(f"message {number} has no text; each user message needs some")
-    pairs = zip(said[:-1:2], said[1::2], strict=True)
-    past = tuple(_Said(user[1], user[2], assistant[1]) for user, assistant in pairs)
-    return Conversation(past, said[-1][1], said[-1][2])
+    while said and said[-1] == _Message("assistant", "", ()):
+        said.pop()  # where some clients want the answer to be put
+    sides = [_joined(list(run)) for _, run in groupby(said, key=lambda message: message.side)]
+    if not sides or sides[-1].side == "assistant":
+        raise _wrong("the last message must be the user's, the question to answer")
+    if sides[0].side == "assistant":
+        sides.insert(0, _Message("user", "", ()))  # a greeting, often
+    question = sides.pop()
+    if not question.text and not question.images:
+        raise _wrong("the last message has neither text nor a picture; it is what is answered")
+    pairs = zip(sides[::2], sides[1::2], strict=True)
+    past = tuple(_Said(user.text or NO_TEXT, user.images, reply.text) for user, reply in pairs)
+    return Conversation(past, question.text or NO_TEXT, question.images)
 
 
-def _message(number: int, message: Any) -> tuple[str, str, tuple[Picture, ...]]:
-    """-> role, text, pictures."""
+def _joined(messages: Sequence[_Message]) -> _Message:
+    """Messages of one side as one."""
+    text = "\n".join(message.text for message in messages if message.text)
+    return _Message(
+        messages[0].side, text, tuple(image for message in messages for image in message.images)
+    )
+
+
+_SIDES: dict[Any, Literal["user", "assistant"]] = {
+    "system": "user",
+    "developer": "user",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+def _message(number: int, message: Any) -> _Message:
     name = f"message {number}"
     if not isinstance(message, dict):
-        raise invalid_request(f"{name} is no object with role and content")
+        raise _wrong(f"{name} is no object with role and content")
     role = message.get("role")
-    if role == "developer":
-        role = "system"
-    if role not in ("system", "user", "assistant"):
-        raise invalid_request(
-            f"{name} has the role {str(role)[:80]!r}; it must be system, user or assistant"
+    side = _SIDES.get(role) if isinstance(role, str) else None
+    if side is None:
+        raise _wrong(
+            f"{name} has the role {str(role)[:80]!r}; it must be system, developer, user or "
+            "assistant"
         )
     if message.get("tool_calls") or message.get("function_call"):
-        raise invalid_request(f"{name} calls tools, which is not supported")
+        raise _wrong(f"{name} calls tools, which is not supported")
     texts: list[str] = []
     images: list[Picture] = []
     for kind, value in _parts(name, message.get("content")):
@@ -151,24 +170,31 @@ def _message(number: int, message: Any) -> tuple[str, str, tuple[Picture, ...]]:
             images.append(value)
         elif isinstance(value, LongString):
             raise too_long(name, value)
-        else:
+        elif value:
             texts.append(value)
-    if images and role != "user":
-        raise invalid_request(f"{name} is the {role}'s and has a picture; only users show pictures")
-    return role, "\n".join(texts), tuple(images)
+    if images and side == "assistant":
+        raise _wrong(f"{name} is the assistant's and has a picture; only users show pictures")
+    return _Message(side, "\n".join(texts), tuple(images))
 
 
-def _parts(name: str, content: Any) -> Iterator[tuple[str, str | LongString]]:
-    if isinstance(content, str | LongString):
-        yield "text", content
-        return
-    if not isinstance(content, list):
-        raise invalid_request(f"the content of {name} must be a string or a list of parts")
-    for part in content:
+def _wrong(sentence: str) -> AdapterError:
+    return invalid_request(sentence, "messages")
+
+
+def _parts(name: str, content: Any) -> Iterator[tuple[Literal["text", "image"], Picture]]:
+    """A message's content: text and pictures, in order. Types are those of chat completions and of
+    OpenAI's newer API, whose clients mix them."""
+    for part in content if isinstance(content, list) else [content]:
+        if part is None or isinstance(part, str | LongString):
+            yield "text", part or ""
+            continue
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str | LongString):
-            yield "text", part["text"]
-        elif kind == "image_url":
+        if kind in ("text", "input_text", "output_text", "refusal"):
+            text = part.get("refusal" if kind == "refusal" else "text")
+            if not isinstance(text, str | LongString | None):
+                raise _wrong(f"the text of {name} must be a string")
+            yield "text", text or ""
+        elif kind in ("image_url", "input_image"):
             image = part.get("image_url")
             url = image.get("url") if isinstance(image, dict) else image
             if not isinstance(url, str | LongString) or ":" not in beginning(url):
@@ -177,9 +203,12 @@ def _parts(name: str, content: Any) -> Iterator[tuple[str, str | LongString]]:
                     "image_invalid",
                     f"{name} has an image_url that is no URL; give a data URI, an https:// or an "
                     "s3:// URL",
+                    "messages",
                 )
             yield "image", url
-        else:
-            raise invalid_request(
+        elif isinstance(part, dict):
+            raise _wrong(
                 f"{name} has a part that is neither text nor image_url: {str(kind)[:80]!r}"
             )
+        else:
+            raise _wrong(f"the content of {name} must be a string or a list of parts")

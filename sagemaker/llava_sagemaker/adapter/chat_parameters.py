@@ -1,32 +1,38 @@
-"""What a chat completion may ask for besides its messages."""
+"""What a chat completion may ask for besides its messages.
+
+The rule: a field that is not known here is ignored. A known one that would change the answer is
+followed, or refused; all that are refused are named at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_sagemaker.adapter.errors import invalid_request
+from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "max_seconds")
 """Passed on by their names; the engine checks their values."""
-_HARMLESS = (
-    "messages",
-    "model",
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
-)
-"""Taken and ignored: they change no answer."""
+_OTHER_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "stop_sequences": "stop",
+}
+"""What others call one of them: OpenAI today, and Hugging Face's servers. The first that is given
+counts, the engine's own name last."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
+    "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -34,8 +40,22 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "return_full_text": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
 }
-"""Taken with these values alone, which mean what is done anyway."""
+"""Taken with these values alone, which mean what is done anyway; null always does."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,8 @@ class ChatParameters:
     """How to answer a chat completion."""
 
     sampling: dict[str, Any]
-    stream: bool
+    stream: bool | None
+    """None: the request does not say."""
     include_usage: bool
 
 
@@ -51,28 +72,53 @@ def read_parameters(fields: dict[str, Any]) -> ChatParameters:
     """Check everything of a request but its messages.
 
     Raises:
-        AdapterError: invalid_request, naming the first field that cannot be followed.
+        AdapterError: invalid_request, naming each field that cannot be followed.
     """
     given = {name: value for name, value in fields.items() if value is not None}
-    sampling: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in _SAMPLING:
-            sampling[name] = value
-        elif name in ("max_tokens", "max_completion_tokens"):
-            sampling["max_tokens"] = value
-        elif name in _ONLY:
-            # 1 is 1.0 here, but not True.
-            if not any(
-                value == only and isinstance(value, bool) == isinstance(only, bool)
-                for only in _ONLY[name]
-            ):
-                raise invalid_request(f"{name} is not supported; leave it out")
-        elif name not in (*_HARMLESS, "stream", "stream_options"):
-            raise invalid_request(f"{name[:80]!r} is unknown or not supported; leave it out")
-    stream = given.get("stream", False)
-    if not isinstance(stream, bool):
-        raise invalid_request("stream must be true or false")
+    if refused := list(_refused(given)):
+        raise _not_supported(refused)
+    stream = given.get("stream")
+    if not isinstance(stream, bool | None):
+        raise invalid_request("stream must be true or false", "stream")
     options = given.get("stream_options", {})
     if not isinstance(options, dict):
-        raise invalid_request('stream_options must be an object like {"include_usage": true}')
-    return ChatParameters(sampling, stream, options.get("include_usage") is True)
+        raise invalid_request(
+            'stream_options must be an object like {"include_usage": true}', "stream_options"
+        )
+    return ChatParameters(_sampling(given), stream, options.get("include_usage") is True)
+
+
+def _refused(given: dict[str, Any]) -> Iterator[str]:
+    for name, only in _ONLY.items():
+        # 1 is 1.0 here, but not True.
+        if name in given and not any(
+            given[name] == value and isinstance(given[name], bool) == isinstance(value, bool)
+            for value in only
+        ):
+            yield name
+
+
+def _not_supported(names: list[str]) -> AdapterError:
+    verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
+    return invalid_request(f"{', '.join(names)} {verb} not supported; leave {them} out", names[0])
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """The engine's sampling parameters."""
+    sampling = {name: given[name] for name in (*_SAMPLING, "max_tokens") if name in given}
+    for other, name in reversed(_OTHER_NAMES.items()):
+        if other in given:
+            sampling[name] = given[other]
+    stop = sampling.get("stop")
+    if isinstance(stop, str | list):
+        # An empty string stops nothing.
+        sampling["stop"] = [each for each in ([stop] if isinstance(stop, str) else stop) if each]
+    if sampling.get("top_p") == 0 and not isinstance(sampling["top_p"], bool):
+        # The smallest set of tokens that there is: the likeliest one.
+        del sampling["top_p"]
+        sampling["top_k"] = 1
+    if given.get("do_sample") is False:
+        sampling["temperature"] = 0
+    elif given.get("do_sample") is True:
+        sampling.setdefault("temperature", 1)
+    return sampling

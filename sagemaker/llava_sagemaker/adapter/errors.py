@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 
 import grpc
 from starlette.responses import Response
@@ -30,29 +31,37 @@ class AdapterError(Exception):
         code: for programs: session_not_found, invalid_request, image_..., body_too_large,
             unavailable, internal.
         sentence: for people: what was given, what was expected, what to do.
+        param: the field of the request that is to blame, where it is one.
     """
 
-    def __init__(self, status: int, code: str, sentence: str) -> None:
+    def __init__(self, status: int, code: str, sentence: str, param: str | None = None) -> None:
         super().__init__(sentence)
         self.status = status
         self.code = code
         self.sentence = sentence
+        self.param = param
 
     def body(self) -> bytes:
         """The answer's JSON, in the manner of OpenAI."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"code": self.code, "message": self.sentence, "type": kind}
+        error = {
+            "message": self.sentence,
+            "type": kind,
+            "param": self.param,
+            "code": self.code,
+        }
         return json.dumps({"error": error}).encode()
 
-    def response(self) -> Response:
-        """The whole HTTP answer."""
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
-        return Response(self.body(), self.status, headers, "application/json")
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """The whole HTTP answer, with these headers."""
+        retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        all_headers = {**retry, **(headers or {})}
+        return Response(self.body(), self.status, all_headers, "application/json")
 
 
-def invalid_request(sentence: str) -> AdapterError:
+def invalid_request(sentence: str, param: str | None = None) -> AdapterError:
     """The request can never succeed as it is."""
-    return AdapterError(400, "invalid_request", sentence)
+    return AdapterError(400, "invalid_request", sentence, param)
 
 
 def unavailable(sentence: str) -> AdapterError:

@@ -6,6 +6,9 @@ import asyncio
 import logging
 import time
 
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
 from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error, unavailable
 from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import Triton, turn
@@ -28,6 +31,14 @@ class Health:
         self._answered_at = -FRESH_SECONDS
         self._asking = asyncio.Lock()
         self._failing = False
+
+    async def response(self, http: HttpRequest) -> Response:
+        """200 where the engine answers, else 503."""
+        try:
+            await self.check()
+        except AdapterError as error:
+            return error.response()
+        return Response(status_code=200)
 
     async def check(self) -> None:
         """Raises AdapterError (503) where the engine does not answer."""

@@ -27,12 +27,16 @@ class Request:
     """Without parameters, in small letters; empty where there is none."""
     content_parameters: dict[str, str]
     wants_events: bool
-    """`Accept: text/event-stream`."""
+    """`Accept: text/event-stream`, or the streaming call of SageMaker's."""
+    by_streaming_call: bool
+    """Through SageMaker's InvokeEndpointWithResponseStream."""
     body: bytes
     take: Callable[[int], None]
     """Takes so many bytes more of what the request may have, see `BodyShare.take`."""
     tenant: str = NO_TENANT
     """Whose request it is."""
+    session_name: str | None = None
+    """What a client of OpenAI's API calls its session."""
 
     @property
     def opens(self) -> bool:

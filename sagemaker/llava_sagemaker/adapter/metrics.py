@@ -16,8 +16,8 @@ class AdapterMetrics:
         """A request has ended.
 
         Args:
-            kind: what it was: chat, triton, sample, open, image, close; unknown where that could
-                not be told.
+            kind: what it was: chat, text, triton, sample, open, image, close; unknown where that
+                could not be told.
             outcome: ok, disconnected, or the error's code.
         """
         self._requests[kind, outcome] += 1
@@ -25,10 +25,10 @@ class AdapterMetrics:
     def text(self) -> str:
         """In Prometheus's format."""
         lines = [
-            "# HELP llava_adapter_requests_in_flight Requests on /invocations under way",
+            "# HELP llava_adapter_requests_in_flight Requests to the model under way",
             "# TYPE llava_adapter_requests_in_flight gauge",
             f"llava_adapter_requests_in_flight {self.in_flight}",
-            "# HELP llava_adapter_requests_total Requests on /invocations by kind and outcome",
+            "# HELP llava_adapter_requests_total Requests to the model by kind and outcome",
             "# TYPE llava_adapter_requests_total counter",
         ]
         lines += [

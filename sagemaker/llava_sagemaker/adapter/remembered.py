@@ -160,6 +160,10 @@ class Remembered:
         while len(self._known) > self._limit:
             self._known.popitem(last=False)
 
+    def forget(self, session_id: str) -> None:
+        """A session is no more."""
+        self._known.pop(session_id, None)
+
     def _begins(
         self,
         session_id: str,

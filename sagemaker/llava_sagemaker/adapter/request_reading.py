@@ -13,7 +13,13 @@ from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavai
 from llava_sagemaker.adapter.gunzip import unpacker
 from llava_sagemaker.adapter.invocation import Request
 from llava_sagemaker.adapter.off_loop import off_loop
-from llava_sagemaker.adapter.session_ids import NEW_SESSION, SESSION_ID, checked_session_id
+from llava_sagemaker.adapter.session_ids import (
+    NEW_SESSION,
+    SESSION_ID,
+    SESSION_NAME,
+    checked_session_id,
+    checked_session_name,
+)
 from llava_sagemaker.adapter.tenants import tenant_of
 
 BODY_SECONDS = 30.0
@@ -22,6 +28,9 @@ SILENCE_SECONDS = 10.0
 """A body that has begun goes on within this time."""
 MOST_CONTENT_TYPE = 1000
 """Characters: reading its parameters takes the square of them."""
+FORWARDED_API = "X-Amzn-SageMaker-Forwarded-Api"
+"""Names the operation that SageMaker's caller used (AWS's own servers read it)."""
+STREAMING_CALL = "invokeendpointwithresponsestream"
 LARGEST_BODIES = 16
 """All bodies that are read or answered at once may take as much as so many of the largest."""
 SMALL_BYTES = 64 * 1024
@@ -117,6 +126,7 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
     if session is not None and session != NEW_SESSION:
         session = checked_session_id(session)
     tenant = tenant_of(http.headers)
+    name = http.headers.get(SESSION_NAME)
     named = http.headers.get("content-type", "")
     if len(named) > MOST_CONTENT_TYPE:
         raise unknown_content_type(named)
@@ -131,14 +141,18 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
         }
     except ValueError:
         raise unknown_content_type(named) from None
+    by_streaming_call = http.headers.get(FORWARDED_API, "").lower() == STREAMING_CALL
     return Request(
         session=session,
         content_type=named.partition(";")[0].strip().lower(),
         content_parameters=parameters,
-        wants_events="text/event-stream" in http.headers.get("accept", "").lower(),
+        wants_events=by_streaming_call
+        or "text/event-stream" in http.headers.get("accept", "").lower(),
+        by_streaming_call=by_streaming_call,
         body=await _body(http, limit_bytes, share.take),
         take=share.take,
         tenant=tenant,
+        session_name=None if name is None else checked_session_name(name),
     )
 
 
@@ -199,5 +213,6 @@ def unknown_json() -> AdapterError:
     """The JSON is of no kind that is understood."""
     return invalid_request(
         "the JSON is none of what is understood here: a session request (requestType), a chat "
-        "completion (messages), an inference request (inputs), or one of the LLaVA sample (type)"
+        "completion (messages), a text (prompt or inputs), an inference request (inputs), or one "
+        "of the LLaVA sample (type)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import uuid
@@ -14,6 +15,9 @@ SESSION_ID = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION_ID = "X-Amzn-SageMaker-New-Session-Id"
 CLOSED_SESSION_ID = "X-Amzn-SageMaker-Closed-Session-Id"
 
+SESSION_NAME = "X-Session-Id"
+"""A name that a client of OpenAI's API gives to its session."""
+MAX_NAME_CHARACTERS = 256
 NEW_SESSION = "NEW_SESSION"
 """What stands in for the ID of a session that is to be opened."""
 MAX_CHARACTERS = 128
@@ -38,6 +42,27 @@ def checked_session_id(given: str) -> str:
             f"{MAX_CHARACTERS}, and comes from the answer that opened the session"
         )
     return given
+
+
+def checked_session_name(given: str) -> str:
+    """A name as a client gave it.
+
+    Raises:
+        AdapterError: invalid_request, it is empty or long.
+    """
+    if not 0 < len(given) <= MAX_NAME_CHARACTERS:
+        raise invalid_request(
+            f"the header {SESSION_NAME} has {len(given)} characters; a session's name has 1 to "
+            f"{MAX_NAME_CHARACTERS}"
+        )
+    return given
+
+
+def named_session_id(tenant: str, name: str) -> str:
+    """The ID of the session that a tenant calls so. No other name, tenant or ID of ours leads to
+    it."""
+    digest = hashlib.sha256(f"{len(tenant)} {tenant} {name}".encode(errors="surrogateescape"))
+    return f"named-{digest.hexdigest()}"
 
 
 def opened_header(session_id: str, lifetime_seconds: float) -> tuple[str, str]:

@@ -65,7 +65,7 @@ async def session_request(
     match fields.pop("requestType"):
         case "NEW_SESSION":
             return await _open(request, fields, pictures)
-        case "CLOSE":
+        case "CLOSE" | "CLOSE_SESSION":  # AWS's articles write both
             return _close(request, fields)
         case other:
             raise invalid_request(

@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from llava_sagemaker.local.bearer_token import local_token
 from llava_sagemaker.local.instances import InstanceError, LocalInstance, start_all
 from llava_sagemaker.local.runtime import make_app
 from llava_triton.server.ports import check_ports
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"boto3:   client('sagemaker-runtime', endpoint_url='{url}')")
         print(f"         invoke_endpoint(EndpointName='{options.endpoint}', ...)")
         print(f"client:  Session.open('sagemaker://{options.endpoint}?endpoint_url={url}')")
+        openai = f"{url}/endpoints/{options.endpoint}/openai/v1"
+        print(f"OpenAI:  OpenAI(base_url='{openai}',\n                api_key='{local_token()}')")
         print("Ctrl-C stops it.", flush=True)
         config = uvicorn.Config(
             make_app(options.endpoint, instances),

@@ -67,9 +67,9 @@ class LocalInstance:
         self.in_service = False
         command = [sys.executable, "-m", "llava_sagemaker.container", "--port", str(self.port)]
         command += ["--model-dir", str(self._repository)]
-        environment = {
-            name: value for name, value in os.environ.items() if name != "SAGEMAKER_BIND_TO_PORT"
-        }
+        # SageMaker has checked who calls, and passes no key of the container's own on.
+        ours = ("SAGEMAKER_BIND_TO_PORT", "LLAVA_API_KEY")
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import aiohttp
 from starlette.applications import Starlette
@@ -21,6 +21,7 @@ from llava_sagemaker.local.aws_wire import (
     stream_error,
     validation_error,
 )
+from llava_sagemaker.local.bearer_token import check_bearer
 from llava_sagemaker.local.instances import LocalInstance, watch
 from llava_sagemaker.local.routing import StickyRouting
 
@@ -32,6 +33,8 @@ _SESSION = "X-Amzn-SageMaker-Session-Id"
 _NEW_SESSION = "X-Amzn-SageMaker-New-Session-Id"
 _CLOSED_SESSION = "X-Amzn-SageMaker-Closed-Session-Id"
 _ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
+_FORWARDED_API = "X-Amzn-SageMaker-Forwarded-Api"
+"""Tells the container which operation was called (AWS's own servers read it)."""
 _PASSED_ON = ("Content-Type", "Accept", _SESSION, _ATTRIBUTES, "X-Amzn-SageMaker-Inference-Id")
 _SESSION_ID = re.compile(r"NEW_SESSION|[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 NEW_SESSION = "NEW_SESSION"
@@ -88,9 +91,25 @@ class Runtime:
         except ServiceError as error:
             return error.response()
 
+    async def chat_completions(self, request: Request) -> Response:
+        """OpenAI's path: the container's answer as it is, errors and events too."""
+        try:
+            check_bearer(request.headers.get("Authorization", ""))
+            session = self._session(request)
+            if session == NEW_SESSION:
+                raise validation_error("open a stateful session by InvokeEndpoint")
+            body = await self._body(request)
+            told, held = await self._begin(request, session, body, "InvokeEndpoint")
+        except ServiceError as error:
+            return error.response()
+        passed = ("Content-Type", "Retry-After", _CLOSED_SESSION)
+        headers = {name: told.headers[name] for name in passed if name in told.headers}
+        return _PassedOn(told, self._routing, held, told.content.iter_any(), headers)
+
     async def _whole(self, request: Request, instance: LocalInstance, body: bytes) -> Response:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS), self._post(request, instance, body) as told:
+            posted = self._post(request, instance, body, "InvokeEndpoint")
+            async with asyncio.timeout(ANSWER_SECONDS), posted as told:
                 content = await told.read()
         except TimeoutError:
             raise model_error(
@@ -111,30 +130,47 @@ class Runtime:
         return Response(content, 200, {**headers, "x-Amzn-Invoked-Production-Variant": VARIANT})
 
     async def _stream(self, request: Request, session: str | None, body: bytes) -> Response:
-        # Held until the last byte has gone out.
-        held = self._routing.instance_for(session)
-        instance = held.__enter__()
-        posted = self._post(request, instance, body)
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                told = await posted.__aenter__()
-                if told.status >= 400:
-                    raise model_error(told.status, (await told.read()).decode(errors="replace"))
-        except BaseException as error:
-            held.__exit__(None, None, None)
-            if isinstance(error, TimeoutError):
+        told, held = await self._begin(request, session, body, "InvokeEndpointWithResponseStream")
+        if told.status >= 400:
+            async with told:
+                held.close()
+                raise model_error(told.status, (await told.read()).decode(errors="replace"))
+        headers = {
+            "Content-Type": "application/vnd.amazon.eventstream",
+            "X-Amzn-SageMaker-Content-Type": told.headers.get("Content-Type", ""),
+            "x-Amzn-Invoked-Production-Variant": VARIANT,
+        }
+        if _ATTRIBUTES in told.headers:
+            headers[_ATTRIBUTES] = told.headers[_ATTRIBUTES]
+        return _PassedOn(told, self._routing, held, _event_stream(told), headers)
+
+    async def _begin(
+        self, request: Request, session: str | None, body: bytes, operation: str
+    ) -> tuple[aiohttp.ClientResponse, ExitStack]:
+        """A container's answer whose body is still to come, and the hold on its instance, which is
+        to be let go when the last byte has gone out.
+
+        Raises:
+            ServiceError: there is none.
+        """
+        with ExitStack() as held:
+            instance = held.enter_context(self._routing.instance_for(session))
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    told = await self._post(request, instance, body, operation)
+            except TimeoutError:
                 message = f"the container was silent for {ANSWER_SECONDS:.0f} s"
                 raise model_error(0, "", f"Invocation timed out: {message}") from None
-            if isinstance(error, aiohttp.ClientError):
+            except aiohttp.ClientError as error:
                 raise self._lost(instance, error) from None
-            raise
-
-        return _PassedOn(told, self._routing, held)
+            return told, held.pop_all()
+        raise AssertionError
 
     def _post(
-        self, request: Request, instance: LocalInstance, body: bytes
+        self, request: Request, instance: LocalInstance, body: bytes, operation: str
     ) -> aiohttp.client._RequestContextManager:
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        headers[_FORWARDED_API] = operation
         # The streaming API has a name of its own for it.
         if "X-Amzn-SageMaker-Accept" in request.headers:
             headers["Accept"] = request.headers["X-Amzn-SageMaker-Accept"]
@@ -172,28 +208,25 @@ class Runtime:
 
 
 class _PassedOn(StreamingResponse):
-    """A container's streamed answer, as an event stream.
+    """A container's answer, passed on as it comes.
 
     Args:
         told: the container's answer.
         routing: hears of a session that it closes.
         held: the hold on the instance, let go at the end.
+        body: what goes out.
+        headers: of the answer.
     """
 
     def __init__(
         self,
         told: aiohttp.ClientResponse,
         routing: StickyRouting,
-        held: AbstractContextManager[LocalInstance],
+        held: ExitStack,
+        body: AsyncIterator[bytes],
+        headers: dict[str, str],
     ) -> None:
-        headers = {
-            "X-Amzn-SageMaker-Content-Type": told.headers.get("Content-Type", ""),
-            "x-Amzn-Invoked-Production-Variant": VARIANT,
-        }
-        if _ATTRIBUTES in told.headers:
-            headers[_ATTRIBUTES] = told.headers[_ATTRIBUTES]
-        kind = "application/vnd.amazon.eventstream"
-        super().__init__(self._events(), headers=headers, media_type=kind)
+        super().__init__(self._pieces(body), told.status, headers)
         self._told = told
         self._routing = routing
         self._held = held
@@ -204,23 +237,37 @@ class _PassedOn(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._told.close()
-            self._held.__exit__(None, None, None)
+            self._held.close()
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        try:
-            async for data in self._told.content.iter_any():
-                yield payload_part(data)
-            if _CLOSED_SESSION in self._told.headers:
-                self._routing.closed(self._told.headers[_CLOSED_SESSION])
-        except aiohttp.ClientError as error:
-            yield stream_error(f"the container broke its answer off: {error}")
+    async def _pieces(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for piece in body:
+            yield piece
+        if _CLOSED_SESSION in self._told.headers:
+            self._routing.closed(self._told.headers[_CLOSED_SESSION])
+
+
+async def _event_stream(told: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """A container's answer in AWS's event stream; what the container wrote at once stays whole."""
+    written: list[bytes] = []
+    try:
+        async for data, is_end in told.content.iter_chunks():
+            written.append(data)
+            if is_end and any(written):
+                yield payload_part(b"".join(written))
+                written.clear()
+        if any(written):
+            yield payload_part(b"".join(written))  # it was not chunked
+    except aiohttp.ClientError as error:
+        yield stream_error(f"the container broke its answer off: {error}")
 
 
 def make_app(endpoint: str, instances: Sequence[LocalInstance]) -> Starlette:
     """The ASGI application of a runtime endpoint with one SageMaker endpoint."""
     runtime = Runtime(endpoint, instances)
     path = "/endpoints/{name}/invocations"
+    openai = "/endpoints/{name}/openai/v1/chat/completions"
     routes = [
+        Route(openai, runtime.chat_completions, methods=["POST"]),
         Route(path, runtime.invoke, methods=["POST"]),
         Route(f"{path}-response-stream", runtime.invoke_with_stream, methods=["POST"]),
     ]
