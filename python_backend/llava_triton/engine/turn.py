@@ -20,7 +20,9 @@ from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import Past
 from llava_triton.engine.image_store import Digest
 from llava_triton.engine.session import Session, SessionId
+from llava_triton.model.logits_processors import LogitsProcessors
 from llava_triton.model.sampling import Draws, SamplingParameters
+from llava_triton.model.step import Choice
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""
@@ -130,6 +132,7 @@ class RunningTurn:
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
+    processors: LogitsProcessors
     detokenizer: Detokenizer
     last_answer: str | None
     """Text of the last answer before this turn."""
@@ -168,6 +171,17 @@ class RunningTurn:
     def decoding(self) -> bool:
         """Whether the next step brings the next token of an answer under way."""
         return self.phase is Phase.COMPUTING and self.answer_tokens > 0 and self.uncomputed == 1
+
+    def choice(self, ahead: Sequence[int]) -> Choice:
+        """How the answer's next token is chosen.
+
+        Args:
+            ahead: tokens of the answer that are not known yet, as `token_after` names them.
+        """
+        return Choice(
+            self.draws.at(self.answer_tokens + len(ahead)),
+            self.processors.at(self.session.tokens, self.prompt_tokens, ahead),
+        )
 
     def next_ids(self, count: int) -> list[int]:
         """The first `count` of the tokens not computed yet."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llava_triton.model.logits_processors import LogitsChange
 from llava_triton.model.sampling import Draw
 
 Transfer = Callable[[], None]
@@ -34,6 +35,14 @@ class ImageRows:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the token behind a part's last one is chosen; by default it is the likeliest one."""
+
+    draw: Draw | None = None
+    change: LogitsChange | None = None
+
+
+@dataclass(frozen=True)
 class StepPart:
     """The tokens of one sequence in a step."""
 
@@ -45,8 +54,8 @@ class StepPart:
     """Its block table, long enough for `ids`."""
     image_rows: Sequence[ImageRows] = ()
     """What is computed in the place of some of `ids`, in order."""
-    draw: Draw | None = None
-    """How the token after the last one is drawn; None: the likeliest."""
+    choice: Choice = Choice()
+    """Of the token after the last one."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,24 @@ from typing import Any
 
 from llava_sagemaker.adapter.errors import invalid_request
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "max_seconds")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    # Not OpenAI's, but vLLM's:
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    # Nobody else's:
+    "max_seconds",
+)
 """Passed on by their names; the engine checks their values."""
 _HARMLESS = (
     "messages",
@@ -25,9 +42,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
