@@ -23,6 +23,7 @@ REPETITION_PENALTIES = (0.01, 100.0)
 MAX_BIASED_TOKENS = 1024
 MAX_BIAS = 100.0
 """A larger one counts as this one, as in vLLM; the least is as far below 0."""
+MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -66,6 +67,9 @@ class SamplingParameters:
     stop_token_ids: tuple[int, ...] = ()
     """An answer ends with the first of these tokens. It is part of the answer unless it is a
     special token."""
+    logprobs: int | None = None
+    """0 to 20: tell the log probability of each token, and those of so many likeliest ones, as the
+    model gave them. None: tell none."""
 
     @classmethod
     def from_json(cls, text: str) -> SamplingParameters:
@@ -191,6 +195,12 @@ def _min_tokens(name: str, value: Any) -> int:
     return int(min(value, 2**31 - 1))
 
 
+def _logprobs(name: str, value: Any) -> int:
+    if not _is_int(value) or not 0 <= value <= MAX_LOGPROBS:
+        _refuse(name, value, f"a whole number from 0 to {MAX_LOGPROBS}")
+    return int(value)
+
+
 def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
@@ -217,6 +227,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "logit_bias": _logit_bias,
     "min_tokens": _min_tokens,
     "stop_token_ids": _stop_token_ids,
+    "logprobs": _logprobs,
 }
 
 

@@ -35,6 +35,7 @@ from llava_triton.engine.turn import (
     closing_turn,
 )
 from llava_triton.model.device_threads import DeviceThreads
+from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.runner import ModelRunner
 from llava_triton.model.sampling import NO_TOKEN
 from llava_triton.model.step import Choice, Step, StepPart, StepResult, TransferError
@@ -417,7 +418,7 @@ class Engine:
         decoding = sum(work.decoding for work in works)
         prompt_tokens = sum(work.count for work in works if not work.decoding)
         self._scheduler.clock.observe(decoding, prompt_tokens, result.seconds)
-        for work, token in zip(works, result.tokens, strict=True):
+        for work, token, logprobs in zip(works, result.tokens, result.logprobs, strict=True):
             running = work.running
             # Ended meanwhile, its session has forgotten these tokens or never hears of them.
             if not self._is_running(running) or running.finish_reason:
@@ -433,9 +434,9 @@ class Engine:
             if running.max_tokens == 0:
                 running.finish_reason = "closed" if running.turn.request.end else "prefilled"
                 continue
-            self._take_token(running, token)
+            self._take_token(running, token, logprobs)
 
-    def _take_token(self, running: RunningTurn, token: int) -> None:
+    def _take_token(self, running: RunningTurn, token: int, logprobs: TokenLogprobs | None) -> None:
         now = time.monotonic()
         if running.first_token_at is None:
             running.first_token_at = now
@@ -452,6 +453,8 @@ class Engine:
             return
         running.session.tokens.append(token)
         running.unread += 1
+        if logprobs is not None:
+            running.unread_logprobs.append(logprobs)
         if ends:
             running.finish_reason = "stop"
         elif running.answer_tokens == running.max_tokens:

@@ -12,6 +12,7 @@ from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
+from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Session
@@ -46,6 +47,7 @@ class TurnPreparation:
         self._runner = runner
         self._tokenizer = tokenizer
         self._renderer = renderer
+        self._token_texts = TokenTexts(tokenizer)
         self._settings = settings
 
     @property
@@ -108,6 +110,7 @@ class TurnPreparation:
             detokenizer=Detokenizer(
                 self._tokenizer, request.sampling.stop, request.sampling.min_tokens
             ),
+            token_texts=self._token_texts,
             last_answer=prepared.past.last_answer,
             pending_images=len(prepared.message.spans),
         )

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llava_triton.model.logits_processors import LogitsChange
+from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.sampling import Draw
 
 Transfer = Callable[[], None]
@@ -40,6 +41,9 @@ class Choice:
 
     draw: Draw | None = None
     change: LogitsChange | None = None
+    logprobs: int | None = None
+    """Of how many likeliest tokens the log probabilities are told, beside the chosen one's; None:
+    none at all."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class StepResult:
     """Their IDs, one for each part; of no meaning where a part's prompt goes on."""
     seconds: float
     """The device's time, without the moves."""
+    logprobs: list[TokenLogprobs | None]
+    """One for each part; None where its choice asks for none."""
 
 
 @dataclass(frozen=True)

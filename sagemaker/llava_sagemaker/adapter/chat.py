@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -99,7 +100,7 @@ async def chat_request(
         sampling=parameters.sampling,
         history=history if conversation.past else None,
     )
-    answer = _ChatAnswer(parameters.include_usage)
+    answer = _ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
     if asked.end:  # no session: nothing to remember
         return Invocation("chat", asked, answer, parameters.stream)
     if conversation.past and known is not None and known.turns != turns:
@@ -119,6 +120,7 @@ class _ChatAnswer(AnswerFormat):
     """A chat completion, or its chunks."""
 
     include_usage: bool
+    logprobs: bool
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     _began: bool = False
@@ -127,7 +129,7 @@ class _ChatAnswer(AnswerFormat):
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": self._logprobs(answer),
             "finish_reason": answer.finish_reason,
         }
         usage = _usage(answer)
@@ -138,20 +140,32 @@ class _ChatAnswer(AnswerFormat):
         if not self._began:
             self._began = True
             delta = {"role": "assistant", "content": piece.text}
-        return self._chunk(delta, None) if delta else b""
+        return self._chunk(delta, None, piece) if delta or piece.logprobs else b""
 
     def end(self, final: Delta) -> bytes:
-        last = self._chunk({}, final.finish_reason)
+        last = self._chunk({}, final.finish_reason)  # its text and logprobs were a piece's
         if self.include_usage:
             last += event(
                 {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(final)}
             )
         return last + b"data: [DONE]\n\n"
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, delta: dict[str, str], finish_reason: str | None, piece: Delta | None = None
+    ) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": None if piece is None else self._logprobs(piece),
+            "finish_reason": finish_reason,
+        }
         usage = {"usage": None} if self.include_usage else {}
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+
+    def _logprobs(self, piece: Delta) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return {"content": [json.loads(token) for token in piece.logprobs], "refusal": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": MODEL}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llava_sagemaker.adapter.chat_outputs import OUTPUT_FIELDS, output_parameters
 from llava_sagemaker.adapter.errors import invalid_request
 
 _SAMPLING = (
@@ -40,8 +41,6 @@ _HARMLESS = (
 """Taken and ignored: they change no answer."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -81,8 +80,9 @@ def read_parameters(fields: dict[str, Any]) -> ChatParameters:
                 for only in _ONLY[name]
             ):
                 raise invalid_request(f"{name} is not supported; leave it out")
-        elif name not in (*_HARMLESS, "stream", "stream_options"):
+        elif name not in (*_HARMLESS, *OUTPUT_FIELDS, "stream", "stream_options"):
             raise invalid_request(f"{name[:80]!r} is unknown or not supported; leave it out")
+    sampling |= output_parameters(given)
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise invalid_request("stream must be true or false")
