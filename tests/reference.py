@@ -33,10 +33,18 @@ class TransformersChat:
         """Forget the conversation."""
         self._ids, self._images = [], []
 
-    def ask(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> list[int]:
-        """The greedy answer's token IDs, end-of-sequence excluded."""
+    def ask(
+        self, text: str, images: Sequence[Image] = (), max_tokens: int = 32, **generate: Any
+    ) -> list[int]:
+        """The greedy answer's token IDs, end-of-sequence excluded.
+
+        Args:
+            text, images: the message.
+            max_tokens: of the answer.
+            **generate: more arguments of transformers' `generate`.
+        """
         self._listen(text, images)
-        answer = self._generate(max_tokens)
+        answer = self._generate(max_tokens, **generate)
         self._ids += answer
         return answer
 
@@ -53,6 +61,11 @@ class TransformersChat:
         self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
 
     @property
+    def ids(self) -> list[int]:
+        """The conversation so far."""
+        return list(self._ids)
+
+    @property
     def num_tokens(self) -> int:
         """Length of the conversation so far."""
         return len(self._ids)
@@ -65,7 +78,7 @@ class TransformersChat:
         """The greedy answer as text."""
         return self.decode(self.ask(text, images, max_tokens))
 
-    def _generate(self, max_tokens: int) -> list[int]:
+    def _generate(self, max_tokens: int, **generate: Any) -> list[int]:
         inputs = {}
         if self._images:
             inputs = self.processor.image_processor(self._images, return_tensors="pt")
@@ -79,6 +92,7 @@ class TransformersChat:
                 do_sample=False,
                 # A picture is nothing that a model can say; the engine rules it out likewise.
                 suppress_tokens=[self.model.config.image_token_id],
+                **generate,
             )
         answer = [int(token) for token in output[0, ids.shape[1] :]]
         eos = self.model.generation_config.eos_token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,8 @@ class Answer:
     num_output_tokens: int
     num_cached_tokens: int
     first_token_ms: float
+    logprobs: tuple[Any, ...] = ()
+    """Read from JSON."""
 
 
 Asker = Callable[..., Answer]
@@ -152,7 +154,8 @@ def whole(pieces: Iterator[Answer]) -> Answer:
     got = list(pieces)
     final = got[-1]
     assert [piece.finish_reason for piece in got[:-1]] == [""] * (len(got) - 1)
-    return Answer("".join(piece.text for piece in got), *list(vars(final).values())[1:])
+    logprobs = tuple(token for piece in got for token in piece.logprobs)
+    return replace(final, text="".join(piece.text for piece in got), logprobs=logprobs)
 
 
 def answer_of(result: Any) -> Answer:
@@ -164,6 +167,7 @@ def answer_of(result: Any) -> Answer:
         num_output_tokens=int(_first(result, "num_output_tokens", 0)),
         num_cached_tokens=int(_first(result, "num_cached_tokens", 0)),
         first_token_ms=float(_first(result, "first_token_ms", 0.0)),
+        logprobs=tuple(map(json.loads, _all(result, "logprobs"))),
     )
 
 
@@ -174,6 +178,11 @@ def _bytes_tensor(module: ModuleType, name: str, values: Sequence[str | bytes]) 
     array[:] = encoded
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def _all(result: Any, name: str) -> list[Any]:
+    array = result.as_numpy(name)
+    return [] if array is None else array.reshape(-1).tolist()
 
 
 def _first(result: Any, name: str, default: Any) -> Any:

@@ -245,6 +245,22 @@ def test_a_streamed_chat(adapter: Adapter, session: str, expected: list[str]) ->
     assert (usage["choices"], usage["usage"]["completion_tokens"] > 0) == ([], True)
 
 
+def test_logprobs_of_a_chat(adapter: Adapter) -> None:
+    messages = [user(QUESTIONS[0], PICTURE)]
+    whole = chat(adapter, messages, logprobs=True, top_logprobs=3)
+    assert chat(adapter, messages, logprobs=False)["choices"][0]["logprobs"] is None
+    told = whole["choices"][0]["logprobs"]["content"]
+    assert len(told) == whole["usage"]["completion_tokens"]
+    spelled = b"".join(bytes(token["bytes"]) for token in told)
+    assert spelled.decode().removeprefix(" ") == content(whole)
+    assert all(token["top_logprobs"][0]["logprob"] == token["logprob"] for token in told)
+    assert {len(token["top_logprobs"]) for token in told} == {3}
+    body = {"messages": messages, "logprobs": True, "top_logprobs": 3, "stream": True}
+    chunks = events_of(adapter.invoke(body).body)
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [token for piece in pieces if piece for token in piece["content"]] == told
+
+
 def test_parameters_of_a_chat(adapter: Adapter, session: str) -> None:
     cut = chat(adapter, [user(QUESTIONS[0])], session, max_completion_tokens=2, temperature=0)
     assert cut["choices"][0]["finish_reason"] == "length"
@@ -343,6 +359,16 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({"messages": [{"role": "user", "content": 3}]}, None, JSON, INVALID, "string"),
     ({"messages": [user("")]}, None, JSON, INVALID, "neither text nor a picture"),
     ({"messages": [user("a")], "n": 2}, None, JSON, INVALID, "n is not supported"),
+    ({"messages": [user("a")], "top_logprobs": 3}, None, JSON, INVALID, 'needs "logprobs"'),
+    ({"messages": [user("a")], "logprobs": 3}, None, JSON, INVALID, "true or false"),
+    (
+        {"messages": [user("a")], "logprobs": True, "top_logprobs": 21},
+        None,
+        JSON,
+        INVALID,
+        "logprobs is 21; it must be a whole number from 0 to 20",
+    ),
+    ({"messages": [user("a")], "presence_penalty": 3}, None, JSON, INVALID, "from -2 to 2"),
     ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n is not supported"),
     ({"messages": [user("a")], "tools": [{}]}, None, JSON, INVALID, "tools is not"),
     (

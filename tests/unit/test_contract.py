@@ -35,6 +35,7 @@ PUBLIC_OUTPUTS = [
     ("num_output_tokens", "TYPE_INT32", [1], False),
     ("num_cached_tokens", "TYPE_INT32", [1], False),
     ("first_token_ms", "TYPE_FP32", [1], False),
+    ("logprobs", "TYPE_STRING", [-1], False),
 ]
 
 
@@ -49,6 +50,7 @@ ONE_MORE = AnswerTensors(OneMore)
 PIECES: list[Any] = [
     (ANSWER, Delta("東", "length", 10, 2, 7, 1.5)),
     (ANSWER, Delta("", "", 0, 0, 0, 0.0)),
+    (ANSWER, Delta("", "", 0, 0, 0, 0.0, logprobs=('{"token": "東"}', "{}"))),
     (ONE_MORE, OneMore("a red", "", 10, 2, 7, 1.5, (-0.5, -2.0))),
     (ONE_MORE, OneMore("", "stop", 10, 0, 7, 0.0, ())),
 ]
@@ -118,6 +120,7 @@ def test_a_piece_survives_each_of_its_ways(answer: AnswerTensors[Any], piece: De
 def test_arrays_and_bytes_are_those_that_the_models_declare() -> None:
     delta = Delta("東", "length", 10, 2, 7, 1.5)
     arrays = ANSWER.to_arrays(delta)
+    assert arrays.pop("logprobs").shape == (0,)
     assert all(array.shape == (1,) for array in arrays.values())
     assert arrays["text_output"][0] == "東".encode()
     assert arrays["finish_reason"][0] == b"length"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,25 @@ def test_nothing_given_is_greedy() -> None:
 def test_everything_given() -> None:
     text = (
         '{"max_tokens": 7, "temperature": 1, "top_p": 0.5, "top_k": -1, "seed": 0, '
-        '"stop": ["a", "b"], "ignore_eos": true}'
+        '"stop": ["a", "b"], "ignore_eos": true, "frequency_penalty": -2, "presence_penalty": 2, '
+        '"repetition_penalty": 1.5, "min_p": 0.25, "logit_bias": {"7": -1000, "0": 0.5}, '
+        '"min_tokens": 7, "stop_token_ids": [3, 0]}'
     )
     assert SamplingParameters.from_json(text) == SamplingParameters(
-        max_tokens=7, temperature=1.0, top_p=0.5, top_k=0, seed=0, stop=("a", "b"), ignore_eos=True
+        max_tokens=7,
+        temperature=1.0,
+        top_p=0.5,
+        top_k=0,
+        seed=0,
+        stop=("a", "b"),
+        ignore_eos=True,
+        frequency_penalty=-2.0,
+        presence_penalty=2.0,
+        repetition_penalty=1.5,
+        min_p=0.25,
+        logit_bias=((7, -100.0), (0, 0.5)),
+        min_tokens=7,
+        stop_token_ids=(3, 0),
     )
 
 
@@ -65,9 +81,18 @@ def test_null_is_as_good_as_left_out_and_one_stop_string_may_stand_alone() -> No
         ("stop", " ", (" ",)),
         ("stop", ["東" * 128] * 16, ("東" * 128,) * 16),
         ("ignore_eos", False, False),
+        ("frequency_penalty", 2, 2.0),
+        ("repetition_penalty", 0.01, 0.01),
+        ("min_p", 1, 1.0),
+        ("logit_bias", {}, ()),
+        ("logit_bias", {str(token): 100 for token in range(1024)}, None),
+        ("min_tokens", 10**30, 2**31 - 1),
+        ("stop_token_ids", list(range(128)), tuple(range(128))),
     ],
 )
 def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> None:
+    if kept is None:
+        kept = tuple((token, 100.0) for token in range(1024))
     parameters = SamplingParameters.from_json(json.dumps({name: value}))
     assert parameters == SamplingParameters(**{name: kept})
     assert type(getattr(parameters, name)) is type(kept)
@@ -106,6 +131,23 @@ def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> Non
         (json.dumps({"stop": ["x"] * 17}), "stop is"),
         (json.dumps({"stop": "x" * 129}), "stop is"),
         ('{"ignore_eos": 1}', "ignore_eos is 1; it must be true or false"),
+        ('{"frequency_penalty": 2.1}', "frequency_penalty is 2.1; it must be a number from -2 to"),
+        ('{"presence_penalty": true}', "presence_penalty is true"),
+        ('{"repetition_penalty": 0}', "repetition_penalty is 0; it must be a number from 0.01 to"),
+        ('{"repetition_penalty": 1e300}', "repetition_penalty is 1e+300"),
+        ('{"min_p": -0.1}', "min_p is -0.1; it must be a number from 0 to 1"),
+        ('{"logit_bias": [1]}', "logit_bias is [1]; it must be an object of at most 1024 token"),
+        ('{"logit_bias": {"a": 1}}', 'logit_bias is {"a": 1}'),
+        ('{"logit_bias": {"-1": 1}}', 'logit_bias is {"-1": 1}'),
+        ('{"logit_bias": {"\u00b2": 1}}', "logit_bias is"),
+        ('{"logit_bias": {"' + "9" * 5000 + '": 1}}', "logit_bias is"),
+        ('{"logit_bias": {"1": "a"}}', 'logit_bias is {"1": "a"}'),
+        (json.dumps({"logit_bias": {str(n): 1 for n in range(1025)}}), "logit_bias is"),
+        ('{"min_tokens": -1}', "min_tokens is -1; it must be a whole number of at least 0"),
+        ('{"min_tokens": 3, "max_tokens": 2}', "min_tokens is 3; it must be at most max_tokens"),
+        ('{"stop_token_ids": 3}', "stop_token_ids is 3; it must be a list of at most 128 token"),
+        ('{"stop_token_ids": [-1]}', "stop_token_ids is [-1]"),
+        (json.dumps({"stop_token_ids": [1] * 129}), "stop_token_ids is"),
         ('"\\ud800"', 'is "\\ud800"; give a JSON object'),
         ('{"\\ud800": 1}', 'unknown name "\\ud800"'),
         ('{"max_tokens": "\\udfff"}', 'max_tokens is "\\udfff"'),
@@ -124,7 +166,7 @@ JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
 )
-NAMES = ["max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "other"]
+NAMES = [*(field.name for field in fields(SamplingParameters)), "other"]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), JSON_VALUES))
@@ -141,10 +183,12 @@ def test_any_json_is_taken_or_refused_in_a_sentence(values: dict[str, Any]) -> N
 
 
 def slow_probabilities(logits: np.ndarray, parameters: SamplingParameters) -> np.ndarray:
-    """Temperature, top-k, top-p over [V] in numpy, token by token."""
+    """Temperature, min-p, top-k, top-p over [V] in numpy, token by token."""
     scaled = (logits - logits.max()) / parameters.temperature
     probabilities = np.exp(scaled) / np.exp(scaled).sum()
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    least = parameters.min_p * probabilities.max()
+    order = [token for token in order if probabilities[token] >= least]
     if parameters.top_k:
         order = order[: parameters.top_k]
     total = sum(probabilities[token] for token in order)
@@ -162,14 +206,15 @@ def slow_probabilities(logits: np.ndarray, parameters: SamplingParameters) -> np
     temperature=st.floats(0.05, 2.0),
     top_p=st.floats(0.01, 1.0),
     top_k=st.integers(0, 35),
+    min_p=st.sampled_from([0.0, 0.013, 0.37, 1.0]),
 )
 def test_kept_tokens_are_those_of_the_slow_reference(
-    logits: list[float], temperature: float, top_p: float, top_k: int
+    logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float
 ) -> None:
-    parameters = SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k)
+    parameters = SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     expected = slow_probabilities(np.array(logits), parameters)
     # Beside another row that has nothing to do with it.
-    draws = [Draw(temperature, top_k, top_p, 0.0), Draw(1.0, 1, 1.0, 0.0)]
+    draws = [Draw(temperature, top_k, top_p, 0.0, min_p), Draw(1.0, 1, 1.0, 0.0)]
     kept, ids = kept_tokens(torch.tensor([logits, logits[::-1]]), draws)
     assert kept.dtype == torch.float64
     actual = np.zeros(len(logits))

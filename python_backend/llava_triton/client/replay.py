@@ -54,25 +54,26 @@ class ReplayTransport(Transport):
 
         That takes an answer that can be had twice: a greedy one, or one with a seed.
         """
-        given = ""
+        given, told = "", 0
         try:
             with closing(self._transport.stream(self._here(turn))) as deltas:
                 for delta in deltas:
                     given += delta.text
+                    told += len(delta.logprobs)
                     yield self._noted(turn, delta, given)
             return
         except SessionError as error:
             if not _is_lost(error) or (given and not _is_repeatable(turn.sampling)):
                 raise
             self._open_again(error)
-        yield from self._rest(turn, given)
+        yield from self._rest(turn, given, told)
 
     def close(self) -> None:
         """Let the connection go."""
         self._transport.close()
 
-    def _rest(self, turn: TurnMessage, given: str) -> Generator[Delta, None, None]:
-        """The answer once more, without the text that the caller has."""
+    def _rest(self, turn: TurnMessage, given: str, told: int) -> Generator[Delta, None, None]:
+        """The answer once more, without the text and the tokens' logprobs that the caller has."""
         text = ""
         with closing(self._transport.stream(self._here(turn))) as deltas:
             for delta in deltas:
@@ -85,7 +86,9 @@ class ReplayTransport(Transport):
                         "the session was lost in mid-answer and opened again, but there the "
                         "answer differs from what had come; ask again",
                     )
-                yield self._noted(turn, delta.with_text(text[had:]), text)
+                rest = replace(delta, text=text[had:], logprobs=delta.logprobs[told:])
+                told = max(0, told - len(delta.logprobs))
+                yield self._noted(turn, rest, text)
 
     def _noted(self, turn: TurnMessage, delta: Delta, text: str) -> Delta:
         if delta.is_final:

@@ -101,7 +101,7 @@ class Session:
         Args:
             text: the question.
             image: pictures that join the conversation with it.
-            sampling: max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, max_seconds.
+            sampling: the fields of `SamplingParameters`, such as max_tokens or temperature.
 
         Raises:
             SessionError: the session is as it was before the turn.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from llava_triton.contract.tensors import TensorSpec
@@ -33,12 +33,13 @@ class Delta:
     """Prompt tokens that were not computed again."""
     first_token_ms: Annotated[float, TensorSpec("first_token_ms", "FP32")]
     """Milliseconds from the turn's arrival in the engine to its first token; 0 without one."""
+    logprobs: Annotated[tuple[str, ...], TensorSpec("logprobs", "BYTES", (-1,))] = field(
+        default=(), kw_only=True
+    )
+    """Where the turn asks for them: of each new token a JSON object, {"token": text, "logprob":
+    number, "bytes": numbers, "top_logprobs": [the same of the likeliest tokens]}."""
 
     @property
     def is_final(self) -> bool:
         """Whether the turn ends with this piece."""
         return self.finish_reason != ""
-
-    def with_text(self, text: str) -> Delta:
-        """The same piece with another text."""
-        return replace(self, text=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -14,6 +15,16 @@ MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 128
+MAX_STOP_TOKEN_IDS = 128
+MAX_PENALTY = 2.0
+"""Of frequency and presence; the least is as far below 0."""
+REPETITION_PENALTIES = (0.01, 100.0)
+"""The least and the largest. A penalty near 0 would make logits overflow."""
+MAX_BIASED_TOKENS = 1024
+MAX_BIAS = 100.0
+"""A larger one counts as this one, as in vLLM; the least is as far below 0."""
+MAX_LOGPROBS = 20
+MAX_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,27 @@ class SamplingParameters:
     arrived; a turn that has no token by then is refused. None: no limit."""
     ignore_eos: bool = False
     """Go on to `max_tokens` although the model has ended its answer; for measurements."""
+    frequency_penalty: float = 0.0
+    """-2 to 2; is taken from a token's logit as often as the answer has the token already."""
+    presence_penalty: float = 0.0
+    """-2 to 2; is taken once from the logits of the tokens that the answer has already."""
+    repetition_penalty: float = 1.0
+    """0.01 to 100; what the logit of a token is divided by (where it is below 0: multiplied with)
+    that the conversation or the answer has already."""
+    min_p: float = 0.0
+    """0 to 1: sample from the tokens that have at least this part of the likeliest one's
+    probability, before top-k and top-p."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token IDs and what is added to their logits, -100 to 100; in JSON an object."""
+    min_tokens: int = 0
+    """Least tokens of an answer: before, no end token and no `stop_token_ids` can come, and no
+    `stop` string counts."""
+    stop_token_ids: tuple[int, ...] = ()
+    """An answer ends with the first of these tokens. It is part of the answer unless it is a
+    special token."""
+    logprobs: int | None = None
+    """0 to 20: tell the log probability of each token, and those of so many likeliest ones, as the
+    model gave them. None: tell none."""
 
     @classmethod
     def from_json(cls, text: str) -> SamplingParameters:
@@ -68,7 +100,10 @@ class SamplingParameters:
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if value is not None
         }
-        return cls(**checked)
+        parameters = cls(**checked)
+        if parameters.max_tokens is not None and parameters.min_tokens > parameters.max_tokens:
+            _refuse("min_tokens", parameters.min_tokens, "at most max_tokens")
+        return parameters
 
 
 def _max_tokens(name: str, value: Any) -> int:
@@ -128,7 +163,55 @@ def _ignore_eos(name: str, value: Any) -> bool:
     return bool(value)
 
 
-_CHECKS = {
+def _number(least: float, largest: float) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if not _is_number(value) or not least <= value <= largest:
+            _refuse(name, value, f"a number from {least:g} to {largest:g}")
+        return float(value)
+
+    return check
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    expected = (
+        f"an object of at most {MAX_BIASED_TOKENS} token IDs and numbers from {-MAX_BIAS:g} to "
+        f'{MAX_BIAS:g}, like {{"15": -100}}'
+    )
+    if not isinstance(value, dict) or len(value) > MAX_BIASED_TOKENS:
+        _refuse(name, value, expected)
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # JSON's names are strings. (isdecimal knows other digits than ASCII's, too.)
+        is_id = len(key) <= 10 and key.isascii() and key.isdecimal() and int(key) <= MAX_TOKEN_ID
+        if not is_id or not _is_number(bias):
+            _refuse(name, {key: bias}, expected)
+        biases[int(key)] = float(max(-MAX_BIAS, min(bias, MAX_BIAS)))
+    return tuple(biases.items())
+
+
+def _min_tokens(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 0:
+        _refuse(name, value, "a whole number of at least 0")
+    return int(min(value, 2**31 - 1))
+
+
+def _logprobs(name: str, value: Any) -> int:
+    if not _is_int(value) or not 0 <= value <= MAX_LOGPROBS:
+        _refuse(name, value, f"a whole number from 0 to {MAX_LOGPROBS}")
+    return int(value)
+
+
+def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if (
+        not isinstance(value, list)
+        or len(value) > MAX_STOP_TOKEN_IDS
+        or not all(_is_int(each) and 0 <= each <= MAX_TOKEN_ID for each in value)
+    ):
+        _refuse(name, value, f"a list of at most {MAX_STOP_TOKEN_IDS} token IDs")
+    return tuple(value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": _max_tokens,
     "temperature": _temperature,
     "top_p": _top_p,
@@ -137,6 +220,14 @@ _CHECKS = {
     "stop": _stop,
     "max_seconds": _max_seconds,
     "ignore_eos": _ignore_eos,
+    "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
+    "presence_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
+    "repetition_penalty": _number(*REPETITION_PENALTIES),
+    "min_p": _number(0.0, 1.0),
+    "logit_bias": _logit_bias,
+    "min_tokens": _min_tokens,
+    "stop_token_ids": _stop_token_ids,
+    "logprobs": _logprobs,
 }
 
 

@@ -27,14 +27,17 @@ class Detokenizer:
     Args:
         tokenizer: a fast tokenizer of transformers.
         stop: strings that end the answer; none of them empty.
+        min_tokens: in the text of so many tokens no stop string is looked for.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._invisible = {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._too_early = min_tokens
+        """How many more tokens hold no stop string; below 0: this one may."""
         # Tokens [0, read) are decoded and give `before`; the rest cannot be read yet.
         self._ids: list[int] = []
         self._read = 0
@@ -49,10 +52,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The next token of the answer -> new text that may be shown, "" if there is none yet."""
-        if token_id in self._invisible or self.stopped:
+        if self.stopped:
+            return ""
+        self._too_early -= 1
+        if token_id in self._invisible:
             return ""
         self._ids.append(token_id)
         return self._show(self._readable_text())
+
+    def is_invisible(self, token_id: int) -> bool:
+        """Whether a token has no text: special ones have none."""
+        return token_id in self._invisible
 
     def flush(self) -> str:
         """The answer is complete -> the text held back until now."""
@@ -106,6 +116,9 @@ class Detokenizer:
         if text and self._at_start:
             self._at_start = False
             text = text.removeprefix(" ")
+        if self._too_early >= 0:
+            self.text += text
+            return text
         pending = self._held + text
         found = [index for index in (pending.find(stop) for stop in self._stop) if index >= 0]
         if found:

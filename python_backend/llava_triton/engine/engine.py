@@ -35,9 +35,10 @@ from llava_triton.engine.turn import (
     closing_turn,
 )
 from llava_triton.model.device_threads import DeviceThreads
+from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.runner import ModelRunner
 from llava_triton.model.sampling import NO_TOKEN
-from llava_triton.model.step import Step, StepPart, StepResult, TransferError
+from llava_triton.model.step import Choice, Step, StepPart, StepResult, TransferError
 
 log = logging.getLogger(__name__)
 
@@ -398,8 +399,8 @@ class Engine:
 
     def _part(self, work: Work) -> StepPart:
         running = work.running
-        draw = running.draws.at(work.answer_tokens_before)
-        return step_part(work.ids, running.session, work.tokens_under_way, draw)
+        choice = running.choice(work.ahead) if work.ends_in_a_token else Choice()
+        return step_part(work.ids, running.session, work.tokens_under_way, choice)
 
     def _land(self, done: Future[StepResult]) -> None:
         """The device has computed the oldest step under way."""
@@ -417,7 +418,7 @@ class Engine:
         decoding = sum(work.decoding for work in works)
         prompt_tokens = sum(work.count for work in works if not work.decoding)
         self._scheduler.clock.observe(decoding, prompt_tokens, result.seconds)
-        for work, token in zip(works, result.tokens, strict=True):
+        for work, token, logprobs in zip(works, result.tokens, result.logprobs, strict=True):
             running = work.running
             # Ended meanwhile, its session has forgotten these tokens or never hears of them.
             if not self._is_running(running) or running.finish_reason:
@@ -433,9 +434,9 @@ class Engine:
             if running.max_tokens == 0:
                 running.finish_reason = "closed" if running.turn.request.end else "prefilled"
                 continue
-            self._take_token(running, token)
+            self._take_token(running, token, logprobs)
 
-    def _take_token(self, running: RunningTurn, token: int) -> None:
+    def _take_token(self, running: RunningTurn, token: int, logprobs: TokenLogprobs | None) -> None:
         now = time.monotonic()
         if running.first_token_at is None:
             running.first_token_at = now
@@ -443,12 +444,20 @@ class Engine:
         else:
             self._statistics.between_tokens_seconds.observe(now - running.last_token_at)
         running.last_token_at = now
-        if token in self._runner.eos_token_ids and not running.turn.request.sampling.ignore_eos:
+        sampling = running.turn.request.sampling
+        ends = token in sampling.stop_token_ids
+        if (token in self._runner.eos_token_ids and not sampling.ignore_eos) or (
+            ends and running.detokenizer.is_invisible(token)
+        ):
             running.finish_reason = "stop"
             return
         running.session.tokens.append(token)
         running.unread += 1
-        if running.answer_tokens == running.max_tokens:
+        if logprobs is not None:
+            running.unread_logprobs.append(logprobs)
+        if ends:
+            running.finish_reason = "stop"
+        elif running.answer_tokens == running.max_tokens:
             running.finish_reason = "length"
 
     def _step_failed(self, turns: list[RunningTurn], error: Exception) -> None:

@@ -12,13 +12,15 @@ from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
+from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Session
 from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
+from llava_triton.model.logits_processors import LogitsProcessors
 from llava_triton.model.runner import ModelRunner
-from llava_triton.model.sampling import Draws
+from llava_triton.model.sampling import Draws, SamplingParameters
 
 SHORT_TEXT_CHARACTERS = 2048
 """Up to so many the engine's own thread makes tokens of a text, in a millisecond or two: it would
@@ -45,6 +47,7 @@ class TurnPreparation:
         self._runner = runner
         self._tokenizer = tokenizer
         self._renderer = renderer
+        self._token_texts = TokenTexts(tokenizer)
         self._settings = settings
 
     @property
@@ -103,7 +106,11 @@ class TurnPreparation:
             images_before=len(session.images),
             max_tokens=0 if request.text is None else min(wanted, room),
             draws=Draws(request.sampling),
-            detokenizer=Detokenizer(self._tokenizer, request.sampling.stop),
+            processors=LogitsProcessors(request.sampling, self._runner.eos_token_ids),
+            detokenizer=Detokenizer(
+                self._tokenizer, request.sampling.stop, request.sampling.min_tokens
+            ),
+            token_texts=self._token_texts,
             last_answer=prepared.past.last_answer,
             pending_images=len(prepared.message.spans),
         )
@@ -136,6 +143,19 @@ class TurnPreparation:
                 "the pictures of all past turns, in order, then those of the new turn"
             )
         self._renderer.check_length(request.text or "", self._context)
+        self._check_token_ids(request.sampling)
+
+    def _check_token_ids(self, sampling: SamplingParameters) -> None:
+        named = {
+            "logit_bias": [token for token, _ in sampling.logit_bias],
+            "stop_token_ids": sampling.stop_token_ids,
+        }
+        for name, ids in named.items():
+            if max(ids, default=0) >= self._runner.vocabulary:
+                raise invalid(
+                    f"sampling parameter {name} has the token ID {max(ids)}; this model's are 0 to "
+                    f"{self._runner.vocabulary - 1}"
+                )
 
     def _digests(self, request: TurnRequest) -> tuple[Digest, ...]:
         if not request.image_features:

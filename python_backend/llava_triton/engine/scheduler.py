@@ -30,19 +30,23 @@ class Work:
     @property
     def ids(self) -> list[int]:
         """What the step is given."""
-        if self.follows is None:
-            return self.running.next_ids(self.count)
-        return [token_after(self.follows[0])]
+        return self.ahead or self.running.next_ids(self.count)
+
+    @property
+    def ahead(self) -> list[int]:
+        """Of these the one that nobody knows yet, if it is one."""
+        return [] if self.follows is None else [token_after(self.follows[0])]
+
+    @property
+    def ends_in_a_token(self) -> bool:
+        """Whether it brings the answer a token: its prompt does not go on, and it has one."""
+        whole = self.follows is not None or self.count == self.running.uncomputed
+        return whole and self.running.max_tokens > 0
 
     @property
     def tokens_under_way(self) -> int:
         """Tokens behind those that the session remembers which the step under way computes."""
         return 0 if self.follows is None else self.follows[1].count
-
-    @property
-    def answer_tokens_before(self) -> int:
-        """Tokens of the answer when the step begins."""
-        return self.running.answer_tokens + (self.follows is not None)
 
 
 class Scheduler:

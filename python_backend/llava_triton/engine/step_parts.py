@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_triton.engine.session import Session
-from llava_triton.model.sampling import Draw
-from llava_triton.model.step import ImageRows, StepPart
+from llava_triton.model.step import Choice, ImageRows, StepPart
 
 
-def step_part(ids: Sequence[int], session: Session, under_way: int, draw: Draw | None) -> StepPart:
+def step_part(ids: Sequence[int], session: Session, under_way: int, choice: Choice) -> StepPart:
     """The tokens `ids` of a session behind those it remembers, with the pictures among them.
 
     Args:
         ids: not empty.
         session: whose blocks have room for them.
         under_way: tokens behind those it remembers that the step under way computes.
-        draw: of the token after them.
+        choice: of the token after them.
     """
     start = session.key_values.computed + under_way
     end = start + len(ids)
@@ -24,4 +23,4 @@ def step_part(ids: Sequence[int], session: Session, under_way: int, draw: Draw |
     for span in session.pictures(start, end):
         first, last = max(start, span.start), min(end, span.end)
         rows.append(ImageRows(first - start, span.image, first - span.start, last - span.start))
-    return StepPart(ids, start, list(session.key_values.blocks), rows, draw)
+    return StepPart(ids, start, list(session.key_values.blocks), rows, choice)

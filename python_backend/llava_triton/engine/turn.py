@@ -18,9 +18,13 @@ from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import Past
+from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.engine.image_store import Digest
 from llava_triton.engine.session import Session, SessionId
+from llava_triton.model.logits_processors import LogitsProcessors
+from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.sampling import Draws, SamplingParameters
+from llava_triton.model.step import Choice
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""
@@ -130,7 +134,9 @@ class RunningTurn:
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
+    processors: LogitsProcessors
     detokenizer: Detokenizer
+    token_texts: TokenTexts
     last_answer: str | None
     """Text of the last answer before this turn."""
     pending_images: int
@@ -143,6 +149,10 @@ class RunningTurn:
     came from blocks of other sessions. Settled when its first step is planned."""
     unread: int = 0
     """How many of the answer's last tokens are not detokenized yet."""
+    unread_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of those; empty where none are asked for."""
+    told_logprobs: list[str] = field(default_factory=list)
+    """Of the tokens detokenized since the last piece."""
     finish_reason: FinishReason = ""
     """Set when the last token has been computed."""
     first_token_at: float | None = None
@@ -169,6 +179,18 @@ class RunningTurn:
         """Whether the next step brings the next token of an answer under way."""
         return self.phase is Phase.COMPUTING and self.answer_tokens > 0 and self.uncomputed == 1
 
+    def choice(self, ahead: Sequence[int]) -> Choice:
+        """How the answer's next token is chosen.
+
+        Args:
+            ahead: tokens of the answer that are not known yet, as `token_after` names them.
+        """
+        return Choice(
+            self.draws.at(self.answer_tokens + len(ahead)),
+            self.processors.at(self.session.tokens, self.prompt_tokens, ahead),
+            self.turn.request.sampling.logprobs,
+        )
+
     def next_ids(self, count: int) -> list[int]:
         """The first `count` of the tokens not computed yet."""
         first = self.session.key_values.computed
@@ -178,18 +200,24 @@ class RunningTurn:
         """Text of the tokens not detokenized yet, up to a stop string; that ends the turn."""
         text, tokens = "", self.session.tokens
         while self.unread and not self.detokenizer.stopped:
-            text += self.detokenizer.push(tokens[-self.unread])
+            token = tokens[-self.unread]
+            text += self.detokenizer.push(token)
+            if self.unread_logprobs:
+                found = self.unread_logprobs.pop(0)
+                self.told_logprobs.append(self.token_texts.told(token, found.logprob, found.top))
             self.unread -= 1
         if self.detokenizer.stopped:
             self.finish_reason = "stop"
             if self.unread:  # computed ahead, they were never said
                 del tokens[-self.unread :]
                 self.unread = 0
+                self.unread_logprobs.clear()
         return text
 
     def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
-        """A piece of the answer with the turn's numbers as they are now."""
+        """The next piece of the answer, with the turn's numbers as they are now."""
         first = self.first_token_at
+        logprobs, self.told_logprobs = tuple(self.told_logprobs), []
         return Delta(
             text=text,
             finish_reason=finish_reason,
@@ -197,4 +225,5 @@ class RunningTurn:
             num_output_tokens=self.answer_tokens,
             num_cached_tokens=self.cached_tokens,
             first_token_ms=0.0 if first is None else (first - self.turn.arrived_at) * 1000.0,
+            logprobs=logprobs,
         )

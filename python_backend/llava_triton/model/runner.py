@@ -17,6 +17,8 @@ from llava_triton.kernels.base import Rows
 from llava_triton.kernels.cpu.attention import release_workers
 from llava_triton.model.decode_graphs import DecodeGraphs
 from llava_triton.model.kv_pages import Pages, block_bytes
+from llava_triton.model.logits_processors import process_logits
+from llava_triton.model.logprobs import AskedLogprobs
 from llava_triton.model.memory_size import (
     blocks_for,
     device_memory,
@@ -133,6 +135,11 @@ class ModelRunner:
         """Width `D` of an image feature and of a token's embedding."""
         return int(self._text_model.embedding.shape[1])
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are logits for."""
+        return self._text_model.vocabulary
+
     def features_on_device(self, features: Tensor) -> Tensor:
         """One picture's features [T, D] of any float dtype -> as the model computes them, a copy
         of their own."""
@@ -180,14 +187,16 @@ class ModelRunner:
             ends = np.cumsum([len(part.ids) for part in parts]) - 1
             last = to_device(ends, self.device)
             logits = self._logits(self._embeddings(parts), self._rows(parts), last)
-        tokens = next_tokens(logits, [part.draw for part in parts])
+        logprobs = AskedLogprobs(logits, [part.choice.logprobs for part in parts])
+        process_logits(logits, [part.choice.change for part in parts], self._known)
+        tokens = next_tokens(logits, [part.choice.draw for part in parts])
         self._latest[: len(parts)] = tokens.clamp(min=0)  # NO_TOKEN has no embedding
-        told = to_host(tokens)
+        told, told_logprobs = to_host(tokens), logprobs.of(tokens)
         timer.end()
 
         def wait() -> StepResult:
             seconds = timer.wait()
-            return StepResult(told.tolist(), seconds)
+            return StepResult(told.tolist(), seconds, told_logprobs())
 
         return LaunchedStep(wait)
 

@@ -29,6 +29,8 @@ class Draw:
     top_p: float
     number: float
     """From 0 to 1, 1 excluded: which token it will be."""
+    min_p: float = 0.0
+    """0: no limit."""
 
 
 class Draws:
@@ -60,7 +62,11 @@ class Draws:
             number = torch.rand((), generator=self._generator, dtype=torch.float64)
             self._numbers.append(float(number))
         return Draw(
-            parameters.temperature, parameters.top_k, parameters.top_p, self._numbers[position]
+            parameters.temperature,
+            parameters.top_k,
+            parameters.top_p,
+            self._numbers[position],
+            parameters.min_p,
         )
 
 
@@ -95,9 +101,9 @@ def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def kept_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """The tokens that temperature, top-k and then top-p leave to be sampled from.
+    """The tokens that temperature, min-p, top-k and then top-p leave to be sampled from.
 
-    Top-p looks at the probabilities after top-k, as vLLM and transformers do.
+    Top-p looks at the probabilities after min-p and top-k, as vLLM does.
 
     Args:
         logits: [N, V].
@@ -113,6 +119,8 @@ def kept_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     # that they overflow downwards only.
     values = values.double()
     scaled = (values - values[:, :1]) / _column(logits, [draw.temperature for draw in draws])
+    least = _column(logits, [draw.min_p for draw in draws]).log()  # of 0 it is below all
+    scaled = scaled.masked_fill(scaled < least, -torch.inf)
     most = _column(logits, [draw.top_k or torch.inf for draw in draws])
     probabilities = scaled.masked_fill(ranks >= most, -torch.inf).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llava_triton.model.logits_processors import LogitsChange
+from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.sampling import Draw
 
 Transfer = Callable[[], None]
@@ -34,6 +36,17 @@ class ImageRows:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the token behind a part's last one is chosen; by default it is the likeliest one."""
+
+    draw: Draw | None = None
+    change: LogitsChange | None = None
+    logprobs: int | None = None
+    """Of how many likeliest tokens the log probabilities are told, beside the chosen one's; None:
+    none at all."""
+
+
+@dataclass(frozen=True)
 class StepPart:
     """The tokens of one sequence in a step."""
 
@@ -45,8 +58,8 @@ class StepPart:
     """Its block table, long enough for `ids`."""
     image_rows: Sequence[ImageRows] = ()
     """What is computed in the place of some of `ids`, in order."""
-    draw: Draw | None = None
-    """How the token after the last one is drawn; None: the likeliest."""
+    choice: Choice = Choice()
+    """Of the token after the last one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class StepResult:
     """Their IDs, one for each part; of no meaning where a part's prompt goes on."""
     seconds: float
     """The device's time, without the moves."""
+    logprobs: list[TokenLogprobs | None]
+    """One for each part; None where its choice asks for none."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class TextModel:
             Stack(layers, text.norm.weight.detach(), epsilon, cos, sin)
         )
         self._head = _linear(kernels, False, model.lm_head)
+        self.vocabulary = int(model.lm_head.weight.shape[0])
+        """How many tokens there are logits for."""
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[N, W] -> float32 [N, V]."""

@@ -78,7 +78,7 @@ async def chat_request(
         sampling=parameters.sampling,
         history=history if conversation.past else None,
     )
-    answer = ChatAnswer(parameters.include_usage)
+    answer = ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
     if asked.end:  # no session: nothing to remember
         return Invocation("chat", asked, answer, stream)
     if conversation.past and place.known is not None and place.known.turns != place.turns:

@@ -10,9 +10,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llava_sagemaker.adapter.chat_outputs import output_parameters
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "max_seconds")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    # Not OpenAI's, but vLLM's:
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    # Nobody else's:
+    "max_seconds",
+)
 """Passed on by their names; the engine checks their values."""
 _OTHER_NAMES = {
     "max_completion_tokens": "max_tokens",
@@ -24,16 +42,7 @@ counts, the engine's own name last."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -85,7 +94,8 @@ def read_parameters(fields: dict[str, Any]) -> ChatParameters:
         raise invalid_request(
             'stream_options must be an object like {"include_usage": true}', "stream_options"
         )
-    return ChatParameters(_sampling(given), stream, options.get("include_usage") is True)
+    sampling = _sampling(given) | output_parameters(given)
+    return ChatParameters(sampling, stream, options.get("include_usage") is True)
 
 
 def _refused(given: dict[str, Any]) -> Iterator[str]:

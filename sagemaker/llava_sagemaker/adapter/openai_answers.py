@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class ChatAnswer(AnswerFormat):
     """A chat completion, or its chunks."""
 
     include_usage: bool
+    logprobs: bool = False
+    """Whether the tokens' log probabilities were asked for."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     _began: bool = False
@@ -35,7 +38,7 @@ class ChatAnswer(AnswerFormat):
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": self._logprobs(answer),
             "finish_reason": finish_reason(answer),
         }
         head = self._head("chat.completion")
@@ -47,21 +50,33 @@ class ChatAnswer(AnswerFormat):
         if not self._began:
             self._began = True
             delta = {"role": "assistant", "content": piece.text}
-        return self._chunk(delta, None) if delta else b""
+        return self._chunk(delta, None, piece) if delta or piece.logprobs else b""
 
     def end(self, final: Delta) -> bytes:
         """The last chunks."""
-        last = self._chunk({}, finish_reason(final))
+        last = self._chunk({}, finish_reason(final))  # its text and logprobs were a piece's
         if self.include_usage:
             last += event(
                 {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(final)}
             )
         return last + DONE
 
-    def _chunk(self, delta: dict[str, str], reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self, delta: dict[str, str], reason: str | None, piece: Delta | None = None
+    ) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": None if piece is None else self._logprobs(piece),
+            "finish_reason": reason,
+        }
         no_usage = {"usage": None} if self.include_usage else {}
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **no_usage})
+
+    def _logprobs(self, piece: Delta) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return {"content": [json.loads(token) for token in piece.logprobs], "refusal": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": MODEL}
