@@ -20,6 +20,7 @@ from llava_triton.checkpoint.loader import load_checkpoint
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype
@@ -128,6 +129,7 @@ class EngineHarness:
         end: bool = False,
         history: Sequence[PastTurn] = (),
         tenant: str = NO_TENANT,
+        operation: Operation = NO_OPERATION,
         listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
@@ -142,6 +144,7 @@ class EngineHarness:
             image_features=self.features(images),
             history=tuple(history),
             tenant=tenant,
+            operation=operation,
             sampling=SamplingParameters(**sampling),
         )
 
@@ -389,6 +392,7 @@ def _check_session(memory: SessionMemory, session: Session) -> None:
             assert memory.pool._keys.get(kv.blocks[index], key) == key
     assert kv.computed <= len(session.tokens)
     assert session.committed <= len(session.tokens)
+    _check_turns(session)
     end = 0
     for span, image in zip(session.spans, session.images, strict=False):
         assert (span.image, span.length) == (image, image.tokens)
@@ -396,6 +400,18 @@ def _check_session(memory: SessionMemory, session: Session) -> None:
         assert len(set(session.tokens[span.start : span.end])) == 1
         end = span.end
     assert len(session.spans) <= len(session.images)
+
+
+def _check_turns(session: Session) -> None:
+    end = images = 0
+    for number, turn in enumerate(session.turns):
+        mark = session.mark(number)
+        assert (mark.committed, mark.images) == (end, images + turn.pending)
+        assert end <= mark.length <= turn.asked <= turn.end <= len(session.tokens)
+        shown = list(session.pictures(end, turn.asked))
+        assert len(shown) == turn.images - images >= turn.pending
+        end, images = turn.end, turn.images
+    assert images + session.pending_images <= len(session.images)
 
 
 def _check_host_copies(memory: SessionMemory, sessions: Sequence[Session]) -> None:
@@ -407,12 +423,12 @@ def _check_host_copies(memory: SessionMemory, sessions: Sequence[Session]) -> No
 
 def _check_images(engine: Engine, sessions: Sequence[Session]) -> None:
     store = engine._images
-    shown = Counter(image for session in sessions for image in session.images)
+    shown = Counter(image for session in sessions for image in session.held_images)
     on_device, on_host = store._on_device.values(), store._on_host.values()
     assert sorted(map(id, [*on_device, *on_host])) == sorted(map(id, shown))
     assert all(image.holders == count for image, count in shown.items())
     for image in shown:
-        tenants = {each.tenant for each in sessions if image in each.images}
+        tenants = {each.tenant for each in sessions if image in each.held_images}
         assert len(tenants) == 1, "tenants share a picture"
     used = (store.device_bytes, store.host_bytes)
     assert used == (sum(each.bytes for each in on_device), sum(each.bytes for each in on_host))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.engine.session import SessionId
 from tests.engine_harness import EngineHarness, Pending
@@ -98,6 +99,7 @@ def submit(
     start: bool = False,
     end: bool = False,
     tenant: str = NO_TENANT,
+    operation: Operation = NO_OPERATION,
     listen: Callable[[object], None] | None = None,
 ) -> Pending:
     return harness.submit(
@@ -107,10 +109,21 @@ def submit(
         start=start,
         end=end,
         tenant=tenant,
+        operation=operation,
         listen=listen,
         max_tokens=talk.max_tokens,
         stop=talk.stop,
     )
+
+
+def gone_back(conversation: Conversation, operation: Operation) -> Conversation | None:
+    """What an operation leaves of a conversation; None where it is refused."""
+    asked = [index for index, talk in enumerate(conversation) if talk.text is not None]
+    if operation.regenerate:
+        return conversation[: asked[-1]] if asked else None
+    if operation.rewind is None or operation.rewind == len(asked):
+        return conversation
+    return conversation[: asked[operation.rewind]] if operation.rewind < len(asked) else None
 
 
 def reply_of(text: str, final: Delta) -> Reply:
@@ -142,6 +155,7 @@ class Flight:
     end: bool
     tenant: str
     pending: Pending
+    operation: Operation = NO_OPERATION
     may_be_cancelled: bool = False
     result: Reply | ErrorCode | None = None
     sentence: str = ""
@@ -190,8 +204,9 @@ class Limits:
         }
         self.surely_open = set(sessions) - perhaps_closed
         self.perhaps_open = set(sessions) | {turn.session_id for turn in turns if turn.start}
+        goes_back = {turn.session_id for turn in turns if turn.operation != NO_OPERATION}
         self.surely_held: set[tuple[str, int]] = set()
-        for session_id in self.surely_open:
+        for session_id in self.surely_open - goes_back:
             self.surely_held |= sessions[session_id].pictures
         self.tenants: defaultdict[SessionId, set[str]] = defaultdict(set)
         """Who has a session or a turn under an ID."""

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 
 import tests.engine_harness
 from llava_triton.contract.errors import ErrorCode
+from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.engine.session import SessionId
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, FailingStep
@@ -39,12 +40,14 @@ from tests.session_rules import (
     STRANGER,
     TENANTS,
     Closing,
+    Conversation,
     Flight,
     Limits,
     Open,
     Oracle,
     Reply,
     Talk,
+    gone_back,
     submit,
     talks,
 )
@@ -55,6 +58,7 @@ HANG_SECONDS = 20.0
 
 
 ids = st.sampled_from(IDS)
+operations = st.sampled_from([Operation(regenerate=True), *map(Operation, range(4))])
 # Few of them, so that sessions often begin alike.
 openings = talks((0,), (), (1,), (0, 1), (2,))
 later_talks = talks((), (), (), (3,), (), (4, 5), (0,), (6,), (7, 7))
@@ -131,6 +135,22 @@ class EngineMachine(RuleBasedStateMachine):
         self._submit(self._likely_id(pick), Talk(None, (picture,)))
         if wait:
             self._drain()
+
+    @rule(pick=picks, talk=later_talks, operation=operations, end=seldom, wait=st.booleans())
+    def go_back(self, pick: int, talk: Talk, operation: Operation, end: bool, wait: bool) -> None:
+        if operation.regenerate:
+            talk = replace(talk, text=None, pictures=())
+        self._submit(self._likely_id(pick), talk, end=end, operation=operation)
+        if wait:
+            self._drain()
+
+    @rule(pick=picks, talk=st.one_of(st.just(NOTHING), later_talks), operation=operations)
+    def cancel_a_turn_that_goes_back(self, pick: int, talk: Talk, operation: Operation) -> None:
+        session_id = self._likely_id(pick)
+        talk = replace(talk, max_tokens=40)
+        if operation.regenerate:
+            talk = replace(talk, text=None, pictures=())
+        self._cancel(self._submit(session_id, talk, operation=operation))
 
     @rule(pick=picks, talk=st.one_of(st.just(NOTHING), later_talks), wait=st.booleans())
     def end(self, pick: int, talk: Talk, wait: bool) -> None:
@@ -281,10 +301,16 @@ class EngineMachine(RuleBasedStateMachine):
         start: bool = False,
         end: bool = False,
         tenant: str | None = None,
+        operation: Operation = NO_OPERATION,
         listen: Callable[[object], None] | None = None,
     ) -> Flight:
         tenant = TENANTS[session_id] if tenant is None else tenant
-        flags: dict[str, Any] = {"start": start, "end": end, "tenant": tenant}
+        flags: dict[str, Any] = {
+            "start": start,
+            "end": end,
+            "tenant": tenant,
+            "operation": operation,
+        }
         pending = submit(self._harness, session_id, talk, **flags, listen=listen)
         flight = Flight(session_id, talk, **flags, pending=pending)
         self._flights.append(flight)
@@ -345,7 +371,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _ended(self, flight: Flight, limits: Limits) -> None:
         expected = self._expected(flight, limits)
         assert flight.result == expected
-        session_id, talk = flight.session_id, flight.talk
+        session_id = flight.session_id
         if isinstance(expected, ErrorCode):
             self._failures += 1
             if flight.end:
@@ -356,8 +382,8 @@ class EngineMachine(RuleBasedStateMachine):
                 self._sessions[session_id] = Open(self._clock.now, flight.tenant)
             if flight.end:
                 del self._sessions[session_id]
-            elif not talk.says_nothing:
-                self._sessions[session_id].conversation += (talk,)
+            else:
+                self._sessions[session_id].conversation = self._said(flight) or ()
         if session_id in self._sessions and self._sessions[session_id].tenant == flight.tenant:
             self._sessions[session_id].used_at = self._clock.now
 
@@ -383,10 +409,12 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(others[0]) < MAX_SESSIONS
         if not flight.start and session is None:
             return ErrorCode.NOT_FOUND
-        if flight.talk.says_nothing:
+        said = self._said(flight)
+        if said is None:
+            return ErrorCode.INVALID_ARG
+        if flight.talk.says_nothing and not flight.operation.regenerate:
             return self._expected_of_nothing(flight, session)
-        before = () if flight.start or session is None else session.conversation
-        reply = self._oracle.reply((*before, flight.talk))
+        reply = self._oracle.reply(said)
         if isinstance(reply, ErrorCode):
             return reply
         if flight.talk.pictures:
@@ -398,9 +426,21 @@ class EngineMachine(RuleBasedStateMachine):
             return replace(reply, finish_reason="closed")
         return reply
 
+    def _said(self, flight: Flight) -> Conversation | None:
+        """What is said in its session behind a turn that completes; None where it cannot."""
+        session, talk = self._sessions.get(flight.session_id), flight.talk
+        before = () if flight.start or session is None else session.conversation
+        left = gone_back(before, flight.operation)
+        if left is None:
+            return None
+        if flight.operation.regenerate:
+            question = before[len(left)]
+            return (*left, replace(talk, text=question.text, pictures=question.pictures))
+        return left if talk.says_nothing else (*left, talk)
+
     @staticmethod
     def _expected_of_nothing(flight: Flight, session: Open | None) -> Reply | ErrorCode:
-        if not (flight.start or flight.end):
+        if not (flight.start or flight.end or flight.operation != NO_OPERATION):
             return ErrorCode.INVALID_ARG
         assert isinstance(flight.result, Reply)
         length = 0 if flight.start or session is None else flight.result.num_input_tokens

@@ -51,7 +51,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters,
+                parameters=self.parameters | turn.operation.to_parameters(),
             )
         except InferenceServerException as error:
             raise self._told(error) from error
@@ -68,7 +68,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters,
+                parameters=self.parameters | turn.operation.to_parameters(),
             )
             while not ended:
                 result, error = arrived.get()

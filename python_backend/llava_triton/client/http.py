@@ -38,7 +38,7 @@ class HttpTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters,
+                parameters=self.parameters | turn.operation.to_parameters(),
             )
         except (InferenceServerException, OSError, HTTPException) as error:
             raise session_error(error, self._address) from error

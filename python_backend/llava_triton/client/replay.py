@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.errors import ErrorCode, SessionError, not_found
 from llava_triton.contract.history import PastTurn
 
 
@@ -25,8 +25,12 @@ class ReplayTransport(Transport):
         self._transport = transport
         self._session_id: int | str = 0
         self._turns: list[PastTurn] = []
+        self._pending: list[int] = []
+        """Of each turn's pictures, those that came before its question, without one."""
         self._pictures: list[bytes] = []
         """Those of all turns, then those that no question has come with yet."""
+        self._told_anew = False
+        """Whether the session was opened by a history, which does not say what came when."""
 
     def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Open the session and begin to remember."""
@@ -39,11 +43,17 @@ class ReplayTransport(Transport):
 
         A turn that ends the session is not worth a new one.
         """
+        kept = turn.operation.rewind
+        forgets = kept is not None and kept <= len(self._turns)
         try:
+            if forgets and self._told_anew:
+                raise not_found("its server knows what was said, but not what came when")
             final = self._transport.ask(self._here(turn))
         except SessionError as error:
             if turn.end or not _is_lost(error):
                 raise
+            if forgets:
+                return self._rewind_anew(turn, error)
             self._open_again(error)
             final = self._transport.ask(self._here(turn))
         self._remember(turn, final.text)
@@ -99,12 +109,40 @@ class ReplayTransport(Transport):
         return replace(turn, session_id=self._session_id)
 
     def _remember(self, turn: TurnMessage, answer: str) -> None:
+        if turn.operation.rewind is not None and turn.operation.rewind < len(self._turns):
+            self._forget(turn.operation.rewind)
+        if turn.operation.regenerate and self._turns:
+            self._turns[-1] = replace(self._turns[-1], answer=answer)
+            del self._pictures[self._asked_about :]
+        pending = len(self._pictures) - self._asked_about
         self._pictures += turn.images
         if turn.text:
-            asked_before = sum(past.images for past in self._turns)
-            self._turns.append(PastTurn(turn.text, answer, len(self._pictures) - asked_before))
+            images = pending + len(turn.images)
+            self._turns.append(PastTurn(turn.text, answer, images))
+            self._pending.append(pending)
 
-    def _open_again(self, lost: SessionError) -> None:
+    def _rewind_anew(self, turn: TurnMessage, lost: SessionError) -> Delta:
+        """Open the session again without what the turn forgets."""
+        record = self._turns.copy(), self._pending.copy(), self._pictures.copy()
+        self._remember(turn, "")
+        try:
+            return self._open_again(lost)
+        except SessionError:
+            self._turns, self._pending, self._pictures = record
+            raise
+
+    @property
+    def _asked_about(self) -> int:
+        """Pictures that the questions were about."""
+        return sum(past.images for past in self._turns)
+
+    def _forget(self, kept: int) -> None:
+        """All turns but the first ones; what was shown before the next question stays."""
+        pending = self._pending[kept]
+        del self._turns[kept:], self._pending[kept:]
+        del self._pictures[self._asked_about + pending :]
+
+    def _open_again(self, lost: SessionError) -> Delta:
         opening = TurnMessage(
             self._session_id,
             start=True,
@@ -112,13 +150,15 @@ class ReplayTransport(Transport):
             history=tuple(self._turns),
         )
         try:
-            self._session_id, _ = self._transport.open(opening)
+            self._session_id, final = self._transport.open(opening)
         except SessionError as error:
             raise SessionError(
                 error.code,
                 f"the session was lost ({lost.sentence}) and cannot be opened again with its "
                 f"{len(self._turns)} turns and {len(self._pictures)} pictures: {error.sentence}",
             ) from error
+        self._told_anew = bool(self._turns)
+        return final
 
 
 def _is_lost(error: SessionError) -> bool:

@@ -17,6 +17,7 @@ from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError, invalid
+from llava_triton.contract.operations import Operation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,14 +119,48 @@ class Session:
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        self._leave_stream()
-        turn = TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
-        self._stream = AnswerStream(self._transport.stream(turn))
-        return self._stream
+        return self._begin_stream(
+            TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
+        )
 
     def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
         """Show more pictures without asking; the next question is about them too."""
         return self._ask(None, _pictures(image), {})
+
+    def regenerate(self, **sampling: Any) -> Answer:
+        """Answer the last question again, in the place of the last answer.
+
+        Nothing of the conversation is computed again. Pictures shown since that answer go with it.
+
+        Args:
+            sampling: as for `ask`; another `seed` gives another answer where `temperature` is not
+                0.
+
+        Raises:
+            SessionError: the last answer is there as before; INVALID_ARG where there is none.
+        """
+        return self._send(regenerating(self.id, sampling))
+
+    def stream_again(self, **sampling: Any) -> AnswerStream:
+        """As `regenerate`, piece by piece; left early, the last answer is there as before."""
+        return self._begin_stream(regenerating(self.id, sampling))
+
+    def rewind(self, turns: int) -> Answer:
+        """Keep the first `turns` completed turns, and forget what was said and shown in later ones.
+
+        Pictures that were shown before the next question came, and without one, stay. So 0 takes
+        the session back to how it was opened. Nothing is computed again.
+
+        Args:
+            turns: how many to keep.
+
+        Returns:
+            An answer without text; its `num_input_tokens` are what is left.
+
+        Raises:
+            SessionError: the session is as it was; INVALID_ARG where it has fewer turns.
+        """
+        return self._send(rewinding(self.id, turns))
 
     def close(self) -> None:
         """End the session; the server frees all it held. Closing twice is fine."""
@@ -138,11 +173,18 @@ class Session:
         self._transport.close()
 
     def _ask(self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]) -> Answer:
+        return self._send(TurnMessage(self.id, text=text, images=images, sampling=sampling))
+
+    def _send(self, turn: TurnMessage) -> Answer:
         self._leave_stream()
-        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling)
         began = time.perf_counter()
         final: Delta = self._transport.ask(turn)
         return whole_answer(final, final.first_token_ms / 1000.0, time.perf_counter() - began)
+
+    def _begin_stream(self, turn: TurnMessage) -> AnswerStream:
+        self._leave_stream()
+        self._stream = AnswerStream(self._transport.stream(turn))
+        return self._stream
 
     def _leave_stream(self) -> None:
         """A new turn ends the one whose answer nobody reads any more."""
@@ -155,6 +197,16 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def regenerating(session_id: int | str, sampling: dict[str, Any]) -> TurnMessage:
+    """The turn that answers a session's last question again."""
+    return TurnMessage(session_id, sampling=sampling, operation=Operation(regenerate=True))
+
+
+def rewinding(session_id: int | str, turns: int) -> TurnMessage:
+    """The turn that takes a session back to so many completed turns."""
+    return TurnMessage(session_id, operation=Operation(rewind=turns))
 
 
 def _transport(url: str, tenant: str | None) -> Transport:

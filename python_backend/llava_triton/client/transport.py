@@ -26,6 +26,7 @@ from llava_triton.contract.errors import (
 )
 from llava_triton.contract.history import PastTurn, history_to_json
 from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -43,6 +44,8 @@ class TurnMessage:
     """See `llava_triton.model.sampling.SamplingParameters`."""
     history: Sequence[PastTurn] = ()
     """What was said before, where the turn opens a session; `images` begins with its pictures."""
+    operation: Operation = NO_OPERATION
+    """What is done to the session first."""
 
     def inputs(self, triton: ModuleType) -> list[Any]:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""

@@ -21,6 +21,22 @@ class Span:
         return self.start + self.length
 
 
+@dataclass(frozen=True)
+class CompletedTurn:
+    """Where a question that was answered stands in its conversation."""
+
+    asked: int
+    """Tokens of the conversation up to where the answer begins."""
+    end: int
+    """Tokens up to the end of the answer."""
+    images: int
+    """Pictures of the conversation up to there."""
+    pending: int
+    """How many of them were there, and not asked about yet, when the question came."""
+    answer: str
+    """Its text."""
+
+
 @dataclass
 class Prompt:
     """Token IDs and the spans of the pictures among them."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.sampling_parameters import MAX_STOP_CHARACTERS
-from llava_triton.conversation.prompt import Prompt, expanded
+from llava_triton.conversation.prompt import CompletedTurn, Prompt, expanded
 from llava_triton.conversation.token_bound import FewestTokens
 
 
@@ -25,10 +25,15 @@ from llava_triton.conversation.token_bound import FewestTokens
 class Past:
     """What was said before a turn."""
 
-    prompt: Prompt
+    prompt: Prompt = field(default_factory=Prompt)
     """Up to the end of the last answer."""
-    last_answer: str | None
-    """That answer's text; None: nothing was said."""
+    turns: tuple[CompletedTurn, ...] = ()
+    """What it consists of."""
+
+    @property
+    def last_answer(self) -> str | None:
+        """Text of the last answer; None: nothing was said."""
+        return self.turns[-1].answer if self.turns else None
 
 
 def too_long(tokens: int, context: int) -> SessionError:
@@ -112,16 +117,19 @@ class ConversationRenderer:
             SessionError: INVALID_ARG, it is too much.
         """
         history, shown = Prompt(), 0
+        completed: list[CompletedTurn] = []
         last_answer: str | None = None
         for turn in turns:
             self.check_length(turn.text + turn.answer, context)
             lengths = images[shown : shown + turn.images]
             history.append(self.message(last_answer, turn.text, lengths))
+            asked = len(history)
             history.append(Prompt(self._answer_tokens(turn.answer)))
             last_answer, shown = turn.answer, shown + turn.images
+            completed.append(CompletedTurn(asked, len(history), shown, 0, turn.answer))
             if len(history) > context:
                 raise too_long(len(history), context)
-        return Past(history, last_answer)
+        return Past(history, tuple(completed))
 
     def check_length(self, text: str, context: int) -> None:
         """Refuse a text that alone is longer than the context, whatever its tokens are.

@@ -13,15 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
+from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
-from llava_triton.conversation.renderer import ConversationRenderer
+from llava_triton.conversation.renderer import ConversationRenderer, Past
 from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.lanes import Lanes
 from llava_triton.engine.preparation import TurnPreparation
 from llava_triton.engine.scheduler import Scheduler, Work
-from llava_triton.engine.session import Session, SessionId, common_prefix
+from llava_triton.engine.session import Mark, Session, SessionId, common_prefix
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
 from llava_triton.engine.statistics import Statistics
@@ -327,10 +328,11 @@ class Engine:
                 if request.start
                 else self._sessions.get(session_id, request.tenant)
             )
-            prepared = self._prepared(turn, session)
+            mark = self._preparation.where_to_begin(request, session)
+            prepared = self._prepared(turn, session, mark)
             if prepared is None:
                 return
-            running = self._preparation.begin(turn, prepared, session)
+            running = self._preparation.begin(turn, prepared, session, mark)
             pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
             if request.end:
@@ -345,10 +347,11 @@ class Engine:
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
+        if request.operation != NO_OPERATION:
+            session.go_back(mark)
         session.images += pictures
-        if request.start:
-            session.append(prepared.past.prompt)
-            session.committed = len(session.tokens)
+        session.append(prepared.past.prompt)
+        session.turns += prepared.past.turns
         running.kept = session.replace_message(prepared.message)
         self._memory.truncate(session, running.remembered)
         running.cached_tokens = session.key_values.computed
@@ -356,9 +359,11 @@ class Engine:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
 
-    def _prepared(self, turn: Turn, session: Session) -> Prepared | None:
+    def _prepared(self, turn: Turn, session: Session, mark: Mark) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
-        said = (turn.request, session.last_answer, session.pending_lengths)
+        if turn.request.operation.regenerate:
+            return Prepared(Past(), session.last_question()[1])
+        said = (turn.request, mark.last_answer, session.pending_lengths(mark))
         if turn.preparation is not None:
             return turn.preparation.result()
         if not self._preparation.takes_long(turn.request):
@@ -499,16 +504,15 @@ class Engine:
         counters = self._statistics
         counters.answer_tokens += final.num_output_tokens
         if running.max_tokens == 0:
-            session.last_answer = running.last_answer
             session.pending_images = running.pending_images
         else:
             if running.detokenizer.stopped:
                 self._keep_what_was_shown(running)
-            session.last_answer = running.detokenizer.text
+            session.turns.append(running.completed())
             session.pending_images = 0
-            session.committed = len(session.tokens)
+        self._sessions.forget_taken_back(session)
         counters.turns_completed += turn.asked_for
-        if running.finish_reason != "closed":
+        if not turn.request.is_empty:
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += running.prompt_tokens - running.cached_tokens
         if turn.request.end:  # everything is free before the client hears that it is over
@@ -542,7 +546,8 @@ class Engine:
         else:
             session.truncate(running.kept)
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
-            self._sessions.forget_images(session, running.images_before)
+            self._sessions.forget_images(session, running.mark.images)
+            session.come_back()
             self._sessions.used(session.id, session.tenant)
         self._tell(turn, error)
         self._leave(turn)

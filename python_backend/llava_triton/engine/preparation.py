@@ -8,14 +8,14 @@ import torch
 
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
-from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
 from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
-from llava_triton.engine.session import Session
+from llava_triton.engine.session import Mark, Session
 from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.logits_processors import LogitsProcessors
@@ -79,45 +79,93 @@ class TurnPreparation:
         self._check(request)
         shown = _pictures(request.history)
         lengths = [len(features) for features in request.image_features]
-        past = Past(Prompt(), last_answer)
-        if request.start:
+        past = Past()
+        if request.history:
             past = self._renderer.past(request.history, lengths[:shown], self._context)
+            last_answer = past.last_answer
         images = [*pending, *lengths[shown:]]
-        message = self._renderer.message(past.last_answer, request.text, images)
+        message = self._renderer.message(last_answer, request.text, images)
         return Prepared(past, message, self._digests(request))
 
-    def begin(self, turn: Turn, prepared: Prepared, session: Session) -> RunningTurn:
+    def begin(self, turn: Turn, prepared: Prepared, session: Session, mark: Mark) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing.
+
+        Args:
+            turn: the turn.
+            prepared: what its request was made into.
+            session: its session, as it is.
+            mark: where the turn begins in it.
 
         Raises:
             SessionError: INVALID_ARG, it does not fit into the model's context.
         """
         request = turn.request
-        before = len(prepared.past.prompt) if request.start else session.committed
+        before = mark.committed + len(prepared.past.prompt)
         prompt_tokens = before + len(prepared.message)
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
         room = self._context - prompt_tokens
-        if room < (0 if request.text is None else 1):
+        if room < int(request.is_asked):
             raise too_long(prompt_tokens, self._context)
         return RunningTurn(
             turn=turn,
             session=session,
             prompt_tokens=prompt_tokens,
-            images_before=len(session.images),
-            max_tokens=0 if request.text is None else min(wanted, room),
+            mark=mark,
+            max_tokens=min(wanted, room) if request.is_asked else 0,
             draws=Draws(request.sampling),
             processors=LogitsProcessors(request.sampling, self._runner.eos_token_ids),
             detokenizer=Detokenizer(
                 self._tokenizer, request.sampling.stop, request.sampling.min_tokens
             ),
             token_texts=self._token_texts,
-            last_answer=prepared.past.last_answer,
             pending_images=len(prepared.message.spans),
         )
 
+    def where_to_begin(self, request: TurnRequest, session: Session) -> Mark:
+        """The mark in its session, which is open or a fork's source, where a turn begins.
+
+        Raises:
+            SessionError: INVALID_ARG, what its operation asks for does not go with the rest of the
+                request, or not with the session.
+        """
+        operation, turns = request.operation, len(session.turns)
+        if operation.regenerate and request.has_message:
+            raise invalid(
+                "regenerate answers the last question again, and a new message came with it; send "
+                "it without text_input, image and history"
+            )
+        if operation.regenerate and operation.rewind is not None:
+            raise invalid("rewind and regenerate came in one request; send them one by one")
+        if operation.fork is not None and (request.has_message or operation.regenerate):
+            raise invalid(
+                "fork only opens a session, and more came with it; ask in the session's next turn"
+            )
+        if request.start and operation.fork is None and operation != NO_OPERATION:
+            raise invalid(
+                f"{' and '.join(operation.to_parameters())} came with the sequence start flag, "
+                "which opens a new session; send it in an open one"
+            )
+        if operation.fork is not None and not request.start:
+            raise invalid(
+                "fork opens a session; send it with the sequence start flag and another sequence "
+                "ID than that of the session to copy"
+            )
+        if operation.regenerate:
+            if not turns:
+                raise invalid("there is no answer to regenerate in the session; ask first")
+            return session.last_question()[0]
+        kept = turns if operation.rewind is None else operation.rewind
+        if kept > turns:
+            raise invalid(
+                f"the session cannot be rewound to turn {kept}; it has {turns} completed turns: "
+                f"give 0 to {turns}"
+            )
+        return session.mark(kept)
+
     def _check(self, request: TurnRequest) -> None:
         """Raises INVALID_ARG where anything of a turn is not as it should be."""
-        if request.is_empty and not (request.start or request.end):
+        nothing = request.is_empty and request.operation.rewind is None
+        if nothing and not (request.start or request.end):
             raise invalid(
                 "the turn has neither text_input nor image; send a question, a picture or both"
             )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llava_triton.contract.protocol import NO_TENANT
-from llava_triton.conversation.prompt import Prompt, Span
+from llava_triton.conversation.prompt import CompletedTurn, Prompt, Span
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
 from llava_triton.model.kv_pages import HostBlocks
@@ -52,6 +52,37 @@ class PictureSpan(Span):
     image: Image
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in a session where a turn can begin: behind so many completed turns."""
+
+    turns: int
+    committed: int
+    """Tokens up to the end of the last of them."""
+    length: int
+    """Those, and the tokens that the next message begins with."""
+    images: int
+    """Pictures up to there."""
+    pending: int
+    """Those of them that nobody has asked about."""
+    last_answer: str | None
+    """Text of the last answer; None before the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class TakenBack:
+    """What a session had behind a mark that it went back to."""
+
+    mark: Mark
+    tokens: list[int]
+    """From `mark.committed` on, and so the others."""
+    spans: list[PictureSpan]
+    turns: list[CompletedTurn]
+    images: list[Image]
+    """From `mark.images` on; the session still holds them."""
+    pending_images: int
+
+
 @dataclass(eq=False)
 class Session:
     """One open session. Only the engine's thread touches it.
@@ -71,21 +102,87 @@ class Session:
     there to stay; the keys and values of the first `key_values.computed` exist."""
     spans: list[PictureSpan] = field(default_factory=list)
     """The pictures among `tokens`, in order."""
-    committed: int = 0
-    """Tokens up to the end of the last answer. Those of pictures that came without a question since
-    are behind them, and the next message begins with the same."""
-    last_answer: str | None = None
-    """Text of the last answer; None before the first."""
+    turns: list[CompletedTurn] = field(default_factory=list)
+    """Those that were answered, in order: where each ends is where the session can go back to."""
     images: list[Image] = field(default_factory=list)
     """Every picture of the conversation, in order. The last ones may have no tokens."""
     pending_images: int = 0
     """Those of them that came without a question since the last answer."""
     key_values: KeyValues = field(default_factory=KeyValues)
+    taken_back: TakenBack | None = None
+    """What the turn under way has taken back: all of it is there again if that turn fails."""
 
     @property
-    def pending_lengths(self) -> list[int]:
-        """Tokens of each pending image."""
-        return [image.tokens for image in self.images[len(self.images) - self.pending_images :]]
+    def committed(self) -> int:
+        """Tokens up to the end of the last answer. Those of pictures that came without a question
+        since are behind them, and the next message begins with the same."""
+        return self.turns[-1].end if self.turns else 0
+
+    @property
+    def held_images(self) -> list[Image]:
+        """Every picture that the session holds."""
+        return self.images + (self.taken_back.images if self.taken_back else [])
+
+    def mark(self, turns: int) -> Mark:
+        """Where the question behind so many completed turns came: what was shown before it without
+        a question is there. Where these are all, the session as it is."""
+        last = self.turns[turns - 1] if turns else None
+        pending = self.turns[turns].pending if turns < len(self.turns) else self.pending_images
+        images = (last.images if last else 0) + pending
+        committed = last.end if last else 0
+        shown = self.spans[:images]
+        length = max(committed, shown[-1].end) if shown else committed
+        return Mark(turns, committed, length, images, pending, last.answer if last else None)
+
+    def last_question(self) -> tuple[Mark, Prompt]:
+        """Where the last answer begins, and the message that it answers."""
+        turn = self.turns[-1]
+        mark = self.mark(len(self.turns) - 1)
+        mark = replace(mark, length=turn.asked, images=turn.images)
+        first = mark.committed
+        spans = [Span(span.start - first, span.length) for span in self.pictures(first, turn.asked)]
+        return mark, Prompt(self.tokens[first : turn.asked], spans)
+
+    def pending_lengths(self, mark: Mark) -> list[int]:
+        """Tokens of each picture that is pending at a mark."""
+        return [image.tokens for image in self.images[mark.images - mark.pending : mark.images]]
+
+    def go_back(self, mark: Mark) -> None:
+        """Forget what is behind a mark, but for `come_back`."""
+        first = mark.committed
+        self.taken_back = TakenBack(
+            mark,
+            tokens=self.tokens[first:],
+            spans=[span for span in self.spans if span.start >= first],
+            turns=self.turns[mark.turns :],
+            images=self.images[mark.images :],
+            pending_images=self.pending_images,
+        )
+        self.truncate(mark.length)
+        del self.turns[mark.turns :]
+        del self.images[mark.images :]
+        self.pending_images = mark.pending
+
+    def come_back(self) -> None:
+        """Be as before `go_back`, if that was called."""
+        back, self.taken_back = self.taken_back, None
+        if back is None:
+            return
+        self.truncate(back.mark.committed)
+        self.tokens += back.tokens
+        self.spans += back.spans
+        self.turns += back.turns
+        del self.images[back.mark.images :]
+        self.images += back.images
+        self.pending_images = back.pending_images
+
+    def copy(self, other: Session, mark: Mark) -> None:
+        """Begin as another session up to a mark; whoever calls this holds the pictures."""
+        self.tokens = other.tokens[: mark.length]
+        self.images = other.images[: mark.images]
+        self.spans = [span for span in other.spans if span.end <= mark.length]
+        self.turns = other.turns[: mark.turns]
+        self.pending_images = mark.pending
 
     def append(self, message: Prompt) -> None:
         """Put tokens behind all others; their pictures are the next ones of `images`."""

@@ -125,6 +125,7 @@ class SessionTable:
         session = self._sessions.pop(session_id, None)
         if session is not None:
             self._memory.truncate(session, 0)
+            self.forget_taken_back(session)
             self.forget_images(session, 0)
             self._statistics.sessions_closed += 1
 
@@ -133,6 +134,12 @@ class SessionTable:
         for image in session.images[first:]:
             self._images.release(image)
         del session.images[first:]
+
+    def forget_taken_back(self, session: Session) -> None:
+        """What a turn has taken back will not come back."""
+        back, session.taken_back = session.taken_back, None
+        for image in back.images if back else ():
+            self._images.release(image)
 
     def clear(self) -> None:
         """Close all."""

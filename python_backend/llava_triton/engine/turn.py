@@ -14,13 +14,14 @@ from torch import Tensor
 from llava_triton.contract.delta import Delta, FinishReason
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.detokenizer import Detokenizer
-from llava_triton.conversation.prompt import Prompt
+from llava_triton.conversation.prompt import CompletedTurn, Prompt
 from llava_triton.conversation.renderer import Past
 from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.engine.image_store import Digest
-from llava_triton.engine.session import Session, SessionId
+from llava_triton.engine.session import Mark, Session, SessionId
 from llava_triton.model.logits_processors import LogitsProcessors
 from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.sampling import Draws, SamplingParameters
@@ -48,11 +49,23 @@ class TurnRequest:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     tenant: str = NO_TENANT
     """Whose turn it is: a session is its tenant's alone, and shares with others of his alone."""
+    operation: Operation = NO_OPERATION
+    """What is done to the session first."""
+
+    @property
+    def has_message(self) -> bool:
+        """Whether it says or shows anything."""
+        return self.text is not None or bool(self.image_features) or bool(self.history)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is something to answer."""
+        return self.text is not None or self.operation.regenerate
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self.text is None and not self.image_features and not self.history
+        return not (self.has_message or self.operation.regenerate)
 
     @property
     def only_ends(self) -> bool:
@@ -70,8 +83,7 @@ class Prepared:
     """What takes long about a turn and needs nothing of the engine's state."""
 
     past: Past
-    """Its prompt: what was said elsewhere before, where the turn opens its session. Its answer: the
-    last one before this turn, wherever."""
+    """What was said elsewhere before, where the turn opens its session."""
     message: Prompt
     """What the turn adds, pending images included."""
     digests: Sequence[Digest] = ()
@@ -129,16 +141,14 @@ class RunningTurn:
     session: Session
     prompt_tokens: int
     """Of the conversation, up to where the answer begins."""
-    images_before: int
-    """Entries of the session's `images` when the turn began."""
+    mark: Mark
+    """Where it begins in its session."""
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
     processors: LogitsProcessors
     detokenizer: Detokenizer
     token_texts: TokenTexts
-    last_answer: str | None
-    """Text of the last answer before this turn."""
     pending_images: int
     """Images that the session has to be asked about when the turn is done."""
     kept: int = 0
@@ -213,6 +223,16 @@ class RunningTurn:
                 self.unread = 0
                 self.unread_logprobs.clear()
         return text
+
+    def completed(self) -> CompletedTurn:
+        """Where its session has it, now that its answer has ended."""
+        return CompletedTurn(
+            asked=self.prompt_tokens,
+            end=len(self.session.tokens),
+            images=len(self.session.images),
+            pending=self.mark.pending,
+            answer=self.detokenizer.text,
+        )
 
     def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
         """The next piece of the answer, with the turn's numbers as they are now."""

@@ -9,10 +9,14 @@ from typing import Any
 from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.errors import SessionError, as_session_error, unavailable
+from llava_triton.contract.operations import OF_TURNS
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.whole_answers import Inbox, Outcome
 
 log = logging.getLogger(__name__)
+
+_PASSED_ON = (protocol.TENANT, *OF_TURNS)
+"""Parameters of a request that are language_model's to read."""
 
 
 class AnswerCollector:
@@ -52,13 +56,12 @@ class AnswerCollector:
 
     def _hand_over(self, request: Any, parameters: dict[str, Any], sender: Any) -> None:
         number = uuid.uuid4().hex
-        tenant = parameters.get(protocol.TENANT)
+        passed_on = {name: parameters[name] for name in _PASSED_ON if name in parameters}
         self._senders[number] = sender
         try:
             self._backend.tell(
                 "language_model",
-                {protocol.WHOLE_ANSWER: self._inbox.token(number)}
-                | ({} if tenant is None else {protocol.TENANT: tenant}),
+                {protocol.WHOLE_ANSWER: self._inbox.token(number), **passed_on},
                 inputs=request.inputs(),
                 correlation_id=request.correlation_id(),
                 flags=request.flags(),

@@ -27,6 +27,7 @@ from llava_triton.contract.models import (
     TEXT_INPUT,
     TURN_ID,
 )
+from llava_triton.contract.operations import Operation
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
@@ -190,6 +191,7 @@ class LanguageModel:
             history=protocol.parse_history(self._backend.array(request, HISTORY), self._settings),
             sampling=sampling,
             tenant=protocol.parse_tenant(parameters),
+            operation=Operation.from_parameters(parameters),
         )
 
     def _features(self, request: Any) -> tuple[torch.Tensor, ...]:

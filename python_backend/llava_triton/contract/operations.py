@@ -1,0 +1,100 @@
+"""What a request can ask of a session besides its next turn: to go back, to fork, to stop.
+
+Operations are request parameters, which Triton's ensembles hand on to every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava_triton.contract.errors import invalid
+
+REWIND = "rewind"
+"""Request parameter, see `Operation.rewind`."""
+REGENERATE = "regenerate"
+"""Request parameter, see `Operation.regenerate`."""
+FORK = "fork"
+"""Request parameter, see `Operation.fork`."""
+STOP_ANSWER = "stop_answer"
+"""Request parameter: the ID of a session whose answer under way ends now, as a completed turn. It
+is a request of its own, with START, END and a sequence ID of its own, and nothing else in it: a
+turn of the session would wait for that answer."""
+OF_TURNS = (REWIND, REGENERATE, FORK)
+"""Those that change what a turn does."""
+MAX_ID_CHARACTERS = 128
+"""Of a session's ID, as in Triton."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a request does to its session before its own message is taken."""
+
+    rewind: int | None = None
+    """Keep so many completed turns, and forget the others."""
+    regenerate: bool = False
+    """Forget the last answer, and answer its question again; the request has no message."""
+    fork: int | str | None = None
+    """Open the session as a copy of the open one of this ID, up to its last completed turn, or up
+    to `rewind`. The request has START and no message."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Operation:
+        """Read a request's parameters; others than `OF_TURNS` are not looked at.
+
+        Raises:
+            SessionError: INVALID_ARG, a value has the wrong type or range.
+        """
+        given = {name: parameters[name] for name in OF_TURNS if name in parameters}
+        turns = given.get(REWIND)
+        if turns is not None and not (_is_int(turns) and turns >= 0):
+            raise invalid(
+                f"the parameter {REWIND} is {_shown(turns)}; it must be the number of turns to "
+                "keep, a whole number of at least 0"
+            )
+        again = given.get(REGENERATE, False)
+        if not isinstance(again, bool):
+            raise invalid(
+                f"the parameter {REGENERATE} is {_shown(again)}; it must be true or false"
+            )
+        if FORK in given:
+            check_session_id(FORK, given[FORK])
+        return cls(**given)
+
+    def to_parameters(self) -> dict[str, Any]:
+        """The request parameters that say so."""
+        values = {
+            REWIND: self.rewind,
+            REGENERATE: self.regenerate or None,
+            FORK: self.fork,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+NO_OPERATION = Operation()
+
+
+def check_session_id(name: str, value: Any) -> int | str:
+    """The session ID that a request parameter holds.
+
+    Raises:
+        SessionError: INVALID_ARG, it is none.
+    """
+    if isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARACTERS:
+        return value
+    if _is_int(value) and value > 0:
+        return int(value)
+    raise invalid(
+        f"the parameter {name} is {_shown(value)}; it must be the ID of an open session, a string "
+        f"of 1 to {MAX_ID_CHARACTERS} characters or a positive integer"
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
