@@ -12,6 +12,7 @@ HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+OPENAI_PORT ?= 8080
 INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
@@ -25,7 +26,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 # Always the interpreter, never a script of .venv/bin: those break when the path has spaces.
 python := .venv/bin/python
-sources := python_backend export sagemaker demo benchmarks examples tests
+sources := python_backend export sagemaker cli demo benchmarks examples tests
 demo_repository := build/repositories/demo/settings.json
 # Whether REPOSITORY was named, by the command line or the environment.
 named := $(filter-out file,$(origin REPOSITORY))
@@ -36,12 +37,13 @@ export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
 
 ##@ The main job
 
-demo: .venv/runtime compiler $(demo_repository) ## Show a picture to a real server and ask about it
-	$(python) -m demo.run --repository build/repositories/demo
+demo: .venv/runtime compiler ## Show a picture to a real server and ask about it
+	LLAVA_REPOSITORIES=build/repositories $(python) -m llava_cli demo
 
 serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY= or MODEL=, HOST=, HTTP_PORT= ...)
-	exec $(python) -m llava_triton.server --repository '$(REPOSITORY)' --log build/serve.log \
-	    --host '$(HOST)' --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+	exec $(python) -m llava_cli serve '$(REPOSITORY)' --log build/serve.log \
+	    --host '$(HOST)' --openai-port $(OPENAI_PORT) --triton-host '$(HOST)' \
+	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 export: .venv/runtime ## Fill build/repositories/NAME from MODEL=, a directory or a hub name (EXPORT_OPTIONS=)
 	$(call export_model,$(MODEL),build/repositories/$(NAME))

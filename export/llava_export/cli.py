@@ -19,9 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0 when the repository is filled, 2 for a user's mistake.
     """
     began = time.perf_counter()
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
     try:
-        job = _job(options)
+        job = make_job(**options | {"settings": read_settings(options["settings"])})
         done = export(job)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,24 +69,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(options: argparse.Namespace) -> ExportJob:
-    on_gpu = options.target == "gpu"
-    if not on_gpu and options.precision == "fp16":
+def make_job(
+    model: str,
+    output: Path,
+    settings: Settings,
+    *,
+    target: str = "cpu",
+    precision: str | None = None,
+    compute_capability: str | None = None,
+    copy: bool = False,
+) -> ExportJob:
+    """The job that the command's options ask for; see `--help`.
+
+    Raises:
+        ExportError: they do not fit together.
+    """
+    on_gpu = target == "gpu"
+    if not on_gpu and precision == "fp16":
         raise ExportError("--precision fp16 is for --target gpu; a CPU computes in fp32")
-    if not on_gpu and options.compute_capability:
+    if not on_gpu and compute_capability:
         raise ExportError("--compute-capability is for --target gpu")
     return ExportJob(
-        model=options.model,
-        output=options.output,
-        target=options.target,
-        precision=options.precision or ("fp16" if on_gpu else "fp32"),
-        compute_capability=options.compute_capability,
-        copy=options.copy,
-        settings=_settings(options.settings),
+        model=model,
+        output=output,
+        target=target,
+        precision=precision or ("fp16" if on_gpu else "fp32"),
+        compute_capability=compute_capability,
+        copy=copy,
+        settings=settings,
     )
 
 
-def _settings(path: Path | None) -> Settings:
+def read_settings(path: Path | None) -> Settings:
+    """The settings in a JSON file; the defaults without one.
+
+    Raises:
+        ExportError: it does not hold settings.
+    """
     if path is None:
         return Settings()
     try:

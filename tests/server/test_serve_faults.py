@@ -225,7 +225,7 @@ def test_open_ports_are_warned_of_once(serve: Callable[..., Command]) -> None:
 # What Python does with an exception that is raised in a finalizer: it prints it and goes on.
 DROPPED = """
 import os, signal, time
-from llava_triton.server import triton_server as server
+from llava_triton.server import foreground as server
 
 class Finalized:
     def __del__(self):

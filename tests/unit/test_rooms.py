@@ -17,6 +17,7 @@ PACKAGES = {
     "llava_sagemaker": ROOT / "sagemaker" / "llava_sagemaker",
     "demo": ROOT / "demo",
     "benchmarks": ROOT / "benchmarks",
+    "llava_cli": ROOT / "cli" / "llava_cli",
 }
 MAY_KNOW = {
     "llava_triton": set(),
@@ -24,6 +25,7 @@ MAY_KNOW = {
     "llava_sagemaker": {"llava_triton", "llava_export"},
     "demo": {"llava_triton", "llava_export"},
     "benchmarks": {"llava_triton", "llava_export", "llava_sagemaker", "demo"},
+    "llava_cli": {"llava_triton", "llava_export", "llava_sagemaker"},
 }
 ROOMS = {
     "contract": set(),

@@ -3,5 +3,6 @@
 from llava_triton.client.answer import Answer, AnswerStream
 from llava_triton.client.session import Session
 from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.history import PastTurn
 
-__all__ = ["Answer", "AnswerStream", "ErrorCode", "Session", "SessionError"]
+__all__ = ["Answer", "AnswerStream", "ErrorCode", "PastTurn", "Session", "SessionError"]

@@ -17,6 +17,7 @@ from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError, invalid
+from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import Operation
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Session:
         session_id: int | str | None = None,
         replay: bool = False,
         tenant: str | None = None,
+        history: Sequence[PastTurn] = (),
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
@@ -68,6 +70,9 @@ class Session:
                 which must fit: at most as many pictures as a turn may have, on SageMaker 6 MiB.
             tenant: whose session it is, 1 to 128 letters, digits and . _ : @ / + = -. The server
                 shares nothing of it with other tenants' sessions.
+            history: what was said before, in another session or anywhere else; `image` then begins
+                with the pictures of these turns. What the server still has of it is not computed
+                again.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
@@ -82,6 +87,7 @@ class Session:
                 uuid.uuid4().hex if session_id is None else session_id,
                 start=True,
                 images=_pictures(image),
+                history=history,
             )
             opened, _ = transport.open(turn)
         except BaseException:

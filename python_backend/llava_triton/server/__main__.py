@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from llava_triton.server.triton_server import main
+from llava_triton.server.foreground import main
 
 sys.exit(main())

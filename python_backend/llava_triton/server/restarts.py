@@ -19,6 +19,19 @@ class DiesAgainError(ServerError):
     """What serves has died too often to be started once more."""
 
 
+class Faults:
+    """Counts what went wrong lately."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def one_more(self) -> int:
+        """Count one; how many there were in the last ten minutes."""
+        now = time.monotonic()
+        self._times = [each for each in self._times if now - each < RESTARTS_SECONDS] + [now]
+        return len(self._times)
+
+
 def keep_serving(
     start: Callable[[], None],
     fault: Callable[[], str | None],
@@ -43,7 +56,7 @@ def keep_serving(
     Raises:
         DiesAgainError: one fault more than that.
     """
-    faults: list[float] = []
+    faults = Faults()
     while True:
         start()
         found = None
@@ -53,10 +66,9 @@ def keep_serving(
             time.sleep(POLL_SECONDS)
             found = fault()
         stop_at_once()
-        now = time.monotonic()
-        faults = [each for each in faults if now - each < RESTARTS_SECONDS] + [now]
-        if len(faults) > restarts:
-            often = f"; parts of Triton died {len(faults)} times in "
+        times = faults.one_more()
+        if times > restarts:
+            often = f"; parts of Triton died {times} times in "
             often += f"{RESTARTS_SECONDS / 60:.0f} minutes"
             raise DiesAgainError(f"{found}{often if restarts else ''}; its log has the last words")
         say(f"{found}: starting Triton again; its sessions are lost")

@@ -8,20 +8,17 @@ or, in the foreground, `python -m llava_triton.server --repository build/reposit
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
-import ipaddress
 import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO
 
 from llava_triton.server import server_guard
@@ -29,7 +26,6 @@ from llava_triton.server.crash_handler import CrashHandler
 from llava_triton.server.installation import CPU_ENVIRONMENT, Installation, find_installation
 from llava_triton.server.model_processes import ModelProcesses, is_dead
 from llava_triton.server.ports import check_ports, free_ports
-from llava_triton.server.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
 from llava_triton.server.run_folder import make_run_folder
 from llava_triton.server.server_error import ServerError
 
@@ -355,96 +351,3 @@ def _load_failures(log: str) -> list[str]:
         reason = match["reason"].replace("\\n", "\n    ").rstrip()
         failures.append(f"  {match['model'] or match['directory']}: {reason}")
     return failures
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End the command once; more signals must not disturb the clean-up."""
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    # Python drops what is raised in a finalizer: once more, then, until `main` has heard of it.
-    signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    raise KeyboardInterrupt
-
-
-def _start(server: TritonServer) -> None:
-    started = time.monotonic()
-    print(f"starting Triton on {server.repository} ...", flush=True)
-    server.start()
-    print(f"ready after {time.monotonic() - started:.1f} s (process {server.pid})")
-    print(f"  HTTP     {server.http_url}")
-    print(f"  gRPC     {server.grpc_url}")
-    print(f"  metrics  {server.metrics_url}")
-    if server.log is not None:
-        print(f"  log      {server.log}")
-    print("Ctrl-C stops it.", flush=True)
-
-
-def _stop_at_once(server: TritonServer) -> None:
-    last_words = server.log_tail()
-    server.stop(at_once=True)
-    print(last_words, flush=True)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except (OSError, ValueError):  # what listens there will say so
-        return False
-
-
-OPEN_PORTS = """\
-warning: Triton's ports are open to others at {host}. Whoever reaches them can use any session whose
-  ID he knows, and can end the server or fill its memory with one request: this Triton limits
-  neither sizes, nor chunks, nor what it unpacks. Open the session adapter instead (make
-  sagemaker-local), or put a proxy with limits in front: docs/triton-ports.md"""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Serve a repository in the foreground until a signal comes; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m llava_triton.server", description=__doc__)
-    parser.add_argument("--repository", type=Path, required=True, help="model repository to serve")
-    parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--log", type=Path, help="file for the output of the server and models")
-    parser.add_argument(
-        "--client-shared-memory",
-        action="store_true",
-        help="let clients pass tensors in shared memory, where they can also read other clients'",
-    )
-    parser.add_argument(
-        "--no-restart",
-        action="store_true",
-        help=f"end when a model's process dies, instead of starting Triton again (at most "
-        f"{RESTARTS} times in {RESTARTS_SECONDS / 60:.0f} minutes)",
-    )
-    options = vars(parser.parse_args(arguments))
-    restarts = 0 if options.pop("no_restart") else RESTARTS
-    server = TritonServer(**options)
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
-    if not _is_loopback(server.host):
-        print(OPEN_PORTS.format(host=server.host), file=sys.stderr, flush=True)
-    try:
-        keep_serving(
-            lambda: _start(server),
-            server.fault,
-            lambda: _stop_at_once(server),
-            lambda text: print(text, flush=True),
-            restarts=restarts,
-        )
-    except KeyboardInterrupt:
-        print("\nstopping ...", flush=True)
-    except (ServerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        server.stop()
-    print("stopped", flush=True)
-    return 0

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import IO
 
+from llava_sagemaker.adapter_process import AdapterProcess
 from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.stop_signal import StopSignal
+from llava_triton.server.child import start_child
 from llava_triton.server.ports import PortError, free_ports
 from llava_triton.server.restarts import RESTARTS, DiesAgainError, keep_serving
 from llava_triton.server.triton_server import ServerError, TritonServer
@@ -26,8 +22,6 @@ START_SECONDS = 1800.0
 """How long Triton may load: as long as SageMaker is told to wait for the first /ping."""
 DRAIN_SECONDS = 26.0
 """After SIGTERM the adapter gives running turns 25 s and ends; SageMaker kills us after 30."""
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 class Supervisor:
@@ -49,7 +43,7 @@ class Supervisor:
         self._signal = stop
         self._triton_ports: list[int] = []
         """HTTP, gRPC, metrics; the adapter knows them from its start."""
-        self._adapter: subprocess.Popen[bytes] | None = None
+        self._adapter: AdapterProcess | None = None
         self._triton: TritonServer | None = None
         self._log: subprocess.Popen[bytes] | None = None
         self._cloudwatch: MetricsToCloudWatch | None = None
@@ -104,16 +98,15 @@ class Supervisor:
 
     def _start_adapter(self, repository: Path) -> None:
         _, grpc, metrics = self._triton_ports
-        command = [sys.executable, "-m", "llava_sagemaker.adapter"]
-        command += ["--host", "0.0.0.0", "--port", str(self._port)]
-        command += ["--triton", f"127.0.0.1:{grpc}", "--triton-metrics", f"127.0.0.1:{metrics}"]
-        command += ["--repository", str(repository)]
-        self._adapter = _child(command)
+        self._adapter = AdapterProcess(
+            "0.0.0.0", self._port, f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", repository
+        )
+        self._adapter.start()
 
     def _start_triton(self, repository: Path) -> None:
         # Of the log, nameless so that nothing of it can stay behind, `tail` makes ours.
         with tempfile.TemporaryFile() as log:
-            self._log = _child(
+            self._log = start_child(
                 ["tail", "--bytes=+1", "--follow", "--sleep-interval=0.2"], stdin=log
             )
             path = Path(f"/proc/self/fd/{log.fileno()}")
@@ -133,10 +126,10 @@ class Supervisor:
         """
         assert self._triton is not None
         assert self._adapter is not None
-        if self._adapter.poll() is not None:
+        status = self._adapter.exit_status()
+        if status is not None:
             raise ContainerError(
-                f"the session adapter has died (exit status {self._adapter.returncode}); its last "
-                "words are above"
+                f"the session adapter has died (exit status {status}); its last words are above"
             )
         try:
             return self._triton.fault()
@@ -144,16 +137,9 @@ class Supervisor:
             raise ContainerError(f"Triton has died: {error}") from None
 
     def _stop_adapter(self, patience: float) -> None:
-        """Let the adapter end its running turns, for at most so many seconds; it takes no new
-        ones."""
-        if self._adapter is None:
-            return
-        self._adapter.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._adapter.wait(patience)
-        self._adapter.kill()
-        self._adapter.wait()
-        self._adapter = None
+        if self._adapter is not None:
+            self._adapter.stop(patience)
+            self._adapter = None
 
     def _stop_triton(self, *, at_once: bool = False) -> None:
         if self._triton is not None:
@@ -177,22 +163,6 @@ def check_port(port: int) -> None:
                 f"port {port} cannot be listened on ({reason}); end what listens there, or choose "
                 "another with --port or SAGEMAKER_BIND_TO_PORT"
             ) from None
-
-
-def _child(
-    command: list[str], stdin: int | IO[bytes] = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    """A process that does not outlive this one, and that signals to our group do not reach."""
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return subprocess.Popen(
-        command, stdin=stdin, start_new_session=True, preexec_fn=die_with_parent
-    )
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`make demo`: a conversation about a picture, through a real Triton server, turn by turn.
+"""`llava-triton demo`: a conversation about a picture, through a real Triton server, turn by turn.
 
 The same conversation runs twice: in a session, where every turn sends and computes only what is
 new, and without one, where every turn sends the picture and everything said before once more.
@@ -6,18 +6,17 @@ new, and without one, where every turn sends the picture and everything said bef
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_cli.files import SHARED
 from llava_triton.client import Answer, Session
 from llava_triton.contract.errors import SessionError
 from llava_triton.server.triton_server import ServerError, TritonServer, free_ports
 
-HERE = Path(__file__).parent
 MAX_TOKENS = 96
 
 
@@ -84,18 +83,16 @@ def since(began: float) -> str:
     return f"{time.perf_counter() - began:.2f} s"
 
 
-def main() -> int:
-    """Run the demo; the exit code says whether both ways gave the same answers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, required=True, help="the exported demo model")
-    arguments = parser.parse_args()
-    talk = json.loads((HERE / "conversation.json").read_text())
-    picture = HERE.parent / talk["picture"]
+def run(repository: Path) -> int:
+    """Run the demo on its exported model; the exit status says whether both ways gave the same
+    answers."""
+    talk = json.loads((SHARED / "demo" / "conversation.json").read_text())
+    picture = SHARED / talk["picture"]
     questions = [turn["question"] for turn in talk["turns"]]
     print("Starting Triton ... ", end="", flush=True)
     began = time.perf_counter()
     try:
-        with TritonServer(arguments.repository, *free_ports(3)) as server:
+        with TritonServer(repository, *free_ports(3)) as server:
             print(f"ready in {since(began)}.\n")
             session = in_a_session(server.grpc_url, picture, questions)
             turns = list(zip(questions, (answer.text for answer in session), strict=True))
@@ -108,7 +105,3 @@ def main() -> int:
     print("stopped.")
     same = all(a.text == b.text for a, b in zip(session, stateless, strict=True))
     return 0 if same else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

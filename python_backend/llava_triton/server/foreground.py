@@ -1,0 +1,164 @@
+"""Serving in the foreground, as a terminal or a service manager runs it: until a signal comes."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from llava_triton.server.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
+from llava_triton.server.server_error import ServerError
+from llava_triton.server.triton_server import TritonServer
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Companion(Protocol):
+    """What serves beside Triton, for as long as Triton does."""
+
+    @property
+    def name(self) -> str:
+        """For the list of what listens where."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    def start(self) -> None:
+        """Start it, before Triton. Raises ServerError."""
+
+    def look(self) -> None:
+        """Called five times a second: start it again where it has died.
+
+        Raises:
+            ServerError: it has died too often.
+        """
+
+    def stop(self) -> None:
+        """End it. Twice does no harm."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the command once; more signals must not disturb the clean-up."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    # Python drops what is raised in a finalizer: once more, then, until `serve` has heard of it.
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    raise KeyboardInterrupt
+
+
+def _start(server: TritonServer, companion: Companion | None) -> None:
+    started = time.monotonic()
+    print(f"starting Triton on {server.repository} ...", flush=True)
+    server.start()
+    print(f"ready after {time.monotonic() - started:.1f} s (process {server.pid})")
+    print(f"  HTTP     {server.http_url}")
+    print(f"  gRPC     {server.grpc_url}")
+    print(f"  metrics  {server.metrics_url}")
+    if companion is not None:
+        print(f"  {companion.name:8} {companion.url}")
+    if server.log is not None:
+        print(f"  log      {server.log}")
+    print("Ctrl-C stops it.", flush=True)
+
+
+def _stop_at_once(server: TritonServer) -> None:
+    last_words = server.log_tail()
+    server.stop(at_once=True)
+    print(last_words, flush=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):  # what listens there will say so
+        return False
+
+
+OPEN_PORTS = """\
+warning: Triton's ports are open to others at {host}. Whoever reaches them can use any session whose
+  ID he knows, and can end the server or fill its memory with one request: this Triton limits
+  neither sizes, nor chunks, nor what it unpacks. Open the session adapter instead, or put a proxy
+  with limits in front: docs/triton-ports.md"""
+
+
+def serve(
+    server: TritonServer, *, restarts: int = RESTARTS, companion: Companion | None = None
+) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP comes, and print how it goes.
+
+    Takes over these signals for the rest of the process's life.
+
+    Args:
+        server: not started yet.
+        restarts: how often Triton is started again in ten minutes when a part of it dies.
+        companion: what serves beside it.
+
+    Returns:
+        An exit status: 0 after a signal, 1 where it did not start or died too often.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+    if not is_loopback(server.host):
+        print(OPEN_PORTS.format(host=server.host), file=sys.stderr, flush=True)
+
+    def fault() -> str | None:
+        if companion is not None:
+            companion.look()
+        return server.fault()
+
+    try:
+        if companion is not None:
+            companion.start()
+        keep_serving(
+            lambda: _start(server, companion),
+            fault,
+            lambda: _stop_at_once(server),
+            lambda text: print(text, flush=True),
+            restarts=restarts,
+        )
+    except KeyboardInterrupt:
+        print("\nstopping ...", flush=True)
+    except (ServerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if companion is not None:
+            companion.stop()
+        server.stop()
+    print("stopped", flush=True)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve a repository in the foreground until a signal comes; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m llava_triton.server", description=__doc__)
+    parser.add_argument("--repository", type=Path, required=True, help="model repository to serve")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--log", type=Path, help="file for the output of the server and models")
+    parser.add_argument(
+        "--client-shared-memory",
+        action="store_true",
+        help="let clients pass tensors in shared memory, where they can also read other clients'",
+    )
+    parser.add_argument(
+        "--no-restart",
+        action="store_true",
+        help=f"end when a model's process dies, instead of starting Triton again (at most "
+        f"{RESTARTS} times in {RESTARTS_SECONDS / 60:.0f} minutes)",
+    )
+    options = vars(parser.parse_args(arguments))
+    restarts = 0 if options.pop("no_restart") else RESTARTS
+    return serve(TritonServer(**options), restarts=restarts)
