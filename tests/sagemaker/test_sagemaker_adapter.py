@@ -346,11 +346,11 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n is not supported"),
     ({"messages": [user("a")], "tools": [{}]}, None, JSON, INVALID, "tools is not"),
     (
-        {"messages": [user("a")], "tools": [{}], "unknown": 1, "n": 2, "logprobs": True},
+        {"messages": [user("a")], "tools": [{}], "unknown": 1, "audio": {}},
         None,
         JSON,
         INVALID,
-        "n, logprobs, tools are not supported",
+        "tools, audio are not supported",
     ),
     ({"messages": [user("a")], "max_tokens": 0}, None, JSON, INVALID, "max_tokens is 0"),
     ({"messages": [user("\ud800")], "stop": ["\ud800"]}, "unknown-1", JSON, LOST, "unknown"),
