@@ -54,7 +54,7 @@ sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint
 
 ##@ Checking and measuring
 
-test: .venv/development compiler libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
+test: .venv/development clients compiler libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
 	$(python) -m pytest $(TESTS)
 
 check: .venv/development compiler lint ## Lint, types, and the parts by themselves (2 minutes)
@@ -108,7 +108,7 @@ clean: ## Remove what was built, except the virtual environment
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf .venv python_backend/*.egg-info *.egg-info
+	rm -rf .venv .venv-clients tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
 
 help: ## This list
 	awk 'BEGIN {FS = ":.*## "} \
@@ -116,7 +116,7 @@ help: ## This list
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo serve export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
-.PHONY: repository compiler libb64 curl force
+.PHONY: repository clients compiler libb64 curl force
 
 # ---- model repositories ----
 
@@ -169,6 +169,20 @@ echo "installing the project with [$(1)]: a minute or two"
 } 2> .venv/pip-messages || { echo; cat .venv/pip-messages >&2; exit 1; }
 echo done
 endef
+
+# The libraries of other people's clients, for tests/clients; the one of Node where there is npm.
+clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/vercel/node_modules)
+
+.venv-clients/installed: tests/clients/requirements.txt tests/clients/constraints.txt | .venv/checkout
+	echo "installing the clients' libraries into .venv-clients: a minute or two"
+	'$(PYTHON)' -m venv --clear .venv-clients
+	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt \
+	    -c tests/clients/constraints.txt
+	touch $@
+
+tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json
+	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
+	touch $@
 
 compiler: # for the language model's kernels on the CPU; compiled when they are first used
 	command -v c++ >/dev/null || { $(call debian,g++); }

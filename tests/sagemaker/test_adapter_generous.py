@@ -216,7 +216,12 @@ def test_values_mean_what_they_mean_elsewhere(
 
 
 def test_all_that_cannot_be_followed_is_named_at_once(stub_adapter: Adapter) -> None:
-    wanted = {"tools": [{"type": "function"}], "n": True, "audio": {}, "chat_template": "x"}
+    wanted = {
+        "tools": [{"type": "function"}],
+        "modalities": ["audio"],
+        "audio": {},
+        "chat_template": "x",
+    }
     refused = ask(stub_adapter, {**HELLO, **wanted, "unknown": 1})
     error = refused.json["error"]
     assert refused.status == 400

@@ -190,6 +190,49 @@ def test_a_conversation_without_a_session(adapter: Adapter, expected: list[str])
         messages.append(said(answer))
 
 
+def test_pictures_as_clients_write_them(adapter: Adapter, expected: list[str]) -> None:
+    url_safe = base64.urlsafe_b64encode(PICTURE).decode().rstrip("=")
+    for uri in (
+        f"data:image/jpeg;base64,{url_safe}",  # it is a PNG
+        f"data:application/octet-stream;base64,{url_safe}",
+        f"DATA:image/png;charset=utf-8;base64,{url_safe}",
+    ):
+        shown = {"type": "image_url", "image_url": {"url": uri, "detail": None}}
+        for parts in (
+            [shown, {"type": "text", "text": QUESTIONS[0]}],
+            [{"type": "text", "text": QUESTIONS[0]}, shown],
+        ):
+            completion = chat(adapter, [{"role": "user", "content": parts}])
+            assert content(completion) == expected[0]
+    alone = chat(adapter, [{"role": "user", "content": [shown]}])
+    assert content(alone)
+
+
+def test_a_written_placeholder_stops_no_conversation(
+    adapter: Adapter, session: str, expected: list[str]
+) -> None:
+    asked = user("What does <image> mean?")
+    told = chat(adapter, [asked], session, max_tokens=4)
+    chat(adapter, [user("And <image><image>?")], session, max_tokens=4)
+    whole = [asked, said(f"<image> {content(told)}"), user("<image>", PICTURE)]
+    assert chat(adapter, whole, max_tokens=4)["choices"][0]["finish_reason"]
+
+
+def test_a_session_that_the_client_names(adapter: Adapter, expected: list[str]) -> None:
+    messages: list[dict[str, Any]] = []
+    cached = 0
+    for index, (text, answer) in enumerate(zip(QUESTIONS, expected, strict=True)):
+        messages.append(user(text, *([PICTURE] if index == 0 else [])))
+        body = json.dumps({"messages": messages}).encode()
+        headers = {"Content-Type": "application/json", "X-Session-Id": "a name of mine"}
+        completion = adapter.request("POST", "/v1/chat/completions", body, headers).json
+        assert content(completion) == answer
+        usage = completion["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= cached
+        cached = usage["prompt_tokens"]
+        messages.append(said(answer))
+
+
 def test_a_conversation_in_a_session(adapter: Adapter, session: str, expected: list[str]) -> None:
     cached = 0
     for text, answer in zip(QUESTIONS, expected, strict=True):
@@ -372,11 +415,11 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n is not supported"),
     ({"messages": [user("a")], "tools": [{}]}, None, JSON, INVALID, "tools is not"),
     (
-        {"messages": [user("a")], "tools": [{}], "unknown": 1, "n": 2, "logprobs": True},
+        {"messages": [user("a")], "tools": [{}], "unknown": 1, "audio": {}},
         None,
         JSON,
         INVALID,
-        "n, logprobs, tools are not supported",
+        "tools, audio are not supported",
     ),
     ({"messages": [user("a")], "max_tokens": 0}, None, JSON, INVALID, "max_tokens is 0"),
     ({"messages": [user("\ud800")], "stop": ["\ud800"]}, "unknown-1", JSON, LOST, "unknown"),
