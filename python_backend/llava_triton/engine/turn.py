@@ -16,6 +16,7 @@ from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.grammar import Grammar
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import Past
 from llava_triton.conversation.token_texts import TokenTexts
@@ -76,6 +77,8 @@ class Prepared:
     """What the turn adds, pending images included."""
     digests: Sequence[Digest] = ()
     """Of its pictures."""
+    grammar: Grammar | None = None
+    """Of its answer, where that must have a form."""
 
 
 @dataclass(eq=False)
@@ -139,6 +142,8 @@ class RunningTurn:
     token_texts: TokenTexts
     last_answer: str | None
     """Text of the last answer before this turn."""
+    grammar: Grammar | None
+    """What the answer must be. Each of its tokens is chosen when those before are known."""
     pending_images: int
     """Images that the session has to be asked about when the turn is done."""
     kept: int = 0
