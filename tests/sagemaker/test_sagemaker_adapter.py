@@ -304,6 +304,33 @@ def test_logprobs_of_a_chat(adapter: Adapter) -> None:
     assert [token for piece in pieces if piece for token in piece["content"]] == told
 
 
+def test_structured_chats(adapter: Adapter) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"circles": {"enum": ["Yes.", "No."]}, "sure": {"type": "boolean"}},
+        "required": ["circles", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "shapes", "schema": schema}}
+    messages = [user("Is there a red circle?", PICTURE)]
+    whole = chat(adapter, messages, response_format=form)
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    told = json.loads(content(whole))
+    assert told["circles"] in ("Yes.", "No.")
+    assert isinstance(told["sure"], bool)
+    chunks = events_of(
+        adapter.invoke({"messages": messages, "response_format": form, "stream": True}).body
+    )
+    texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert json.loads("".join(texts)) == told
+    colours = ["The shape is red.", "The shape is blue."]
+    one = chat(adapter, messages, structured_outputs={"choice": colours})
+    assert content(one) in colours
+    begun = chat(adapter, messages, response_format={"type": "json_object"}, max_tokens=8)
+    assert content(begun).startswith("{")
+    assert chat(adapter, messages, response_format={"type": "text"})["choices"]
+
+
 def test_parameters_of_a_chat(adapter: Adapter, session: str) -> None:
     cut = chat(adapter, [user(QUESTIONS[0])], session, max_completion_tokens=2, temperature=0)
     assert cut["choices"][0]["finish_reason"] == "length"
@@ -410,6 +437,21 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
         JSON,
         INVALID,
         "logprobs is 21; it must be a whole number from 0 to 20",
+    ),
+    ({"messages": [user("a")], "response_format": {"type": "xml"}}, None, JSON, INVALID, "must be"),
+    (
+        {"messages": [user("a")], "response_format": {"type": "json_schema", "json_schema": {}}},
+        None,
+        JSON,
+        INVALID,
+        "response_format must be",
+    ),
+    (
+        {"messages": [user("a")], "structured_outputs": {"regex": "(a"}},
+        None,
+        JSON,
+        INVALID,
+        "structured_outputs cannot be followed: unclosed group",
     ),
     ({"messages": [user("a")], "presence_penalty": 3}, None, JSON, INVALID, "from -2 to 2"),
     ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n is not supported"),

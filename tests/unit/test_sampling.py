@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.structured_outputs import StructuredOutputs
 from llava_triton.model.sampling import (
     NO_TOKEN,
     Draw,
@@ -88,6 +89,17 @@ def test_null_is_as_good_as_left_out_and_one_stop_string_may_stand_alone() -> No
         ("logit_bias", {str(token): 100 for token in range(1024)}, None),
         ("min_tokens", 10**30, 2**31 - 1),
         ("stop_token_ids", list(range(128)), tuple(range(128))),
+        ("logprobs", 0, 0),
+        ("logprobs", 20, 20),
+        ("structured_outputs", {"regex": "a"}, StructuredOutputs(regex="a")),
+        ("structured_outputs", {"choice": ["a", "b"]}, StructuredOutputs(choice=("a", "b"))),
+        ("structured_outputs", {"json": {"a": 1}}, StructuredOutputs(json='{"a": 1}')),
+        ("structured_outputs", {"json": '{"a":1}'}, StructuredOutputs(json='{"a": 1}')),
+        (
+            "structured_outputs",
+            {"json_object": True, "json": None},
+            StructuredOutputs(json='{"type": "object"}'),
+        ),
     ],
 )
 def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> None:
@@ -148,6 +160,23 @@ def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> Non
         ('{"stop_token_ids": 3}', "stop_token_ids is 3; it must be a list of at most 128 token"),
         ('{"stop_token_ids": [-1]}', "stop_token_ids is [-1]"),
         (json.dumps({"stop_token_ids": [1] * 129}), "stop_token_ids is"),
+        ('{"logprobs": true}', "logprobs is true; it must be a whole number from 0 to 20"),
+        ('{"logprobs": 21}', "logprobs is 21"),
+        ('{"structured_outputs": "json"}', 'structured_outputs is "json"; it must be an object'),
+        ('{"structured_outputs": {}}', "structured_outputs is {}"),
+        ('{"structured_outputs": {"json": {}, "regex": "a"}}', "structured_outputs is"),
+        ('{"structured_outputs": {"grammar": "a"}}', "structured_outputs is"),
+        ('{"structured_outputs": {"json": [1]}}', "structured_outputs is"),
+        ('{"structured_outputs": {"json": "{"}}', "structured_outputs is"),
+        ('{"structured_outputs": {"regex": ""}}', "structured_outputs is"),
+        ('{"structured_outputs": {"choice": []}}', "structured_outputs is"),
+        ('{"structured_outputs": {"choice": ["a", ""]}}', "structured_outputs is"),
+        ('{"structured_outputs": {"json_object": false}}', "structured_outputs is"),
+        (json.dumps({"structured_outputs": {"regex": "a" * 4097}}), "structured_outputs is"),
+        (json.dumps({"structured_outputs": {"json": {"a": "a" * 32768}}}), "structured_outputs"),
+        (json.dumps({"structured_outputs": {"choice": ["a"] * 1001}}), "structured_outputs is"),
+        ('{"structured_outputs": {"choice": ["a"]}, "min_tokens": 1}', "neither min_tokens nor"),
+        ('{"structured_outputs": {"choice": ["a"]}, "ignore_eos": true}', "neither min_tokens"),
         ('"\\ud800"', 'is "\\ud800"; give a JSON object'),
         ('{"\\ud800": 1}', 'unknown name "\\ud800"'),
         ('{"max_tokens": "\\udfff"}', 'max_tokens is "\\udfff"'),

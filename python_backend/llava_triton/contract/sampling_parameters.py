@@ -10,6 +10,11 @@ from typing import Any, NoReturn
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import SAMPLING_PARAMETERS
+from llava_triton.contract.structured_outputs import (
+    EXPECTED,
+    StructuredOutputs,
+    structured_outputs,
+)
 
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**63 - 1
@@ -70,6 +75,9 @@ class SamplingParameters:
     logprobs: int | None = None
     """0 to 20: tell the log probability of each token, and those of so many likeliest ones, as the
     model gave them. None: tell none."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer must be; goes with neither `min_tokens` nor `ignore_eos`, and `max_tokens`
+    may cut it."""
 
     @classmethod
     def from_json(cls, text: str) -> SamplingParameters:
@@ -103,6 +111,11 @@ class SamplingParameters:
         parameters = cls(**checked)
         if parameters.max_tokens is not None and parameters.min_tokens > parameters.max_tokens:
             _refuse("min_tokens", parameters.min_tokens, "at most max_tokens")
+        if parameters.structured_outputs and (parameters.min_tokens or parameters.ignore_eos):
+            raise _invalid(
+                "sampling parameter structured_outputs goes with neither min_tokens nor "
+                "ignore_eos; leave those out"
+            )
         return parameters
 
 
@@ -201,6 +214,13 @@ def _logprobs(name: str, value: Any) -> int:
     return int(value)
 
 
+def _structured_outputs(name: str, value: Any) -> StructuredOutputs:
+    form = structured_outputs(value)
+    if form is None:
+        _refuse(name, value, EXPECTED)
+    return form
+
+
 def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
@@ -228,6 +248,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_tokens": _min_tokens,
     "stop_token_ids": _stop_token_ids,
     "logprobs": _logprobs,
+    "structured_outputs": _structured_outputs,
 }
 
 

@@ -130,6 +130,8 @@ class Engine:
         self._beside = ThreadPoolExecutor(1, "preparing", initializer=runner.leave_threads)
         """Prepares the turns that take long, so that only others of their kind wait for them. One
         thread: they begin in the order they came."""
+        self._compiling = ThreadPoolExecutor(1, "compiling", initializer=runner.leave_threads)
+        """Prepares those whose answers must have a form: pictures do not wait for grammars."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -192,7 +194,8 @@ class Engine:
         self._command(self._stop)
         self._thread.join()
         self._device.shutdown()
-        self._beside.shutdown(cancel_futures=True)
+        for beside in (self._beside, self._compiling):
+            beside.shutdown(cancel_futures=True)
         self._obey()
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -369,7 +372,9 @@ class Engine:
         if not self._preparation.takes_long(turn.request):
             return self._preparation.prepare(*said)
         # The session's turns wait for this one: what it was prepared for is what it will find.
-        turn.preparation = self._beside.submit(self._preparation.prepare, *said)
+        has_form = turn.request.sampling.structured_outputs is not None
+        beside = self._compiling if has_form else self._beside
+        turn.preparation = beside.submit(self._preparation.prepare, *said)
         turn.preparation.add_done_callback(
             lambda _: self._commands.put(lambda: self._begin_next(session.id))
         )
@@ -428,6 +433,9 @@ class Engine:
             # Ended meanwhile, its session has forgotten these tokens or never hears of them.
             if not self._is_running(running) or running.finish_reason:
                 continue
+            if running.grammar is not None and running.grammar.error is not None:
+                self._fail(running, running.grammar.error)
+                continue
             if token == NO_TOKEN:
                 self._memory.forget(running.session)
                 self._fail(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
@@ -460,6 +468,9 @@ class Engine:
         running.unread += 1
         if logprobs is not None:
             running.unread_logprobs.append(logprobs)
+        if running.grammar is not None:
+            running.grammar.take(token)
+            ends = ends or running.grammar.is_complete
         if ends:
             running.finish_reason = "stop"
         elif running.answer_tokens == running.max_tokens:

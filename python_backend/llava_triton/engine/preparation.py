@@ -11,6 +11,7 @@ from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.grammar import Grammars
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
 from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
@@ -48,6 +49,7 @@ class TurnPreparation:
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._token_texts = TokenTexts(tokenizer)
+        self._grammars = Grammars(tokenizer, runner.vocabulary, runner.eos_token_ids)
         self._settings = settings
 
     @property
@@ -60,6 +62,7 @@ class TurnPreparation:
         return bool(
             request.image_features
             or request.history
+            or request.sampling.structured_outputs
             or len(request.text or "") > SHORT_TEXT_CHARACTERS
         )
 
@@ -85,7 +88,9 @@ class TurnPreparation:
             last_answer = past.last_answer
         images = [*pending, *lengths[shown:]]
         message = self._renderer.message(last_answer, request.text, images)
-        return Prepared(past, message, self._digests(request))
+        form = request.sampling.structured_outputs
+        grammar = None if form is None else self._grammars.compile(form)
+        return Prepared(past, message, self._digests(request), grammar)
 
     def begin(self, turn: Turn, prepared: Prepared, session: Session, mark: Mark) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing.
@@ -113,7 +118,12 @@ class TurnPreparation:
             mark=mark,
             max_tokens=min(wanted, room) if request.is_asked else 0,
             draws=Draws(request.sampling),
-            processors=LogitsProcessors(request.sampling, self._runner.eos_token_ids),
+            processors=LogitsProcessors(
+                request.sampling,
+                self._runner.eos_token_ids,
+                None if prepared.grammar is None else prepared.grammar.allowed,
+            ),
+            grammar=prepared.grammar,
             detokenizer=Detokenizer(
                 self._tokenizer, request.sampling.stop, request.sampling.min_tokens
             ),

@@ -133,8 +133,15 @@ class Scheduler:
             if turn.finish_reason:
                 continue
             row = rows.get(turn.turn.id)
+            if row is None and turn.decoding and turn.grammar is not None:
+                if not self._make_room(turn, ()):
+                    return []
+                works.append(Work(turn, 1, decoding=True))
+                continue
             if row is None or under_way[row].count < turn.uncomputed:
                 return []
+            if turn.grammar is not None:  # its next token depends on the one under way
+                continue
             if turn.answer_tokens + 1 < turn.max_tokens:
                 if not self._make_room(turn, (), coming=1):
                     return []

@@ -17,6 +17,7 @@ from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.grammar import Grammar
 from llava_triton.conversation.prompt import CompletedTurn, Prompt
 from llava_triton.conversation.renderer import Past
 from llava_triton.conversation.token_texts import TokenTexts
@@ -88,6 +89,8 @@ class Prepared:
     """What the turn adds, pending images included."""
     digests: Sequence[Digest] = ()
     """Of its pictures."""
+    grammar: Grammar | None = None
+    """Of its answer, where that must have a form."""
 
 
 @dataclass(eq=False)
@@ -149,6 +152,8 @@ class RunningTurn:
     processors: LogitsProcessors
     detokenizer: Detokenizer
     token_texts: TokenTexts
+    grammar: Grammar | None
+    """What the answer must be. Each of its tokens is chosen when those before are known."""
     pending_images: int
     """Images that the session has to be asked about when the turn is done."""
     kept: int = 0

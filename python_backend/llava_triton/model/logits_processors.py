@@ -19,6 +19,7 @@ from llava_triton.contract.sampling_parameters import SamplingParameters
 from llava_triton.device import to_device
 
 TokenIds: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Bits: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def _no_ids() -> TokenIds:
@@ -36,8 +37,12 @@ class Penalties:
 
 @dataclass(frozen=True, eq=False)
 class LogitsChange:
-    """How one row of logits is changed: bans and biases first, then penalties, as in vLLM."""
+    """How one row of logits is changed: what is not allowed first, then biases, then penalties, as
+    in vLLM."""
 
+    allowed: Callable[[], Bits] | None = None
+    """Gives a bit for each token, the first one the lowest: whether it may come. Is called when the
+    device is computing the logits."""
     bias: tuple[TokenIds, np.ndarray[Any, np.dtype[np.float32]]] | None = None
     """Token IDs, each once, and what is added to their logits: -inf rules a token out."""
     penalties: Penalties | None = None
@@ -53,9 +58,16 @@ class LogitsProcessors:
     Args:
         parameters: the turn's.
         eos_token_ids: that end an answer.
+        allowed: see `LogitsChange`; is called for each token anew.
     """
 
-    def __init__(self, parameters: SamplingParameters, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        eos_token_ids: frozenset[int],
+        allowed: Callable[[], Bits] | None = None,
+    ) -> None:
+        self._allowed = allowed
         ends = set(parameters.stop_token_ids)
         if not parameters.ignore_eos:
             ends |= eos_token_ids
@@ -84,14 +96,16 @@ class LogitsProcessors:
         bias = self._bias_before_end if answer_tokens < self._min_tokens else self._bias
         penalties = self._penalties
         if penalties == Penalties(0.0, 0.0, 1.0):
-            return None if bias is None else LogitsChange(bias)
+            if bias is None and self._allowed is None:
+                return None
+            return LogitsChange(self._allowed, bias)
         answer = np.array([*tokens[prompt_tokens:], *ahead], dtype=np.int64)
         prompt = _no_ids()
         if penalties.repetition != 1.0:
             if self._prompt is None:
                 self._prompt = np.unique(np.array(tokens[:prompt_tokens], dtype=np.int64))
             prompt = self._prompt
-        return LogitsChange(bias, penalties, answer, prompt)
+        return LogitsChange(self._allowed, bias, penalties, answer, prompt)
 
 
 def _biases(
@@ -115,6 +129,13 @@ def process_logits(
         known: token IDs, or what `token_after` gives -> token IDs, where the logits are.
     """
     rows = [(row, change) for row, change in enumerate(changes) if change is not None]
+    bounded = [(row, change.allowed) for row, change in rows if change.allowed is not None]
+    if bounded:
+        at = to_device(np.array([row for row, _ in bounded]), logits.device)
+        bits = to_device(np.stack([allowed() for _, allowed in bounded]), logits.device)
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        each = (bits[..., None] >> shifts & 1).flatten(1)[:, : logits.shape[1]]
+        logits[at] = logits[at].masked_fill(each == 0, -torch.inf)
     biased = [(row, change.bias) for row, change in rows if change.bias is not None]
     if biased:
         index = _row_of_each([(row, ids) for row, (ids, _) in biased], logits)

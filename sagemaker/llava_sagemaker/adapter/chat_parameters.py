@@ -27,6 +27,7 @@ _SAMPLING = (
     "repetition_penalty",
     "min_tokens",
     "stop_token_ids",
+    "structured_outputs",
     "ignore_eos",
     # Nobody else's:
     "max_seconds",
@@ -47,7 +48,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),

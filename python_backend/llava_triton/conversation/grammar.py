@@ -1,0 +1,149 @@
+"""Answers of a given form: which tokens may come next.
+
+The forms are read by llguidance. It compiles nothing beforehand but parses what the model says, and
+works out with each token which ones may follow. What that may take is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from llava_triton.contract.errors import SessionError, invalid
+from llava_triton.contract.models import SAMPLING_PARAMETERS
+from llava_triton.contract.structured_outputs import StructuredOutputs
+
+_INITIAL_LEXER_FUEL = 1_000_000
+"""About 20 ms, once."""
+_STEP_LEXER_FUEL = 20_000
+"""About 1.5 ms, at the most for each token."""
+_MAX_LEXER_STATES = 10_000
+"""Of at most 2 kB each."""
+_MAX_GRAMMAR_SIZE = 100_000
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As json.dumps writes: with any whitespace allowed, a model could go on with it for ever."""
+_MOST_CHARACTERS = 200
+"""Of what llguidance says is wrong."""
+
+Bits = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Grammar:
+    """One answer on its way, and what may come next in it. One thread at a time.
+
+    Args:
+        matcher: llguidance's.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> Bits:
+        """A bit for each token, int32 [ceil(V / 32)], the first one the lowest: whether it may be
+        the next one. None may be where the parser has failed."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        # Having failed, it would have the answer end.
+        return np.zeros_like(bits) if self._matcher.is_error() else bits
+
+    def take(self, token: int) -> None:
+        """The next token of the answer. (One that may not come makes the parser fail.)"""
+        self._matcher.consume_token(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer has the form, and nothing can follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def error(self) -> SessionError | None:
+        """Why the parser has failed, if it has."""
+        if not self._matcher.is_error():
+            return None
+        return _refused("became too complex in this answer", self._matcher)
+
+
+class Grammars:
+    """Compiles forms for one model's tokens.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        vocabulary: how many tokens the model has logits for.
+        eos_token_ids: end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._tokens: Any = None
+
+    def compile(self, form: StructuredOutputs) -> Grammar:
+        """A new answer of this form. It may take some hundred milliseconds; for any thread.
+
+        Raises:
+            SessionError: INVALID_ARG, the form cannot be followed.
+        """
+        from llguidance import LLMatcher, LLParserLimits
+
+        grammar = LLMatcher.grammar_from_lark(_lark(form))
+        limits = LLParserLimits(
+            initial_lexer_fuel=_INITIAL_LEXER_FUEL,
+            step_lexer_fuel=_STEP_LEXER_FUEL,
+            max_lexer_states=_MAX_LEXER_STATES,
+            max_grammar_size=_MAX_GRAMMAR_SIZE,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(self._tokens_of_the_model(), grammar, limits=limits, log_level=0)
+        matcher.compute_bitmask()  # what the first token takes is part of it
+        if matcher.is_error():
+            raise _refused("cannot be followed", matcher)
+        return Grammar(matcher)
+
+    def _tokens_of_the_model(self) -> Any:
+        """Made when the first answer needs it: it takes a second for a large vocabulary."""
+        from llguidance.hf import from_tokenizer
+
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_token_ids
+                )
+        return self._tokens
+
+
+def _lark(form: StructuredOutputs) -> str:
+    """A grammar in llguidance's dialect of Lark.
+
+    A model may begin its answer with a space, which is not shown (see `Detokenizer`). So what is
+    shown has the form where the answer has it behind a space, or has it and begins with none.
+    """
+    if form.json is not None:
+        schema = {**json.loads(form.json), "x-guidance": _JSON_STYLE}
+        return f'start: " "? body\nbody: %json {json.dumps(schema)}\n'
+    if form.regex is not None:
+        from llguidance import regex_to_lark
+
+        regex = f"/{regex_to_lark(form.regex)}/"
+        return f'start: TEXT\nTEXT: (" " {regex}) | ({regex} & ~/(?s: .*)/)\n'
+    spelled = [f" {choice}" for choice in form.choice]
+    spelled += [choice for choice in form.choice if not choice.startswith(" ")]
+    return f"start: TEXT\nTEXT: {' | '.join(map(json.dumps, spelled))}\n"
+
+
+def _refused(what: str, matcher: Any) -> SessionError:
+    lines = [line.strip() for line in str(matcher.get_error()).splitlines()]
+    # Of a regular expression the first line repeats it, and one further down says what is wrong.
+    said = next((line for line in lines if line.startswith("error: ")), lines[0])
+    said = re.sub(r"^(at \d+\(\d+\)|error|failed to compile JSON schema): ", "", said)
+    said = said.removeprefix("failed to compile JSON schema: ")
+    return invalid(
+        f"structured_outputs {what}: {said[:_MOST_CHARACTERS]}; give a simpler form, or one that "
+        "llguidance supports",
+        SAMPLING_PARAMETERS.name,
+    )
