@@ -11,7 +11,7 @@ import contextlib
 import json
 import struct
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -70,6 +70,8 @@ class Turn:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Input tensors by name, all BYTES [n]."""
     tenant: str = protocol.NO_TENANT
+    parameters: Mapping[str, int | str] = field(default_factory=dict)
+    """Of the request, see `llava_triton.contract.operations`."""
 
     @property
     def size(self) -> int:
@@ -84,6 +86,14 @@ class Turn:
         request.parameters["sequence_end"].bool_param = self.end
         if self.tenant:
             request.parameters[protocol.TENANT].string_param = self.tenant
+        for name, value in self.parameters.items():
+            given = request.parameters[name]
+            if isinstance(value, bool):
+                given.bool_param = value
+            elif isinstance(value, int):
+                given.int64_param = value
+            else:
+                given.string_param = value
         for name, tensor in self.tensors.items():
             described = request.inputs.add()
             described.name = name
@@ -116,6 +126,7 @@ def turn(
     images: Sequence[bytes | LongString] = (),
     sampling: dict[str, Any] | None = None,
     history: str | None = None,
+    parameters: Mapping[str, int | str] | None = None,
 ) -> Turn:
     """A turn from plain values; those that are empty are left out.
 
@@ -126,6 +137,7 @@ def turn(
         images: encoded files, as they are, in base64 or as data URIs.
         sampling: the input `sampling_parameters`.
         history: the input `history`, JSON.
+        parameters: of the request.
     """
     strings: dict[str, Sequence[bytes | LongString]] = {
         TEXT_INPUT.name: [utf8(text)] if text else [],
@@ -134,7 +146,7 @@ def turn(
         HISTORY.name: [utf8(history)] if history else [],
     }
     tensors = {name: packed(values) for name, values in strings.items() if values}
-    return Turn(session_id, start, end, tensors)
+    return Turn(session_id, start, end, tensors, parameters=parameters or {})
 
 
 def _json(sampling: dict[str, Any]) -> bytes:
