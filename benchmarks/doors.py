@@ -16,7 +16,6 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.load import Answer, Ask, send
-from llava_triton.client.answer import AnswerStream
 from llava_triton.client.grpc import GrpcTransport
 from llava_triton.client.transport import Transport, session_error
 from llava_triton.contract.answers import ANSWER
@@ -232,9 +231,9 @@ class Connection:
         if not self._streamed:
             self._transport.leave(turn)
             return
-        stream = AnswerStream(self.stream(turn))
-        next(iter(stream))
-        stream.close()
+        pieces = self.stream(turn)
+        next(piece for piece in pieces if piece.text)
+        pieces.close()
 
     def cancel(self) -> None:
         """Break off the stream that runs, from another thread."""

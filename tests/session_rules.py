@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +37,7 @@ class Talk:
     text: str | None
     pictures: tuple[int, ...] = ()
     max_tokens: int = 5
+    """0: stopped before its first token."""
     stop: tuple[str, ...] = ()
 
     @property
@@ -81,14 +82,24 @@ class Oracle:
         self._harness.restart()
         reply: Reply | ErrorCode = ErrorCode.INTERNAL
         for index, talk in enumerate(conversation):
-            pending = submit(self._harness, "s", talk, start=index == 0)
             try:
+                if talk.max_tokens:
+                    pending = submit(self._harness, "s", talk, start=index == 0)
+                else:
+                    pending = self._stop_at_once(talk, start=index == 0)
                 reply = reply_of(*pending.wait())
             except SessionError as error:
                 if index < len(conversation) - 1:
                     raise
                 return error.code
         return reply
+
+    def _stop_at_once(self, talk: Talk, start: bool) -> Pending:
+        with self._harness.held_device() as device:
+            pending = submit(self._harness, "s", replace(talk, max_tokens=1), start=start)
+            device.wait_until_busy()
+            self._harness.engine.stop_answer("s", NO_TENANT, lambda _: None)
+        return pending
 
 
 def submit(
@@ -157,6 +168,7 @@ class Flight:
     pending: Pending
     operation: Operation = NO_OPERATION
     may_be_cancelled: bool = False
+    may_be_stopped: bool = False
     result: Reply | ErrorCode | None = None
     sentence: str = ""
     """Of the error."""
@@ -172,6 +184,9 @@ class Flight:
             return
         try:
             self.result = reply_of(*self.pending.wait())
+            if self.result.finish_reason == "stopped":
+                # As if no more tokens had been wanted.
+                self.talk = replace(self.talk, max_tokens=self.result.num_output_tokens)
         except SessionError as error:
             self.result, self.sentence = error.code, error.sentence
         except queue.Empty:

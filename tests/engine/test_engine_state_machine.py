@@ -144,6 +144,32 @@ class EngineMachine(RuleBasedStateMachine):
         if wait:
             self._drain()
 
+    @rule(session_id=ids, pick=picks, turns=st.one_of(st.none(), st.integers(0, 3)))
+    def fork(self, session_id: SessionId, pick: int, turns: int | None) -> None:
+        self._drain()  # it has what its source has said when it begins
+        operation = Operation(fork=self._likely_id(pick), rewind=turns)
+        self._submit(session_id, NOTHING, start=True, operation=operation)
+
+    @rule(pick=picks)
+    def stop(self, pick: int) -> None:
+        session_id = self._likely_id(pick)
+        for flight in self._flights:
+            if isinstance(flight, Flight) and flight.session_id == session_id:
+                flight.may_be_stopped = True
+        tenant = TENANTS[session_id]
+        self._harness.engine.stop_answer(session_id, tenant, lambda _: None)
+
+    @rule(pick=picks, talk=later_talks, waits=st.booleans(), another=later_talks)
+    def stop_an_answer(self, pick: int, talk: Talk, waits: bool, another: Talk) -> None:
+        session_id = self._likely_id(pick)
+        heard = threading.Event()
+        talk = replace(talk, text=talk.text or "Go on.", max_tokens=40)
+        stopped = self._submit(session_id, talk, listen=lambda _: heard.set())
+        stopped.may_be_stopped = True
+        self._submit(session_id, another)
+        assert not waits or heard.wait(HANG_SECONDS)
+        self._harness.engine.stop_answer(session_id, stopped.tenant, lambda _: None)
+
     @rule(pick=picks, talk=st.one_of(st.just(NOTHING), later_talks), operation=operations)
     def cancel_a_turn_that_goes_back(self, pick: int, talk: Talk, operation: Operation) -> None:
         session_id = self._likely_id(pick)
@@ -378,12 +404,13 @@ class EngineMachine(RuleBasedStateMachine):
                 self._sessions.pop(session_id, None)
         else:
             self._completed += 1
+            said = self._said(flight) or ()
             if flight.start:
                 self._sessions[session_id] = Open(self._clock.now, flight.tenant)
             if flight.end:
                 del self._sessions[session_id]
             else:
-                self._sessions[session_id].conversation = self._said(flight) or ()
+                self._sessions[session_id].conversation = said
         if session_id in self._sessions and self._sessions[session_id].tenant == flight.tenant:
             self._sessions[session_id].used_at = self._clock.now
 
@@ -409,11 +436,15 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(others[0]) < MAX_SESSIONS
         if not flight.start and session is None:
             return ErrorCode.NOT_FOUND
+        if flight.operation.fork is not None:
+            source = self._sessions.get(flight.operation.fork)
+            if source is None or source.tenant != flight.tenant:
+                return ErrorCode.NOT_FOUND
         said = self._said(flight)
         if said is None:
             return ErrorCode.INVALID_ARG
         if flight.talk.says_nothing and not flight.operation.regenerate:
-            return self._expected_of_nothing(flight, session)
+            return self._expected_of_nothing(flight)
         reply = self._oracle.reply(said)
         if isinstance(reply, ErrorCode):
             return reply
@@ -422,14 +453,19 @@ class EngineMachine(RuleBasedStateMachine):
                 assert len(limits.perhaps_held) > ROOM_FOR_PICTURES
                 return ErrorCode.UNAVAILABLE
             assert len(limits.surely_held | flight.pictures) <= ROOM_FOR_PICTURES
-        if flight.end and flight.talk.text is None:
+        if flight.end and flight.talk.text is None and not flight.operation.regenerate:
             return replace(reply, finish_reason="closed")
+        if isinstance(flight.result, Reply) and flight.result.finish_reason == "stopped":
+            assert flight.may_be_stopped
+            return replace(reply, finish_reason="stopped")
         return reply
 
     def _said(self, flight: Flight) -> Conversation | None:
         """What is said in its session behind a turn that completes; None where it cannot."""
-        session, talk = self._sessions.get(flight.session_id), flight.talk
-        before = () if flight.start or session is None else session.conversation
+        talk, source = flight.talk, flight.operation.fork
+        session = self._sessions.get(flight.session_id if source is None else source)
+        new = flight.start and source is None
+        before = () if new or session is None else session.conversation
         left = gone_back(before, flight.operation)
         if left is None:
             return None
@@ -439,11 +475,12 @@ class EngineMachine(RuleBasedStateMachine):
         return left if talk.says_nothing else (*left, talk)
 
     @staticmethod
-    def _expected_of_nothing(flight: Flight, session: Open | None) -> Reply | ErrorCode:
+    def _expected_of_nothing(flight: Flight) -> Reply | ErrorCode:
         if not (flight.start or flight.end or flight.operation != NO_OPERATION):
             return ErrorCode.INVALID_ARG
         assert isinstance(flight.result, Reply)
-        length = 0 if flight.start or session is None else flight.result.num_input_tokens
+        new = flight.start and flight.operation.fork is None
+        length = 0 if new else flight.result.num_input_tokens
         return Reply("", "closed" if flight.end else "prefilled", length, 0)
 
 

@@ -397,7 +397,7 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({}, None, JSON, INVALID, "none of what is understood"),
     ({"a": 1}, None, JSON, INVALID, "none of what is understood"),
     (b"<xml/>", None, "application/xml", (415, "invalid_request"), "content type"),
-    ({"requestType": "OPEN"}, None, JSON, INVALID, "NEW_SESSION or CLOSE"),
+    ({"requestType": "OPEN"}, None, JSON, INVALID, "NEW_SESSION, REGENERATE"),
     ({"requestType": "CLOSE"}, None, JSON, INVALID, "names its session"),
     ({"requestType": "CLOSE"}, "unknown-1", JSON, LOST, "unknown"),
     ({"type": "sing"}, None, JSON, INVALID, "start_session"),

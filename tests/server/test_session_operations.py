@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from llava_triton.client import Session
+from llava_triton.client import Answer, Session
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.server.triton_server import TritonServer
 
@@ -56,6 +58,83 @@ def test_a_regenerated_answer_is_streamed(server: TritonServer) -> None:
         assert session.regenerate(max_tokens=30).text == told.text
 
 
+def test_a_stopped_answer_is_kept(server: TritonServer) -> None:
+    with Session.open(server.grpc_url, image=PICTURE) as session:
+        stream = session.stream("Go on.", max_tokens=600, ignore_eos=True)
+        said = ""
+        for piece in stream:
+            said += piece
+            stream.stop()
+            stream.stop()
+        stopped = stream.answer
+        assert (stopped.text, stopped.finish_reason) == (said, "stopped")
+        assert 0 < stopped.num_output_tokens < 600
+        later = session.ask(QUESTIONS[0], max_tokens=30)
+        said_tokens = stopped.num_input_tokens + stopped.num_output_tokens
+        assert later.num_cached_tokens >= said_tokens - 1
+        stream.stop()  # it has ended
+        session.rewind(1)
+        assert session.ask(QUESTIONS[0], max_tokens=30).text == later.text
+    with Session.open(server.grpc_url, image=PICTURE) as session:  # one that wants no more
+        short = session.ask("Go on.", max_tokens=stopped.num_output_tokens, ignore_eos=True)
+        assert short.text == said
+        assert session.ask(QUESTIONS[0], max_tokens=30).text == later.text
+
+
+def test_an_answer_is_stopped_before_it_begins(server: TritonServer) -> None:
+    with Session.open(server.grpc_url, image=PICTURE) as session:
+        stream = session.stream("Go on.", max_tokens=600, ignore_eos=True)
+        stream.stop()
+        assert "".join(stream) == stream.answer.text
+        assert stream.answer.finish_reason == "stopped"
+        assert session.regenerate(max_tokens=3, ignore_eos=True).num_output_tokens == 3
+
+
+def test_an_answer_that_is_wanted_whole_is_stopped(url: str) -> None:
+    """By whoever knows its session, over either protocol."""
+
+    def talk() -> Answer:
+        with Session.open(url, session_id="to be stopped") as session:
+            return session.ask("Go on.", max_tokens=600, ignore_eos=True)
+
+    with ThreadPoolExecutor(1) as beside, Session.open(url) as other:
+        asked = beside.submit(talk)
+        while not asked.done():
+            with contextlib.suppress(SessionError):  # not open yet, or closed
+                other._transport.stop_answer("to be stopped")
+    assert asked.result().finish_reason == "stopped"
+    assert asked.result().num_output_tokens < 600
+
+
+def test_a_fork_computes_nothing_and_goes_its_own_way(url: str) -> None:
+    with Session.open(url, image=PICTURE) as session:
+        told = [session.ask(question, max_tokens=30) for question in QUESTIONS]
+        with session.fork() as fork:
+            assert fork.id != session.id
+            end = told[2].num_input_tokens + told[2].num_output_tokens
+            again = fork.ask(QUESTIONS[0], max_tokens=30)
+            assert again.num_cached_tokens >= end - 1
+            assert session.ask(QUESTIONS[0], max_tokens=30).text == again.text
+            fork.rewind(1)
+            session.close()
+            assert fork.ask(QUESTIONS[1], max_tokens=30).text == told[1].text
+            with pytest.raises(SessionError, match="unknown or has expired") as caught:
+                session.fork()
+            assert caught.value.code is ErrorCode.NOT_FOUND
+
+
+def test_tenants_neither_fork_nor_stop_one_another(url: str) -> None:
+    with Session.open(url, tenant="alice") as session, Session.open(url, tenant="bob") as other:
+        with pytest.raises(SessionError) as caught:
+            other._transport.stop_answer(session.id)
+        assert caught.value.code is ErrorCode.NOT_FOUND
+        with pytest.raises(SessionError) as caught:
+            other._transport.fork(session.id, None)
+        assert caught.value.code is ErrorCode.NOT_FOUND
+        with session.fork("alice's other") as fork:
+            assert fork.ask("Hello!", max_tokens=3).num_output_tokens
+
+
 @pytest.mark.parametrize("module", [tritonclient.grpc, tritonclient.http], ids=["grpc", "http"])
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
@@ -65,6 +144,10 @@ def test_a_regenerated_answer_is_streamed(server: TritonServer) -> None:
         ("rewind", True, "rewind is True; it must be"),
         ("regenerate", 1, "regenerate is 1; it must be true or false"),
         ("regenerate", True, "no answer to regenerate"),
+        ("fork", "", "fork is ''; it must be the ID of an open session"),
+        ("fork", "x", "send it with the sequence start flag"),
+        ("stop_answer", 0, "stop_answer is 0; it must be the ID"),
+        ("stop_answer", "x", "stop_answer came with a turn"),
     ],
 )
 def test_bad_parameters(

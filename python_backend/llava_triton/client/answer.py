@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llava_triton.contract.answers import ANSWER
@@ -26,16 +27,55 @@ class Answer(Delta):
         return self.num_input_tokens - self.num_cached_tokens
 
 
+class StopOnce:
+    """When to tell the server that an answer shall end: once, and not before it has begun, because
+    the server would know of nothing to stop.
+
+    Args:
+        tell: tells it.
+    """
+
+    def __init__(self, tell: Callable[[], object]) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._wanted = self._going = self._told = False
+
+    def ask(self) -> None:
+        """It shall end."""
+        with self._lock:
+            self._wanted = True
+        self._tell_if_due()
+
+    def heard(self, delta: Delta) -> None:
+        """A piece has come."""
+        with self._lock:
+            self._going = not delta.is_final
+        self._tell_if_due()
+
+    def _tell_if_due(self) -> None:
+        with self._lock:
+            due = self._wanted and self._going and not self._told
+            self._told = self._told or due
+        if due:
+            self._tell()
+
+
 class AnswerStream:
     """An answer on its way: iterate over its pieces, then read `answer`.
 
     The turn is sent when the iteration begins. Leaving it early (`break`, `close`, the end of a
-    `with` block) cancels the turn: the session is back at its last completed one.
+    `with` block) cancels the turn: the session is back at its last completed one. To end it and
+    keep what was said, `stop` it and read on.
+
+    Args:
+        deltas: the pieces.
+        stop: ends the answer as it is.
     """
 
-    def __init__(self, deltas: Iterator[Delta]) -> None:
+    def __init__(self, deltas: Iterator[Delta], stop: Callable[[], object]) -> None:
         self._deltas = deltas
         self._answer: Answer | None = None
+        self._stopping = StopOnce(stop)
 
     @property
     def answer(self) -> Answer:
@@ -48,8 +88,20 @@ class AnswerStream:
             raise RuntimeError("the answer has not ended; iterate over the stream to its end first")
         return self._answer
 
+    def stop(self) -> None:
+        """End the answer and keep it: what was said so far is a completed turn of the session.
+
+        Read on: the last pieces follow, and then the iteration ends, with the finish reason
+        `stopped`. For any thread. An answer that has not begun is stopped when it begins, one that
+        has ended stays as it is.
+
+        Raises:
+            SessionError: the server cannot be told.
+        """
+        self._stopping.ask()
+
     def close(self) -> None:
-        """Stop the answer, if it has not ended."""
+        """Cancel the answer, if it has not ended."""
         close = getattr(self._deltas, "close", None)
         if close is not None:
             close()
@@ -63,6 +115,7 @@ class AnswerStream:
                 if first is None and (delta.num_output_tokens or delta.is_final):
                     first = time.perf_counter() - sent_at
                 pieces.append(delta)
+                self._stopping.heard(delta)
                 if delta.is_final:
                     seconds = time.perf_counter() - sent_at
                     self._answer = whole_answer(ANSWER.joined(pieces), first or seconds, seconds)

@@ -42,6 +42,10 @@ class GrpcTransport(Transport):
         self._client = _connect(address)
         self._arrived: queue.SimpleQueue[tuple[Any, Exception | None]] | None = None
 
+    def another(self) -> GrpcTransport:
+        """A connection to the same address."""
+        return GrpcTransport(self._address, self.tenant)
+
     def ask(self, turn: TurnMessage) -> Delta:
         """One call, one answer."""
         try:
@@ -51,7 +55,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters | turn.operation.to_parameters(),
+                parameters=self.parameters | turn.parameters,
             )
         except InferenceServerException as error:
             raise self._told(error) from error
@@ -68,7 +72,7 @@ class GrpcTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters | turn.operation.to_parameters(),
+                parameters=self.parameters | turn.parameters,
             )
             while not ended:
                 result, error = arrived.get()

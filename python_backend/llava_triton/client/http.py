@@ -29,6 +29,10 @@ class HttpTransport(Transport):
         self._address = address
         self._client = triton.InferenceServerClient(address, network_timeout=ANSWER_SECONDS)
 
+    def another(self) -> HttpTransport:
+        """A connection to the same address."""
+        return HttpTransport(self._address, self.tenant)
+
     def ask(self, turn: TurnMessage) -> Delta:
         """One request, one answer."""
         try:
@@ -38,7 +42,7 @@ class HttpTransport(Transport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters | turn.operation.to_parameters(),
+                parameters=self.parameters | turn.parameters,
             )
         except (InferenceServerException, OSError, HTTPException) as error:
             raise session_error(error, self._address) from error

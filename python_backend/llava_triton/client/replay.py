@@ -59,6 +59,33 @@ class ReplayTransport(Transport):
         self._remember(turn, final.text)
         return final
 
+    def another(self) -> ReplayTransport:
+        """A connection like this one, with all that this one remembers."""
+        return self._remembering(self._transport.another())
+
+    def fork(self, source: int | str, session_id: int | str | None) -> tuple[Transport, int | str]:
+        """Fork the session; where it is lost, open it again first."""
+        try:
+            other, opened = self._transport.fork(self._session_id, session_id)
+        except SessionError as error:
+            if not _is_lost(error):
+                raise
+            self._open_again(error)
+            other, opened = self._transport.fork(self._session_id, session_id)
+        fork = self._remembering(other)
+        fork._session_id = opened
+        return fork, opened
+
+    def stop_answer(self, session_id: int | str) -> Delta:
+        """End the session's running answer; a session that is lost gives none."""
+        return self._transport.stop_answer(self._session_id)
+
+    def _remembering(self, transport: Transport) -> ReplayTransport:
+        copy = ReplayTransport(transport)
+        copy._turns, copy._pending = self._turns.copy(), self._pending.copy()
+        copy._pictures, copy._told_anew = self._pictures.copy(), self._told_anew
+        return copy
+
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Pieces of the answer; after a loss in mid-answer, only what the caller lacks.
 

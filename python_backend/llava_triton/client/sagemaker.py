@@ -82,6 +82,7 @@ class SageMakerTransport(Transport):
         if tenant is not None:
             self._common["CustomAttributes"] = f"{protocol.TENANT}={tenant}"
         self._endpoint = endpoint
+        self._place = region, endpoint_url
         with _told(endpoint):
             try:
                 self._client = _runtime(region, endpoint_url)
@@ -95,18 +96,36 @@ class SageMakerTransport(Transport):
                 SessionId="NEW_SESSION", **self._common, **_request(turn)
             )
             final = _delta_of_outputs(answer["Body"].read())
-        minted = answer.get("NewSessionId", "").partition(";")[0]
-        if not minted:
-            raise SessionError(
-                ErrorCode.INTERNAL,
-                f"the endpoint {self._endpoint} opened no session; does it run this project's "
-                "container?",
+        return self._minted(answer), final
+
+    def another(self) -> SageMakerTransport:
+        """The same endpoint; all share their connections."""
+        return SageMakerTransport(self._endpoint, *self._place, tenant=self.tenant)
+
+    def fork(
+        self, source: int | str, session_id: int | str | None
+    ) -> tuple[SageMakerTransport, str]:
+        """Open a session as a copy of another one, where that one is; the server chooses its ID."""
+        if session_id is not None:
+            raise invalid("SageMaker's server chooses session IDs; leave session_id out")
+        with _told(self._endpoint):
+            answer = self._client.invoke_endpoint(
+                SessionId=str(source), **self._common, **_session_request("FORK")
             )
-        return minted, final
+            answer["Body"].read()
+        return self.another(), self._minted(answer)
+
+    def stop_answer(self, session_id: int | str) -> Delta:
+        """End the session's running answer as it is."""
+        with _told(self._endpoint):
+            answer = self._client.invoke_endpoint(
+                SessionId=str(session_id), **self._common, **_session_request("STOP")
+            )
+            return _delta_of_message(answer["Body"].read())
 
     def ask(self, turn: TurnMessage) -> Delta:
         """One call, one answer; a turn that ends its session does only that."""
-        request = _closing() if turn.end else _request(turn)
+        request = _session_request("CLOSE") if turn.end else _request(turn)
         with _told(self._endpoint):
             answer = self._client.invoke_endpoint(
                 SessionId=str(turn.session_id), **self._common, **request
@@ -130,6 +149,17 @@ class SageMakerTransport(Transport):
             finally:
                 events.close()
         raise LostConnectionError(f"the endpoint {self._endpoint} ended an answer before its end")
+
+    def _minted(self, answer: dict[str, Any]) -> str:
+        """The ID of the session that the server has opened."""
+        minted: str = answer.get("NewSessionId", "").partition(";")[0]
+        if not minted:
+            raise SessionError(
+                ErrorCode.INTERNAL,
+                f"the endpoint {self._endpoint} opened no session; does it run this project's "
+                "container?",
+            )
+        return minted
 
     def close(self) -> None:
         """Nothing to do: the process's sessions share their connections."""
@@ -161,7 +191,7 @@ def _request(turn: TurnMessage) -> dict[str, Any]:
     """Triton's own request format: the pictures go as they are, not in base64."""
     outputs = [triton.InferRequestedOutput(spec.name, False) for spec in ANSWER.outputs]
     body, json_bytes = triton.InferenceServerClient.generate_request_body(
-        turn.inputs(triton), outputs=outputs
+        turn.inputs(triton), outputs=outputs, parameters=turn.parameters or None
     )
     if len(body) > MAX_BODY_BYTES:
         raise invalid(
@@ -176,8 +206,10 @@ def _request(turn: TurnMessage) -> dict[str, Any]:
     }
 
 
-def _closing() -> dict[str, Any]:
-    return {"ContentType": _JSON, "Accept": _JSON, "Body": b'{"requestType": "CLOSE"}'}
+def _session_request(kind: str) -> dict[str, Any]:
+    """One of the container's own requests about a session."""
+    body = json.dumps({"requestType": kind}).encode()
+    return {"ContentType": _JSON, "Accept": _JSON, "Body": body}
 
 
 def _delta_of_outputs(body: bytes) -> Delta:
@@ -192,7 +224,7 @@ def _delta_of_outputs(body: bytes) -> Delta:
 
 
 def _delta_of_message(message: bytes) -> Delta:
-    """A piece of a streamed answer."""
+    """A piece of a streamed answer, or what a session request is answered with."""
     try:
         value = json.loads(message)
         if "error" not in value:

@@ -14,11 +14,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
 from llava_triton.client.replay import ReplayTransport
-from llava_triton.client.transport import Transport, TurnMessage
+from llava_triton.client.transport import Transport, TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.history import PastTurn
-from llava_triton.contract.operations import Operation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,6 +167,23 @@ class Session:
         """
         return self._send(rewinding(self.id, turns))
 
+    def fork(self, session_id: int | str | None = None) -> Session:
+        """Open another session that has all that was said and shown in this one so far.
+
+        The two share what was computed, and go on independently. Nothing is computed again.
+
+        Args:
+            session_id: the new session's ID, as for `open`.
+
+        Raises:
+            SessionError: UNAVAILABLE, a full server; NOT_FOUND, this session has expired.
+        """
+        self._leave_stream()
+        transport, opened = self._transport.fork(self.id, session_id)
+        session = type(self)(transport, opened)
+        session._open = True
+        return session
+
     def close(self) -> None:
         """End the session; the server frees all it held. Closing twice is fine."""
         if self._open:
@@ -189,7 +205,8 @@ class Session:
 
     def _begin_stream(self, turn: TurnMessage) -> AnswerStream:
         self._leave_stream()
-        self._stream = AnswerStream(self._transport.stream(turn))
+        deltas = self._transport.stream(turn)
+        self._stream = AnswerStream(deltas, lambda: self._transport.stop_answer(self.id))
         return self._stream
 
     def _leave_stream(self) -> None:
@@ -203,16 +220,6 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def regenerating(session_id: int | str, sampling: dict[str, Any]) -> TurnMessage:
-    """The turn that answers a session's last question again."""
-    return TurnMessage(session_id, sampling=sampling, operation=Operation(regenerate=True))
-
-
-def rewinding(session_id: int | str, turns: int) -> TurnMessage:
-    """The turn that takes a session back to so many completed turns."""
-    return TurnMessage(session_id, operation=Operation(rewind=turns))
 
 
 def _transport(url: str, tenant: str | None) -> Transport:

@@ -4,6 +4,7 @@ sagemaker.py; replay.py wraps any of them."""
 from __future__ import annotations
 
 import json
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from llava_triton.contract.errors import (
 )
 from llava_triton.contract.history import PastTurn, history_to_json
 from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.contract.operations import NO_OPERATION, Operation
+from llava_triton.contract.operations import NO_OPERATION, STOP_ANSWER, Operation
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -46,6 +47,14 @@ class TurnMessage:
     """What was said before, where the turn opens a session; `images` begins with its pictures."""
     operation: Operation = NO_OPERATION
     """What is done to the session first."""
+    stop_answer: int | str | None = None
+    """The ID of a session whose answer is to end as it is; the message has no other meaning."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Request parameters that say what the inputs do not."""
+        stop = {} if self.stop_answer is None else {STOP_ANSWER: self.stop_answer}
+        return self.operation.to_parameters() | stop
 
     def inputs(self, triton: ModuleType) -> list[Any]:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
@@ -59,6 +68,30 @@ class TurnMessage:
         if self.history:
             strings[HISTORY] = [history_to_json(list(self.history)).encode()]
         return [_bytes_input(triton, spec.name, values) for spec, values in strings.items()]
+
+
+def regenerating(session_id: int | str, sampling: dict[str, Any]) -> TurnMessage:
+    """Answers a session's last question again."""
+    return TurnMessage(session_id, sampling=sampling, operation=Operation(regenerate=True))
+
+
+def rewinding(session_id: int | str, turns: int) -> TurnMessage:
+    """Takes a session back to so many completed turns."""
+    return TurnMessage(session_id, operation=Operation(rewind=turns))
+
+
+def forking(source: int | str, session_id: int | str | None) -> TurnMessage:
+    """Opens a session, under a random ID if None is given, as a copy of another one."""
+    return TurnMessage(
+        uuid.uuid4().hex if session_id is None else session_id,
+        start=True,
+        operation=Operation(fork=source),
+    )
+
+
+def stopping(session_id: int | str) -> TurnMessage:
+    """Ends a session's running answer as it is, from outside the session."""
+    return TurnMessage(uuid.uuid4().hex, start=True, end=True, stop_answer=session_id)
 
 
 class LostConnectionError(SessionError):
@@ -82,6 +115,7 @@ class Transport(ABC):
     """
 
     def __init__(self, tenant: str | None = None) -> None:
+        self.tenant = tenant
         self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
         """Of every request."""
         protocol.parse_tenant(self.parameters)
@@ -92,6 +126,32 @@ class Transport(ABC):
         The ID is the turn's, unless the server chooses it.
         """
         return turn.session_id, self.ask(turn)
+
+    def fork(self, source: int | str, session_id: int | str | None) -> tuple[Transport, int | str]:
+        """Open a session as a copy of another one.
+
+        Args:
+            source: the session to copy.
+            session_id: of the new one; None: a random one.
+
+        Returns:
+            A connection of its own, and its ID.
+        """
+        other = self.another()
+        try:
+            opened, _ = other.open(forking(source, session_id))
+        except BaseException:
+            other.close()
+            raise
+        return other, opened
+
+    def stop_answer(self, session_id: int | str) -> Delta:
+        """End a session's running answer as it is; may be called while it is streamed."""
+        return self.ask(stopping(session_id))
+
+    def another(self) -> Transport:
+        """A connection like this one; INVALID_ARG where a transport has only one."""
+        raise invalid("sessions of this transport cannot be forked")
 
     @abstractmethod
     def ask(self, turn: TurnMessage) -> Delta:

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from llava_triton.contract.tensors import TensorSpec
 
-FinishReason = Literal["", "stop", "length", "time_limit", "prefilled", "closed"]
+FinishReason = Literal["", "stop", "length", "time_limit", "stopped", "prefilled", "closed"]
 """Why a turn ended: "" while it goes on; "stop": the model ended its answer or a stop string came;
-"length": max_tokens or the context is used up; "time_limit": max_seconds have passed; "prefilled":
-a turn without text has been computed and nothing was to be answered; "closed": the turn only closed
-its session."""
+"length": max_tokens or the context is used up; "time_limit": max_seconds have passed; "stopped": a
+client wanted no more of the answer, and what there is of it is kept; "prefilled": a turn without
+text has been computed and nothing was to be answered; "closed": the turn only closed its
+session."""
 
 
 @dataclass(frozen=True)

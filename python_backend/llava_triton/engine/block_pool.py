@@ -63,6 +63,12 @@ class BlockPool:
         self.shared += self._holders[block] == 2
         return block
 
+    def hold(self, block: int) -> None:
+        """Hold a block that somebody holds once more."""
+        assert self._holders[block] > 0
+        self._holders[block] += 1
+        self.shared += self._holders[block] == 2
+
     def release(self, block: int) -> None:
         """Hold a block once less.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
@@ -150,6 +151,21 @@ class Engine:
     def cancel(self, turn_id: str) -> None:
         """Stop a turn; its session goes back to its last completed turn. Unknown IDs are fine."""
         self._command(lambda: self._cancel(turn_id))
+
+    def stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
+        """End the answer that a session is giving, as a completed turn with what was said so far.
+
+        Turns that wait behind it are answered next. Where no answer is under way, nothing happens:
+        it may have ended just before.
+
+        Args:
+            session_id: whose answer.
+            tenant: whose session.
+            listener: gets one final piece without text, with the numbers of the answer that was
+                stopped and 0 where there was none; or NOT_FOUND, where the tenant has no such
+                session.
+        """
+        self._command(lambda: self._stop_answer(session_id, tenant, listener))
 
     def close(self, session_id: SessionId) -> None:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
@@ -331,7 +347,10 @@ class Engine:
                 if request.start
                 else self._sessions.get(session_id, request.tenant)
             )
-            mark = self._preparation.where_to_begin(request, session)
+            source = self._source(request)
+            mark = self._preparation.where_to_begin(request, source or session)
+            if source is not None:
+                session.copy(source, mark)
             prepared = self._prepared(turn, session, mark)
             if prepared is None:
                 return
@@ -345,12 +364,15 @@ class Engine:
             self._refuse(turn, as_session_error(error))
             self._leave(turn)
             return
+        if source is not None:  # before the session is opened, because that may close its source
+            self._memory.share(source, session)
+            self._images.hold_again(session.images)
         if request.start:
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
-        if request.operation != NO_OPERATION:
+        if request.operation != NO_OPERATION and source is None:
             session.go_back(mark)
         session.images += pictures
         session.append(prepared.past.prompt)
@@ -361,6 +383,20 @@ class Engine:
         if request.is_empty:
             running.finish_reason = "closed" if request.end else "prefilled"
             self._complete(running)
+
+    def _source(self, request: TurnRequest) -> Session | None:
+        """The session that a turn copies; None where it copies none.
+
+        Raises:
+            SessionError: NOT_FOUND, its tenant has no open session of that ID.
+        """
+        source_id = request.operation.fork
+        if source_id is None or not request.start:  # which is refused
+            return None
+        source = self._sessions.look(source_id, request.tenant)
+        if source is None:
+            raise unknown(source_id)
+        return source
 
     def _prepared(self, turn: Turn, session: Session, mark: Mark) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
@@ -582,6 +618,24 @@ class Engine:
             self._complete(running)
         else:
             self._fail(running, _too_late(running.turn))
+
+    def _stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
+        if self._sessions.look(session_id, tenant) is None:
+            listener(unknown(session_id))
+            return
+        told = Delta("", "stopped", 0, 0, 0, 0.0)
+        head = self._lanes.head(session_id)
+        running = self._running.get(head.id) if head is not None else None
+        if running is not None and running.max_tokens:
+            try:
+                if not running.finish_reason:  # else it ends by itself
+                    text = running.read()  # of tokens that its listener has not heard of
+                    running.finish_reason = running.finish_reason or "stopped"
+                    self._complete(running, text)
+                told = running.delta("", "stopped")
+            except Exception as error:
+                self._fail(running, as_session_error(error))
+        listener(told)
 
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")

@@ -124,6 +124,11 @@ class ImageStore:
             raise
         return held
 
+    def hold_again(self, images: Sequence[Image]) -> None:
+        """Hold pictures once more that are held already."""
+        for image in images:
+            image.holders += 1
+
     def release(self, image: Image) -> None:
         """Hold a picture once less; one that nobody holds is forgotten."""
         image.holders -= 1

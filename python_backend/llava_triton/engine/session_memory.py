@@ -105,6 +105,31 @@ class SessionMemory:
         kv.blocks += blocks
         return True
 
+    def share(self, source: Session, copy: Session) -> None:
+        """Let a new session remember what another one does of the tokens that both begin with.
+
+        Args:
+            source: may have a turn under way.
+            copy: its tokens are the first ones of the source's; nothing is remembered of them.
+        """
+        theirs, kv = source.key_values, copy.key_values
+        computed = min(theirs.computed, len(copy.tokens))
+        if not computed:
+            return
+        if theirs.host is not None:
+            # The two share one copy in host memory. It counts for each, so that each may drop it.
+            if self.host_bytes + theirs.host.bytes > self._host_budget:
+                kv.dropped = True
+                return
+            kv.host = theirs.host
+            self.host_bytes += kv.host.bytes
+            self._on_host[id(copy)] = copy
+        kv.blocks = theirs.blocks[: _blocks_for(computed)]
+        for block in kv.blocks:
+            self.pool.hold(block)
+        kv.keys = theirs.keys[: computed // BLOCK_TOKENS]
+        kv.computed = computed
+
     def extend(self, session: Session, count: int) -> None:
         """A step has computed so many tokens behind what the session remembered."""
         kv = session.key_values

@@ -96,6 +96,12 @@ class SessionTable:
             return None
         return session
 
+    def look(self, session_id: SessionId, tenant: str) -> Session | None:
+        """A tenant's open session of this ID; it may have a turn under way, so it is not closed
+        where it has outlived its limits."""
+        session = self._sessions.get(session_id)
+        return session if session is not None and session.tenant == tenant else None
+
     def get(self, session_id: SessionId, tenant: str = NO_TENANT) -> Session:
         """A tenant's open session of this ID.
 

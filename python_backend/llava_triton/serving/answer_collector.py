@@ -9,13 +9,13 @@ from typing import Any
 from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.errors import SessionError, as_session_error, unavailable
-from llava_triton.contract.operations import OF_TURNS
+from llava_triton.contract.operations import OF_TURNS, STOP_ANSWER
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.whole_answers import Inbox, Outcome
 
 log = logging.getLogger(__name__)
 
-_PASSED_ON = (protocol.TENANT, *OF_TURNS)
+_PASSED_ON = (protocol.TENANT, STOP_ANSWER, *OF_TURNS)
 """Parameters of a request that are language_model's to read."""
 
 

@@ -27,7 +27,12 @@ from llava_triton.contract.models import (
     TEXT_INPUT,
     TURN_ID,
 )
-from llava_triton.contract.operations import Operation
+from llava_triton.contract.operations import (
+    NO_OPERATION,
+    STOP_ANSWER,
+    Operation,
+    check_session_id,
+)
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device, work_beside
 from llava_triton.engine import Engine, TurnRequest
@@ -108,11 +113,15 @@ class LanguageModel:
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
+            stopped = _session_to_stop(turn, parameters)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
         else:
-            stream.turn_id = self._engine.submit(turn, listener)
+            if stopped is not None:
+                self._engine.stop_answer(stopped, turn.tenant, listener)
+            else:
+                stream.turn_id = self._engine.submit(turn, listener)
         if whole:  # the call that brought it ends here; the answer goes another way
             sender.send(flags=self._backend.final)
 
@@ -218,6 +227,24 @@ class LanguageModel:
         """Whether a request has the START flag, and whether END."""
         flags = request.flags()
         return bool(flags & self._backend.start), bool(flags & self._backend.end)
+
+
+def _session_to_stop(turn: TurnRequest, parameters: dict[str, Any]) -> int | str | None:
+    """The session whose running answer a request stops; None where it stops none.
+
+    Raises:
+        SessionError: INVALID_ARG, it does more than that.
+    """
+    if STOP_ANSWER not in parameters:
+        return None
+    stopped = check_session_id(STOP_ANSWER, parameters[STOP_ANSWER])
+    alone = turn.start and turn.end and stopped != turn.session_id
+    if not alone or turn.has_message or turn.operation != NO_OPERATION:
+        raise invalid(
+            f"{STOP_ANSWER} came with a turn, which would wait for the answer it stops; send it "
+            "alone, with the sequence start and end flags and a sequence ID of its own"
+        )
+    return stopped
 
 
 class Responder:

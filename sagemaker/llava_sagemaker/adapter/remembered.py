@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
 from llava_sagemaker.adapter.turns import Turn
-from llava_triton.contract.models import IMAGE, SAMPLING_PARAMETERS
+from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT
+from llava_triton.contract.operations import Operation
 
 _NOT_IN_MESSAGES = b""
 """Stands for the digest of a picture that no chat completion showed."""
@@ -22,18 +23,57 @@ _REFUSED = ("invalid_request", "image_invalid")
 """Outcomes that leave a session as it was before the turn."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question of a session."""
+
+    before: bytes | None
+    """The digest of what was said before it; None where that is not known."""
+    after: Callable[[str], bytes | None]
+    """Gives the digest of what was said after an answer."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said in a session, as far as it is known."""
+
+    digest: bytes | None = None
+    """None where it is not known."""
+    questions: tuple[Asked, ...] | None = None
+    """Those that were answered; None where it is not known which."""
+
+    def before_question(self, number: int) -> Said:
+        """What was said before the question of this number, counted from 0; of one that is not
+        asked yet, all."""
+        if self.questions is None or number > len(self.questions):
+            return Said()
+        if number == len(self.questions):
+            return self
+        return Said(self.questions[number].before, self.questions[:number])
+
+    def and_answered(self, question: Asked, answer: str) -> Said:
+        """The same, a question and its answer."""
+        questions = None if self.questions is None else (*self.questions, question)
+        return Said(question.after(answer), questions)
+
+
 @dataclass(eq=False)
 class Known:
     """What is known of one session."""
 
-    digest: bytes | None = None
-    """Of what was said; None while a turn runs, or where it is not known."""
+    said: Said = field(default_factory=Said)
+    """Not known while a turn runs."""
     pictures: frozenset[bytes] = frozenset()
     """Digests of what it may have been shown, see `Conversation.pictures`."""
     turns: int = 0
     """Begun so far."""
     opening: bool = False
     """A turn is under way that opens it, perhaps anew."""
+
+    @property
+    def digest(self) -> bytes | None:
+        """Of what was said; None while a turn runs, or where it is not known."""
+        return self.said.digest
 
 
 @dataclass(eq=False)
@@ -44,18 +84,19 @@ class SessionTurn:
     _session_id: str
     _known: Known
     _opens: bool
-    _after: Callable[[str], bytes | None]
-    """Gives the digest of what was said after the answer."""
-    _before: tuple[bytes | None, frozenset[bytes]] = field(init=False)
+    _left: Said
+    """What is said when it begins, if it is what it should be."""
+    _question: Asked | None
+    _before: tuple[Said, frozenset[bytes]] = field(init=False)
     _number: int = field(init=False)
     _opened: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         known = self._known
-        self._before = known.digest, known.pictures
+        self._before = known.said, known.pictures
         known.turns += 1
         self._number = known.turns
-        known.digest = None
+        known.said = Said()
         known.opening = known.opening or self._opens
 
     def completed(self, answer: str) -> None:
@@ -64,7 +105,8 @@ class SessionTurn:
         self._remembered.keep(self._session_id, self._known)
         self._is_open()
         if self._is_last:
-            self._known.digest = self._after(answer)
+            said = self._left
+            self._known.said = said.and_answered(self._question, answer) if self._question else said
 
     def ended(self, outcome: str) -> None:
         """The request is over, complete or not.
@@ -75,7 +117,7 @@ class SessionTurn:
         if self._opens:
             self._is_open()
         elif self._is_last and outcome in _REFUSED:
-            self._known.digest, self._known.pictures = self._before
+            self._known.said, self._known.pictures = self._before
 
     def _is_open(self) -> None:
         """A turn that opens its session no longer does; once, because another one may by then."""
@@ -120,10 +162,31 @@ class Remembered:
         if turn.end:
             self._known.pop(turn.session_id, None)
             return None
-        silent = turn.tensors.keys() <= {IMAGE.name, SAMPLING_PARAMETERS.name}
-        after = NOTHING_SAID if turn.start and silent else None
-        pictures = {_NOT_IN_MESSAGES} if IMAGE.name in turn.tensors else set()
-        return self._begins(turn.session_id, turn.start, frozenset(pictures), lambda _: after)
+        operation = Operation.from_parameters(turn.parameters)
+        shows, asks = IMAGE.name in turn.tensors, TEXT_INPUT.name in turn.tensors
+        pictures = frozenset({_NOT_IN_MESSAGES} if shows else ())
+        left, question = Said(), None
+        if turn.start and operation.fork is None:
+            left = Said() if HISTORY.name in turn.tensors else Said(NOTHING_SAID, ())
+        else:
+            known = self.known(turn.session_id if operation.fork is None else str(operation.fork))
+            if known is None:
+                return None
+            left = known.said
+            if operation.fork is not None:
+                pictures |= known.pictures
+            elif shows:
+                left = Said(None, left.questions)
+        if operation.rewind is not None:
+            left = left.before_question(operation.rewind)
+        elif operation.regenerate and left.questions:
+            question = left.questions[-1]
+            left = left.before_question(len(left.questions) - 1)
+        elif operation.regenerate:
+            left = Said()
+        if asks:
+            question = Asked(left.digest, _unknown)
+        return self._begins(turn.session_id, turn.start, pictures, left, question)
 
     def chat_begins(
         self, session_id: str, before: bytes | None, asked: Conversation, opens: bool
@@ -144,12 +207,15 @@ class Remembered:
                 given now would be lost.
         """
         digest = None if before is None else asked.asked_digest(before)  # and not the pictures
-        return self._begins(
-            session_id,
-            opens,
-            asked.pictures,
-            lambda answer: None if digest is None else answered(digest, answer),
+        known = self.known(session_id)
+        if opens:
+            left = Said(before, None if asked.past else ())
+        else:
+            left = Said(before, known.said.questions if known is not None else None)
+        question = Asked(
+            before, lambda answer: None if digest is None else answered(digest, answer)
         )
+        return self._begins(session_id, opens, asked.pictures, left, question)
 
     def keep(self, session_id: str, known: Known) -> None:
         """Remember a session from now on, as the one used last."""
@@ -169,7 +235,8 @@ class Remembered:
         session_id: str,
         opens: bool,
         pictures: frozenset[bytes],
-        after: Callable[[str], bytes | None],
+        left: Said,
+        question: Asked | None,
     ) -> SessionTurn | None:
         known = self._known.get(session_id)
         if known is not None and known.opening:
@@ -179,6 +246,10 @@ class Remembered:
             if not opens:
                 return None  # forgotten, or an ID that somebody made up
             known = self.opening[session_id] = Known()
-        begun = SessionTurn(self, session_id, known, opens, after)
+        begun = SessionTurn(self, session_id, known, opens, left, question)
         known.pictures |= pictures
         return begun
+
+
+def _unknown(answer: str) -> None:
+    """The digest of what was said behind a question that no chat completion asked."""

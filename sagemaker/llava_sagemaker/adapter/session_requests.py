@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from llava_sagemaker.adapter.session_ids import new_session_id
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
+from llava_triton.contract.operations import REWIND, STOP_ANSWER, Operation
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,27 @@ async def session_request(
     request: Request, fields: dict[str, Any], pictures: Pictures
 ) -> Invocation:
     """`{"requestType": "NEW_SESSION"}`, perhaps with `image` (one or a list), `text` and sampling
-    parameters; or `{"requestType": "CLOSE"}`.
+    parameters; or one of the others in an open session: `CLOSE`; `REGENERATE`, perhaps with
+    sampling parameters; `REWIND` with `turns`, the number to keep; `FORK`, perhaps with `turns`;
+    `STOP`.
 
     Raises:
         AdapterError: invalid_request or image_....
+        SessionError: INVALID_ARG.
     """
-    match fields.pop("requestType"):
-        case "NEW_SESSION":
-            return await _open(request, fields, pictures)
-        case "CLOSE" | "CLOSE_SESSION":  # AWS's articles write both
-            return _close(request, fields)
-        case other:
-            raise invalid_request(
-                f"requestType is {str(other)[:80]!r}; it must be NEW_SESSION or CLOSE"
-            )
+    kind = fields.pop("requestType")
+    if kind == "NEW_SESSION":
+        return await _open(request, fields, pictures)
+    if kind == "CLOSE_SESSION":  # AWS's articles write both
+        kind = "CLOSE"
+    if not isinstance(kind, str) or kind not in _IN_SESSION:
+        raise invalid_request(
+            f"requestType is {str(kind)[:80]!r}; it must be NEW_SESSION, "
+            f"{', '.join(list(_IN_SESSION)[:-1])} or {list(_IN_SESSION)[-1]}"
+        )
+    if request.open_session is None:
+        raise invalid_request(f"a {kind} request names its session in the session header")
+    return _IN_SESSION[kind](request, request.open_session, fields)
 
 
 def empty_session(request: Request) -> Invocation:
@@ -119,13 +128,58 @@ async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) ->
     return in_session("open", opening, _Created(session_id))
 
 
-def _close(request: Request, fields: dict[str, Any]) -> Invocation:
-    if fields:
-        raise invalid_request(f"a CLOSE request takes no {next(iter(fields))[:80]!r}")
-    session_id = request.open_session
-    if session_id is None:
-        raise invalid_request("a CLOSE request names its session in the session header")
+def _close(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:
+    _check_empty("CLOSE", fields)
     return in_session("close", turn(session_id, end=True), _Closed(session_id))
+
+
+def _regenerate(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:
+    again = Operation(regenerate=True).to_parameters()
+    answered = turn(session_id, sampling=fields, parameters=again)
+    return in_session("regenerate", answered, _Answered(session_id), request.wants_events)
+
+
+def _rewind(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:
+    if "turns" not in fields:
+        raise invalid_request("a REWIND request says in turns how many turns to keep")
+    parameters = _kept_turns(fields)
+    _check_empty("REWIND", fields)
+    return in_session("rewind", turn(session_id, parameters=parameters), _Answered(session_id))
+
+
+def _fork(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:
+    parameters = _kept_turns(fields) | Operation(fork=session_id).to_parameters()
+    _check_empty("FORK", fields)
+    fork = turn(new_session_id(), start=True, parameters=parameters)
+    return in_session("fork", fork, _Created(fork.session_id))
+
+
+def _stop(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:
+    _check_empty("STOP", fields)
+    # A sequence of its own: a turn of the session would wait for the answer.
+    stop = turn(new_session_id(), start=True, end=True, parameters={STOP_ANSWER: session_id})
+    return in_session("stop", stop, _Answered(session_id))
+
+
+_IN_SESSION: dict[str, Callable[[Request, str, dict[str, Any]], Invocation]] = {
+    "REGENERATE": _regenerate,
+    "REWIND": _rewind,
+    "FORK": _fork,
+    "STOP": _stop,
+    "CLOSE": _close,
+}
+"""By what `requestType` says: the requests about a session that is open."""
+
+
+def _kept_turns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take `turns`, which may be left out."""
+    given = {REWIND: fields.pop("turns")} if "turns" in fields else {}
+    return Operation.from_parameters(given).to_parameters()
+
+
+def _check_empty(kind: str, fields: dict[str, Any]) -> None:
+    if fields:
+        raise invalid_request(f"a {kind} request takes no {next(iter(fields))[:80]!r}")
 
 
 def _plain(text: str) -> Body:

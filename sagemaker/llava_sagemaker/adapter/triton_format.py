@@ -21,6 +21,7 @@ from llava_sagemaker.adapter.turns import Tensor, Turn, packed, utf8
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.models import INPUTS
+from llava_triton.contract.operations import REGENERATE, REWIND, Operation
 from llava_triton.contract.tensors import TensorSpec
 
 BINARY_CONTENT_TYPE = "application/vnd.sagemaker-triton.binary+json"
@@ -54,7 +55,8 @@ def triton_request(request: Request, fields: dict[str, Any], size: int) -> Invoc
     Args:
         request: its session header becomes the sequence ID, NEW_SESSION the start flag. The
             client's own `sequence_id` and `sequence_start` have no meaning here.
-        fields: its JSON; the parameter `sequence_end` closes the session.
+        fields: its JSON; the parameter `sequence_end` closes the session, `rewind` and
+            `regenerate` go back in it.
         size: bytes of the JSON in the body; binary tensors may stand behind it.
 
     Raises:
@@ -65,7 +67,13 @@ def triton_request(request: Request, fields: dict[str, Any], size: int) -> Invoc
     if not isinstance(end, bool):
         raise invalid_request("the parameter sequence_end must be true or false")
     flags = request.session_flags(end)
-    turn = Turn(**flags, tensors=dict(_tensors(fields.get("inputs"), request.body, size)))
+    turn = Turn(
+        **flags,
+        tensors=dict(_tensors(fields.get("inputs"), request.body, size)),
+        parameters=Operation.from_parameters(
+            {name: parameters[name] for name in (REWIND, REGENERATE) if name in parameters}
+        ).to_parameters(),
+    )
     answer = _InferenceResponse(
         _id(fields.get("id")),
         tuple(_requested(fields.get("outputs"), parameters.get("binary_data_output") is True)),

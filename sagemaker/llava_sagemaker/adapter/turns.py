@@ -11,7 +11,7 @@ import contextlib
 import json
 import struct
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -72,6 +72,8 @@ class Turn:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Input tensors by name, all BYTES [n]."""
     tenant: str = protocol.NO_TENANT
+    parameters: Mapping[str, int | str] = field(default_factory=dict)
+    """Of the request, see `llava_triton.contract.operations`."""
 
     @property
     def size(self) -> int:
@@ -87,6 +89,14 @@ class Turn:
         request.parameters["priority"].int64_param = _PRIORITY
         if self.tenant:
             request.parameters[protocol.TENANT].string_param = self.tenant
+        for name, value in self.parameters.items():
+            given = request.parameters[name]
+            if isinstance(value, bool):
+                given.bool_param = value
+            elif isinstance(value, int):
+                given.int64_param = value
+            else:
+                given.string_param = value
         for name, tensor in self.tensors.items():
             described = request.inputs.add()
             described.name = name
@@ -119,6 +129,7 @@ def turn(
     images: Sequence[bytes | LongString] = (),
     sampling: dict[str, Any] | None = None,
     history: str | None = None,
+    parameters: Mapping[str, int | str] | None = None,
 ) -> Turn:
     """A turn from plain values; those that are empty are left out.
 
@@ -129,6 +140,7 @@ def turn(
         images: encoded files, as they are, in base64 or as data URIs.
         sampling: the input `sampling_parameters`.
         history: the input `history`, JSON.
+        parameters: of the request.
     """
     strings: dict[str, Sequence[bytes | LongString]] = {
         TEXT_INPUT.name: [utf8(text)] if text else [],
@@ -137,7 +149,7 @@ def turn(
         HISTORY.name: [utf8(history)] if history else [],
     }
     tensors = {name: packed(values) for name, values in strings.items() if values}
-    return Turn(session_id, start, end, tensors)
+    return Turn(session_id, start, end, tensors, parameters=parameters or {})
 
 
 def _json(sampling: dict[str, Any]) -> bytes:

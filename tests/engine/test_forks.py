@@ -1,0 +1,174 @@
+"""Sessions that begin as copies of others."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.operations import Operation
+from llava_triton.engine.session import SessionId
+from tests.engine_harness import EngineHarness
+from tests.small_engine import PICTURES, Alone, Ask, Start, failure, on_host, resident
+
+FIRST = Ask("What is it?", (PICTURES[0],))
+SECOND = Ask("And the other one?", (PICTURES[1],))
+ONE_WAY, OTHER_WAY = Ask("Why so? " * 5), Ask("Not so? " * 3, (PICTURES[2],))
+
+
+def fork(
+    harness: EngineHarness, session_id: SessionId, source: SessionId, turns: int | None = None
+) -> int:
+    """Tokens that were computed for it."""
+    operation = Operation(fork=source, rewind=turns)
+    text, final = harness.ask(session_id, start=True, operation=operation)
+    assert (text, final.finish_reason) == ("", "prefilled")
+    assert final.num_input_tokens == len(harness.session(session_id).tokens)
+    return final.num_input_tokens - final.num_cached_tokens
+
+
+def tell(harness: EngineHarness, *turns: Ask) -> None:
+    for index, turn in enumerate(turns):
+        turn.wait(harness, "s", start=index == 0)
+
+
+def test_a_fork_has_all_and_computes_nothing_of_it(start: Start, alone: Alone) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    before = harness.engine.statistics()
+    # The last token of an answer is computed with what follows.
+    assert fork(harness, "fork", "s") == 1
+    now = harness.engine.statistics()
+    assert now.blocks_free == before.blocks_free
+    assert now.prompt_tokens_computed == before.prompt_tokens_computed
+    assert now.images == 2
+    expected = alone(FIRST, SECOND, ONE_WAY)[-1]
+    text, final = ONE_WAY.wait(harness, "s")
+    assert text == expected
+    other, forked = OTHER_WAY.wait(harness, "fork")
+    assert other == alone(FIRST, SECOND, OTHER_WAY)[-1]
+    assert forked.num_cached_tokens == final.num_cached_tokens
+    copied = harness.engine.statistics().blocks_copied
+    assert copied == before.blocks_copied + 1  # the one that both would have written to
+    assert ONE_WAY.wait(harness, "fork")[0] == alone(FIRST, SECOND, OTHER_WAY, ONE_WAY)[-1]
+    assert OTHER_WAY.wait(harness, "s")[0] == alone(FIRST, SECOND, ONE_WAY, OTHER_WAY)[-1]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_fork_of_an_earlier_turn(start: Start, alone: Alone, turns: int) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    assert fork(harness, "fork", "s", turns) <= 1
+    assert harness.engine.statistics().images == 2
+    assert ONE_WAY.wait(harness, "fork")[0] == alone(*(FIRST, SECOND)[:turns], ONE_WAY)[-1]
+    assert ONE_WAY.wait(harness, "s")[0] == alone(FIRST, SECOND, ONE_WAY)[-1]
+
+
+@pytest.mark.parametrize("ended", ["s", "fork"])
+def test_the_end_of_one_leaves_the_other_whole(start: Start, alone: Alone, ended: str) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    fork(harness, "fork", "s")
+    harness.ask(ended, end=True)
+    harness.poison_free_blocks()
+    other = "fork" if ended == "s" else "s"
+    assert ONE_WAY.wait(harness, other)[0] == alone(FIRST, SECOND, ONE_WAY)[-1]
+    harness.ask(other, end=True)
+    harness.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("evicted", [["s"], ["fork"], ["s", "fork"], ["before"]], ids=str)
+@pytest.mark.parametrize("host_blocks", [None, 12, 0])
+def test_memory_pressure_takes_each_by_itself(
+    start: Start, alone: Alone, evicted: list[str], host_blocks: int | None
+) -> None:
+    harness = start(host_blocks=host_blocks)
+    tell(harness, FIRST, SECOND)
+    if evicted == ["before"]:
+        harness.evict_idle("s")
+    fork(harness, "fork", "s")
+    harness.check_books()
+    if evicted != ["before"]:
+        harness.evict_idle(*evicted)
+        assert resident(harness) == {"s", "fork"} - set(evicted)
+    if host_blocks is None:
+        assert on_host(harness) == ({"s", "fork"} if evicted == ["before"] else set(evicted))
+    harness.poison_free_blocks()
+    assert OTHER_WAY.wait(harness, "fork")[0] == alone(FIRST, SECOND, OTHER_WAY)[-1]
+    harness.poison_free_blocks()
+    assert ONE_WAY.wait(harness, "s")[0] == alone(FIRST, SECOND, ONE_WAY)[-1]
+
+
+@pytest.mark.parametrize("regenerates", [False, True])
+def test_a_fork_does_not_have_the_answer_under_way(
+    start: Start, alone: Alone, regenerates: bool
+) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    if regenerates:
+        again = Operation(regenerate=True)
+        running = harness.submit("s", operation=again, max_tokens=400, ignore_eos=True)
+    else:
+        running = Ask("Go on!", (PICTURES[3],), 400, ignore_eos=True).submit(harness, "s")
+    pieces = running.deltas()
+    next(pieces)
+    fork(harness, "fork", "s")
+    expected = (FIRST,) if regenerates else (FIRST, SECOND)
+    assert ONE_WAY.wait(harness, "fork")[0] == alone(*expected, ONE_WAY)[-1]
+    said = len([*pieces])
+    assert said
+    harness.engine.close("s")
+    assert OTHER_WAY.wait(harness, "fork")[0] == alone(*expected, ONE_WAY, OTHER_WAY)[-1]
+
+
+def test_pictures_that_wait_for_a_question_are_the_forks_too(start: Start, alone: Alone) -> None:
+    harness = start()
+    shown = Ask(None, (PICTURES[0], PICTURES[1]))
+    tell(harness, shown)
+    assert fork(harness, "fork", "s") == 0
+    harness.ask("s", end=True)
+    assert harness.engine.statistics().images == 2
+    assert ONE_WAY.wait(harness, "fork")[0] == alone(shown, ONE_WAY)[-1]
+
+
+def test_a_fork_in_the_place_of_its_source(start: Start, alone: Alone) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    fork(harness, "s", "s", 1)
+    assert ONE_WAY.wait(harness, "s")[0] == alone(FIRST, ONE_WAY)[-1]
+    harness.ask("s", end=True)
+    harness.assert_nothing_is_held()
+
+
+def test_a_full_server_takes_no_fork(start: Start) -> None:
+    harness = start(max_sessions=1)
+    tell(harness, FIRST)
+    refused = harness.submit("fork", start=True, operation=Operation(fork="s"))
+    assert failure(refused) is ErrorCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("flags", "operation", "code", "sentence"),
+    [
+        ({"start": True}, Operation(fork="x"), ErrorCode.NOT_FOUND, "session 'x' is unknown"),
+        ({"start": True, "tenant": "bob"}, Operation(fork="s"), ErrorCode.NOT_FOUND, "'s' is unk"),
+        ({"start": True}, Operation(fork="s", rewind=3), ErrorCode.INVALID_ARG, "to turn 3; it"),
+        ({"start": True, "text": "?"}, Operation(fork="s"), ErrorCode.INVALID_ARG, "more came"),
+        ({}, Operation(fork="s"), ErrorCode.INVALID_ARG, "send it with the sequence start flag"),
+    ],
+)
+def test_what_cannot_be_forked_is_refused_and_nothing_changes(
+    start: Start,
+    alone: Alone,
+    flags: dict[str, object],
+    operation: Operation,
+    code: ErrorCode,
+    sentence: str,
+) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    name = "fork" if flags else "s"
+    with pytest.raises(SessionError, match=sentence) as caught:
+        harness.ask(name, operation=operation, **flags)
+    assert caught.value.code is code
+    assert harness.engine.statistics().sessions_open == 1
+    assert ONE_WAY.wait(harness, "s")[0] == alone(FIRST, SECOND, ONE_WAY)[-1]
