@@ -7,9 +7,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.load import PATIENCE_SECONDS, Answer, Ask, Way, exactly
+from benchmarks.report import percentile_95
 from benchmarks.workload import Workload
+from llava_triton.contract.settings import Settings
 
 QUIET_SHARE = 0.3
 """The long prompt comes when this share of every answer is there."""
@@ -28,10 +31,14 @@ class Fairness:
     """The largest before it came: what the machine does by itself."""
     stalled_median_ms: float
     """Median over all streams from its coming to its first token."""
+    stalled_95_ms: float
+    """95th percentile of the same."""
     stalled_largest_ms: float
     """The largest of any stream that touches that time."""
     prompt_first_token_ms: float
     """From the long prompt's coming to its first token."""
+    target_ms: float
+    """That the engine was given for the time between two tokens."""
     largest_piece_tokens: int
     """Tokens in one piece at most; above 1, an interval is one of several tokens."""
 
@@ -68,6 +75,7 @@ def measure_fairness(way: Way, workload: Workload) -> Fairness:
         late.submitted_at,
         late.engines_first_token_at,
         prompt_tokens=late.done.num_input_tokens,
+        target_ms=Settings.of_repository(Path(workload.repository)).target_between_tokens_ms,
         largest_piece=max(_largest_piece(stream) for stream in streams),
     )
 
@@ -78,6 +86,7 @@ def summarize_fairness(
     computed: float,
     *,
     prompt_tokens: int,
+    target_ms: float,
     largest_piece: int,
 ) -> Fairness:
     """Intervals from the times, in seconds, at which every stream got its pieces.
@@ -87,6 +96,7 @@ def summarize_fairness(
         came: when the long prompt came.
         computed: when it had its first token.
         prompt_tokens: of the long prompt.
+        target_ms: that the engine was given for the time between two tokens.
         largest_piece: tokens in one piece at most.
     """
     if min(times[-1] for times in streams) < computed:
@@ -105,8 +115,10 @@ def summarize_fairness(
         usual_ms=statistics.median(before),
         usual_largest_ms=max(before),
         stalled_median_ms=statistics.median(during),
+        stalled_95_ms=percentile_95(during),
         stalled_largest_ms=max(during),
         prompt_first_token_ms=(computed - came) * 1000.0,
+        target_ms=target_ms,
         largest_piece_tokens=largest_piece,
     )
 

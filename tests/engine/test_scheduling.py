@@ -8,7 +8,6 @@ from concurrent.futures import Future
 
 import pytest
 
-from llava_triton.engine import scheduler
 from llava_triton.engine.step_clock import StepClock
 from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.engine_harness import EngineHarness, Pending
@@ -46,20 +45,33 @@ def streams_and_recorder(harness: EngineHarness) -> tuple[list[Pending], Recorde
     return streams, Recorder(harness)
 
 
+def has_questions_alone(harness: EngineHarness) -> bool:
+    """As on a CPU."""
+    return harness.runner.steps_at_once == 1
+
+
 @pytest.mark.parametrize("text", ["Why so?", "Why so, and what of the circle on the left of it?"])
-def test_a_question_is_computed_in_one_step_of_its_own(start: Start, text: str) -> None:
+def test_a_question_is_computed_in_one_step(start: Start, text: str) -> None:
     harness = start()
     streams, recorder = streams_and_recorder(harness)
     _, final = Ask(text, max_tokens=4).wait(harness, "asked")
     computed = final.num_input_tokens - final.num_cached_tokens
-    assert computed <= scheduler.QUESTION_TOKENS
-    assert [step for step in recorder.steps if max(step) > 1] == [[computed]]
+    if has_questions_alone(harness):
+        assert [step for step in recorder.steps if max(step) > 1] == [[computed]]
+    else:
+        assert [count for count in recorder.beside_answers if count] == [computed]
     for stream in streams:
         stream.wait()
 
 
-def test_running_answers_advance_between_two_steps_of_questions(start: Start) -> None:
+def test_running_answers_advance_between_two_steps_of_questions(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = 32
     harness = start()
+    # The machine's own speed must not choose how many.
+    monkeypatch.setattr(StepClock, "tokens_alone", lambda *_: at_once)
+    monkeypatch.setattr(StepClock, "tokens_beside", lambda *_: at_once)
     names = [f"asked {number}" for number in range(6)]
     for name in names:
         long_ask(name).wait(harness, name, start=True)
@@ -69,34 +81,26 @@ def test_running_answers_advance_between_two_steps_of_questions(start: Start) ->
     asked = harness.on_engine(lambda _: [question.submit(harness, name) for name in names])
     answers = [pending.wait() for pending in asked]
     computed = sum(final.num_input_tokens - final.num_cached_tokens for _, final in answers)
-    assert computed > 2 * scheduler.QUESTION_TOKENS
+    assert computed > 2 * at_once
     for stream in streams:
         stream.wait()
+    of_questions = [step for step in recorder.steps if max(step) > 1]
+    assert len(of_questions) > 1
+    assert max(sum(step) - step.count(1) for step in of_questions) <= at_once
+    if not has_questions_alone(harness):
+        assert min(step.count(1) for step in of_questions) >= len(streams)
+        return
     kinds = ["questions" if min(step) > 1 else "answers" for step in recorder.steps]
     assert kinds.count("questions") > 1
     assert ("questions", "questions") not in itertools.pairwise(kinds)
-    most = max(sum(step) for step in recorder.steps if min(step) > 1)
-    assert most <= scheduler.QUESTION_TOKENS
-
-
-def test_where_a_question_costs_little_it_is_computed_beside_running_answers(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    harness = start()
-    monkeypatch.setattr(harness.engine._scheduler, "_questions_alone", False)  # as on a GPU
-    streams, recorder = streams_and_recorder(harness)
-    _, final = Ask("Why so?", max_tokens=4).wait(harness, "asked")
-    computed = final.num_input_tokens - final.num_cached_tokens
-    assert [count for count in recorder.beside_answers if count] == [computed]
-    for stream in streams:
-        stream.wait()
 
 
 def test_a_long_prompt_comes_in_small_pieces_to_its_end(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The machine's own speed must not choose the pieces.
-    monkeypatch.setattr(StepClock, "plan", lambda *_: 16)
+    monkeypatch.setattr(StepClock, "tokens_alone", lambda *_: 0)
+    monkeypatch.setattr(StepClock, "tokens_beside", lambda *_: 16)
     harness = start()
     streams = [STREAM.submit(harness, name, start=True) for name in ("a", "b", "c", "d")]
     for stream in streams:

@@ -113,7 +113,9 @@ class Engine:
             self._memory,
             self._idle_sessions,
             runner.prefill_chunk_tokens,
-            questions_alone=runner.device.type == "cpu",
+            settings,
+            # A device that is given one step at a time computes on the cores that plan the next.
+            questions_alone=runner.steps_at_once == 1,
         )
         self._under_way: deque[list[Work]] = deque()
         """The works of the steps that the device has, oldest first."""
@@ -422,7 +424,7 @@ class Engine:
         """Give the device its next step, and one more to go on with where it takes two."""
         # Behind a lost step nothing is planned: it would build on tokens that nobody knows.
         while not self._lost and len(self._under_way) < self._runner.steps_at_once:
-            turns = list(self._running.values())
+            turns, now = list(self._running.values()), time.monotonic()
             while self._to_try_alone and not self._under_way:
                 suspect = self._to_try_alone.popleft()
                 if self._is_running(suspect):
@@ -430,9 +432,9 @@ class Engine:
                     break
             try:
                 if self._under_way:
-                    works = self._scheduler.plan_ahead(turns, self._under_way[-1])
+                    works = self._scheduler.plan_ahead(turns, self._under_way[-1], now)
                 else:
-                    works = self._scheduler.plan(turns)
+                    works = self._scheduler.plan(turns, now)
                 if not works:
                     return
                 step = Step([self._part(work) for work in works], self._memory.take_transfers())

@@ -2,62 +2,108 @@
 
 from __future__ import annotations
 
-STALL = 1.5
-"""A step that also computes prompts is planned to take this many times as long as one that only
-advances running answers. None should take three times as long; estimates are somewhat wrong, and
-machines stumble."""
-LEAST_CHUNK = 4
-"""Prompt tokens of such a step at the least, so that every prompt goes on."""
+import statistics
+from collections import deque
+
 STEPS_UNTIL_A_LOOK = 16
-"""After so many of them one step advances running answers alone: they get slower as they grow, and
-in other steps that would look like the prompt's doing."""
-SMOOTHING = 0.3
-"""Weight of the newest measurement."""
+"""Every 17th mixed step runs decode only, to measure decode time again: running answers get slower
+as they grow."""
+LOOK_GROWTH = 2.0
+"""The same where there are so many times more running answers than at the last such step, or
+fewer."""
 
 
 class StepClock:
-    """Chooses how many prompt tokens go beside running answers.
+    """Learns what steps take, and says how many prompt tokens fit into so much time.
 
-    A step is taken for the time of its running answers plus a time per prompt token.
+    Two shapes are common. On a CPU every prompt token costs the same beside the running answers. On
+    a GPU a step of few tokens takes the time of reading the weights, however many they are, and
+    from some number on the arithmetic's. Of both it is true that a step takes at most the time of
+    its answers alone and that of its prompt tokens alone together, and that no token costs more
+    where there are more of them. Only this is assumed.
+
+    A slow step tells of the machine and not of the work: decode time is the lower of the last two,
+    other figures are medians of the last three.
     """
 
     def __init__(self) -> None:
-        self._decode_seconds: float | None = None
-        self._seconds_per_prompt_token: float | None = None
-        self._planned_since_a_look = 0
+        self._decode: deque[float] = deque(maxlen=2)
+        """Seconds of the latest steps of running answers alone, of about as many as now."""
+        self._decoded = 0
+        """How many the latest of them had."""
+        self._looked_at = 0
+        """The same, of the one that is planned too."""
+        self._mixed_since = 0
+        """Mixed steps planned since."""
+        self._mixed: deque[tuple[int, float]] = deque(maxlen=3)
+        """Prompt tokens and seconds of the latest steps with prompts beside answers."""
+        self._alone: dict[int, deque[float]] = {}
+        """Seconds a token of the latest steps of prompts alone, by the bits of how many tokens they
+        had."""
 
     @property
     def decode_seconds(self) -> float:
         """What a step takes that only advances running answers; 0 where none was seen yet."""
-        return self._decode_seconds or 0.0
+        return min(self._decode, default=0.0)
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """A step with so many running answers and prompt tokens took so long."""
         if not prompt_tokens:
-            self._decode_seconds = _smoothed(self._decode_seconds, seconds)
-            self._planned_since_a_look = 0
-            return
-        rest = seconds - (self.decode_seconds if decoding else 0.0)
-        per_token = max(rest, 0.1 * seconds) / prompt_tokens
-        self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, per_token)
+            if self._differs(decoding, self._decoded):
+                self._decode.clear()
+            self._decode.append(seconds)
+            self._decoded = self._looked_at = decoding
+            self._mixed_since = 0
+        elif decoding:
+            self._mixed.append((prompt_tokens, seconds))
+        else:
+            bits = prompt_tokens.bit_length()
+            self._alone.setdefault(bits, deque(maxlen=3)).append(seconds / prompt_tokens)
 
-    def plan(self, decoding: int, most: int) -> int:
-        """How many prompt tokens the next step may compute beside so many running answers; 0 now
-        and then.
+    def takes_look(self, decoding: int) -> bool:
+        """Whether the next step is to advance so many running answers and nothing else, so that it
+        is known how long that takes; the step is planned then."""
+        self._mixed_since += 1
+        if (
+            self._decode
+            and self._mixed_since <= STEPS_UNTIL_A_LOOK
+            and not self._differs(decoding, self._looked_at)
+        ):
+            return False
+        self._looked_at, self._mixed_since = decoding, 0
+        return True
 
-        Args:
-            decoding: running answers that the step advances.
-            most: prompt tokens of a step at the most.
-        """
-        decode, per_token = self._decode_seconds, self._seconds_per_prompt_token
-        if not decoding or decode is None or per_token is None:
-            return most
-        if self._planned_since_a_look == STEPS_UNTIL_A_LOOK:
-            self._planned_since_a_look = 0
+    @staticmethod
+    def _differs(decoding: int, before: int) -> bool:
+        few, many = sorted((decoding, before))
+        return many > LOOK_GROWTH * few
+
+    def tokens_alone(self, seconds: float) -> int:
+        """How many prompt tokens are computed in about so long where nothing is beside them; 0
+        where no prompt was seen yet."""
+        if seconds <= 0.0 or not self._alone:
             return 0
-        self._planned_since_a_look += 1
-        return min(most, max(LEAST_CHUNK, int((STALL - 1.0) * decode / per_token)))
+        # The lowest is of the largest steps, which is what one more token costs.
+        return int(seconds / min(statistics.median_low(took) for took in self._alone.values()))
 
+    def tokens_beside(self, seconds: float) -> int:
+        """How many prompt tokens a step of `seconds` has room for beside the running answers."""
+        spare = seconds - self.decode_seconds
+        if spare <= 0.0:
+            return 0
+        unseen = self.tokens_alone(spare)
+        if not self._mixed:
+            return unseen
+        return statistics.median_low(
+            self._scaled(tokens, took, seconds, unseen) for tokens, took in self._mixed
+        )
 
-def _smoothed(before: float | None, now: float) -> float:
-    return now if before is None else (1.0 - SMOOTHING) * before + SMOOTHING * now
+    def _scaled(self, tokens: int, took: float, seconds: float, unseen: int) -> int:
+        """How many tokens fit into `seconds`, where `tokens` took so long."""
+        spare, used = seconds - self.decode_seconds, took - self.decode_seconds
+        by_token = tokens * spare / used if used > 0.0 else float("inf")
+        if took >= seconds:
+            return int(by_token)
+        # Larger than seen: at most what the cheaper of two sure ways allows. All of a step grows
+        # with its tokens, or every token costs what it costs alone.
+        return int(min(by_token, max(tokens * seconds / took, unseen)))

@@ -206,9 +206,9 @@ class RunningTurn:
             self.turn.request.sampling.logprobs,
         )
 
-    def next_ids(self, count: int) -> list[int]:
-        """The first `count` of the tokens not computed yet."""
-        first = self.session.key_values.computed
+    def next_ids(self, count: int, behind: int = 0) -> list[int]:
+        """`count` of the tokens not computed yet, behind so many of them."""
+        first = self.session.key_values.computed + behind
         return self.session.tokens[first : first + count]
 
     def read(self) -> str:
