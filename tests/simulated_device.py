@@ -151,11 +151,13 @@ class SimulatedDevice:
             turn=turn,
             session=session,
             prompt_tokens=arrival.prompt,
-            images_before=0,
+            mark=session.mark(0),
             max_tokens=arrival.answer,
             draws=Draws(SamplingParameters()),
+            processors=cast(Any, None),
             detokenizer=cast(Any, None),
-            last_answer=None,
+            token_texts=cast(Any, None),
+            grammar=None,
             pending_images=0,
         )
 

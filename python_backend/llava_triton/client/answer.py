@@ -60,6 +60,26 @@ class StopOnce:
             self._tell()
 
 
+class AnswerParts:
+    """The pieces of an answer as they come; made when its turn is sent."""
+
+    def __init__(self) -> None:
+        self.answer: Answer | None = None
+        """The whole answer, once its last piece has come."""
+        self._sent_at = time.perf_counter()
+        self._pieces: list[Delta] = []
+        self._first: float | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take the next piece, now."""
+        seconds = time.perf_counter() - self._sent_at
+        if self._first is None and (delta.num_output_tokens or delta.is_final):
+            self._first = seconds
+        self._pieces.append(delta)
+        if delta.is_final:
+            self.answer = whole_answer(ANSWER.joined(self._pieces), self._first or seconds, seconds)
+
+
 class AnswerStream:
     """An answer on its way: iterate over its pieces, then read `answer`.
 
@@ -107,18 +127,12 @@ class AnswerStream:
             close()
 
     def __iter__(self) -> Iterator[str]:
-        sent_at = time.perf_counter()
-        pieces: list[Delta] = []
-        first: float | None = None
+        parts = AnswerParts()
         try:
             for delta in self._deltas:
-                if first is None and (delta.num_output_tokens or delta.is_final):
-                    first = time.perf_counter() - sent_at
-                pieces.append(delta)
+                parts.add(delta)
                 self._stopping.heard(delta)
-                if delta.is_final:
-                    seconds = time.perf_counter() - sent_at
-                    self._answer = whole_answer(ANSWER.joined(pieces), first or seconds, seconds)
+                self._answer = parts.answer
                 if delta.text:
                     yield delta.text
         finally:

@@ -19,7 +19,7 @@ from llava_triton.client.transport import (
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 
-_CHANNEL = [
+CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # Connections of its own: gRPC makes those that are shared wait after a failure, up to two
@@ -115,4 +115,4 @@ class GrpcTransport(Transport):
 
 
 def _connect(address: str) -> triton.InferenceServerClient:
-    return triton.InferenceServerClient(address, channel_args=_CHANNEL)
+    return triton.InferenceServerClient(address, channel_args=CHANNEL)

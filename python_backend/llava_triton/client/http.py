@@ -10,10 +10,18 @@ from tritonclient.utils import InferenceServerException
 
 from llava_triton.client.transport import Transport, TurnMessage, delta_of, session_error
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import invalid
+from llava_triton.contract.errors import SessionError, invalid
 
 ANSWER_SECONDS = 600.0
 """The longest an answer may take; tritonclient's own default is a minute."""
+
+
+def no_streams() -> SessionError:
+    """What a stream over HTTP is told."""
+    return invalid(
+        "Triton cannot stream a session's answers over HTTP; open the session by a "
+        "grpc://host:port URL, or use ask()"
+    )
 
 
 class HttpTransport(Transport):
@@ -50,10 +58,7 @@ class HttpTransport(Transport):
 
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Not possible: Triton's HTTP streaming endpoint takes no sequence ID."""
-        raise invalid(
-            "Triton cannot stream a session's answers over HTTP; open the session by a "
-            "grpc://host:port URL, or use ask()"
-        )
+        raise no_streams()
 
     def close(self) -> None:
         """Let the connection go."""

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
-import uuid
 from collections.abc import Iterable, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
+from llava_triton.client.opening import Address, opening_turn
+from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.transport import Transport, TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import SessionError, invalid
+from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Picture: TypeAlias = "bytes | str | PathLike[str] | Image"
-"""An encoded picture file's bytes, its path, or a picture of Pillow."""
 
 
 class Session:
@@ -76,19 +67,12 @@ class Session:
         Raises:
             SessionError: no server there, a bad picture, or a full server.
         """
-        transport = _transport(url, tenant)
+        address = Address.of(url)
+        transport = _transport(address, tenant)
         if replay:
             transport = ReplayTransport(transport)
         try:
-            if session_id is not None and url.startswith("sagemaker:"):
-                raise invalid("SageMaker's server chooses session IDs; leave session_id out")
-            turn = TurnMessage(
-                uuid.uuid4().hex if session_id is None else session_id,
-                start=True,
-                images=_pictures(image),
-                history=history,
-            )
-            opened, _ = transport.open(turn)
+            opened, _ = transport.open(opening_turn(address, image, session_id, history))
         except BaseException:
             transport.close()
             raise
@@ -112,7 +96,7 @@ class Session:
         Raises:
             SessionError: the session is as it was before the turn.
         """
-        return self._ask(text, _pictures(image), sampling)
+        return self._ask(text, encoded_pictures(image), sampling)
 
     def stream(
         self,
@@ -125,12 +109,12 @@ class Session:
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
         return self._begin_stream(
-            TurnMessage(self.id, text=text, images=_pictures(image), sampling=sampling)
+            TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
         )
 
     def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
         """Show more pictures without asking; the next question is about them too."""
-        return self._ask(None, _pictures(image), {})
+        return self._ask(None, encoded_pictures(image), {})
 
     def regenerate(self, **sampling: Any) -> Answer:
         """Answer the last question again, in the place of the last answer.
@@ -222,56 +206,15 @@ class Session:
         self.close()
 
 
-def _transport(url: str, tenant: str | None) -> Transport:
-    parts = urlsplit(url)
-    if parts.scheme == "grpc" and parts.netloc:
+def _transport(address: Address, tenant: str | None) -> Transport:
+    if address.scheme == "grpc":
         from llava_triton.client.grpc import GrpcTransport
 
-        return GrpcTransport(parts.netloc, tenant)
-    if parts.scheme == "http" and parts.netloc:
+        return GrpcTransport(address.place, tenant)
+    if address.scheme == "http":
         from llava_triton.client.http import HttpTransport
 
-        return HttpTransport(parts.netloc, tenant)
-    if parts.scheme == "sagemaker" and parts.netloc:
-        from llava_triton.client.sagemaker import SageMakerTransport
+        return HttpTransport(address.place, tenant)
+    from llava_triton.client.sagemaker import SageMakerTransport
 
-        return SageMakerTransport(parts.netloc, **_options(url, parts.query), tenant=tenant)
-    raise invalid(
-        f"the URL is {url!r}; give grpc://host:port or http://host:port or "
-        "sagemaker://endpoint-name"
-    )
-
-
-def _options(url: str, query: str) -> dict[str, str]:
-    """What follows the question mark of a sagemaker:// URL."""
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(options.keys() - {"region", "endpoint_url"})
-    if unknown:
-        raise invalid(
-            f"the URL {url!r} says {', '.join(unknown)}; it may say region and endpoint_url"
-        )
-    return options
-
-
-def _pictures(image: Picture | Iterable[Picture] | None) -> list[bytes]:
-    """One, several or no pictures -> encoded files."""
-    if image is None:
-        return []
-    if isinstance(image, bytes | str | PathLike) or not isinstance(image, Iterable):
-        return [_encoded(image)]
-    return [_encoded(picture) for picture in image]
-
-
-def _encoded(picture: Picture) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | PathLike):
-        try:
-            return Path(picture).read_bytes()
-        except OSError as error:
-            raise invalid(f"the picture {str(picture)!r} cannot be read: {error}") from error
-    from PIL import ImageOps  # whoever has a picture of Pillow has Pillow
-
-    buffer = io.BytesIO()
-    ImageOps.exif_transpose(picture).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    return SageMakerTransport(address.place, **address.options, tenant=tenant)

@@ -1,0 +1,184 @@
+"""A session with a picture, for asyncio."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from llava_triton.client.answer import Answer, AnswerParts, whole_answer
+from llava_triton.client.async_transport import AsyncTransport, ThreadedTransport
+from llava_triton.client.opening import Address, opening_turn
+from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.transport import TurnMessage
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import SessionError
+from llava_triton.contract.history import PastTurn
+
+
+class AsyncAnswerStream:
+    """An answer on its way, as `AnswerStream`: iterate with `async for`, then read `answer`.
+
+    To leave it early, `aclose` it or use it in an `async with` block: that cancels the turn. (A
+    plain `break` leaves it running until the next turn.)
+    """
+
+    def __init__(self, deltas: AsyncGenerator[Delta, None]) -> None:
+        self._deltas = deltas
+        self._answer: Answer | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once every piece has been read.
+
+        Raises:
+            RuntimeError: it has not ended yet, or was left early.
+        """
+        if self._answer is None:
+            raise RuntimeError("the answer has not ended; iterate over the stream to its end first")
+        return self._answer
+
+    async def aclose(self) -> None:
+        """Stop the answer, if it has not ended."""
+        await self._deltas.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        parts = AnswerParts()
+        try:
+            async for delta in self._deltas:
+                parts.add(delta)
+                self._answer = parts.answer
+                if delta.text:
+                    yield delta.text
+        finally:
+            await self.aclose()
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class AsyncSession:
+    """A conversation whose state stays on the server; make one with `AsyncSession.open`.
+
+        async with await AsyncSession.open("grpc://localhost:8001", image="cat.jpg") as session:
+            print((await session.ask("What is in the picture?")).text)
+            async for piece in session.stream("And what colour is it?"):
+                print(piece, end="", flush=True)
+
+    One turn at a time, in the event loop that opened it. A task that is cancelled in `ask` or in
+    the iteration of a stream cancels its turn.
+    """
+
+    def __init__(self, transport: AsyncTransport, session_id: int | str) -> None:
+        self.id = session_id
+        self._transport = transport
+        self._open = True
+        self._stream: AsyncAnswerStream | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        image: Picture | Iterable[Picture] | None = None,
+        session_id: int | str | None = None,
+        tenant: str | None = None,
+        history: Sequence[PastTurn] = (),
+    ) -> AsyncSession:
+        """Open a session; arguments and errors as for `Session.open`.
+
+        A replay is not offered here; `history` opens a lost session again.
+        """
+        address = Address.of(url)
+        transport = _transport(address, tenant)
+        try:
+            turn = opening_turn(address, image, session_id, history)
+            opened, _ = await transport.open(turn)
+        except BaseException:
+            await transport.close()
+            raise
+        return cls(transport, opened)
+
+    async def ask(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Ask, and wait for the whole answer; arguments and errors as for `Session.ask`."""
+        return await self._ask(text, encoded_pictures(image), sampling)
+
+    def stream(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None = None,
+        **sampling: Any,
+    ) -> AsyncAnswerStream:
+        """Ask, and get the answer piece by piece; arguments as for `Session.ask`.
+
+        Errors come from iterating: SessionError, the session is then as it was before the turn.
+        """
+        turn = TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
+        self._stream = AsyncAnswerStream(self._streamed(turn, self._stream))
+        return self._stream
+
+    async def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
+        """Show more pictures without asking; the next question is about them too."""
+        return await self._ask(None, encoded_pictures(image), {})
+
+    async def close(self) -> None:
+        """End the session; the server frees all it held. Closing twice is fine."""
+        if self._open:
+            self._open = False
+            # It may have expired, or the server may be gone: then it is closed already.
+            with contextlib.suppress(SessionError):
+                await self._leave_stream()
+                await self._transport.ask(TurnMessage(self.id, end=True))
+        await self._transport.close()
+
+    async def _ask(
+        self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]
+    ) -> Answer:
+        await self._leave_stream()
+        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling)
+        began = time.perf_counter()
+        final = await self._transport.ask(turn)
+        return whole_answer(final, final.first_token_ms / 1000.0, time.perf_counter() - began)
+
+    async def _streamed(
+        self, turn: TurnMessage, before: AsyncAnswerStream | None
+    ) -> AsyncGenerator[Delta, None]:
+        if before is not None:
+            await before.aclose()
+        async with contextlib.aclosing(self._transport.stream(turn)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _leave_stream(self) -> None:
+        """A new turn ends the one whose answer nobody reads any more."""
+        if self._stream is not None:
+            await self._stream.aclose()
+            self._stream = None
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _transport(address: Address, tenant: str | None) -> AsyncTransport:
+    if address.scheme == "grpc":
+        from llava_triton.client.async_grpc import AsyncGrpcTransport
+
+        return AsyncGrpcTransport(address.place, tenant)
+    if address.scheme == "http":
+        from llava_triton.client.async_http import AsyncHttpTransport
+
+        return AsyncHttpTransport(address.place, tenant)
+    from llava_triton.client.sagemaker import SageMakerTransport
+
+    return ThreadedTransport(SageMakerTransport(address.place, **address.options, tenant=tenant))

@@ -1,0 +1,93 @@
+"""Transports for asyncio: gRPC and HTTP by Triton's own asyncio clients, others on threads."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from llava_triton.client.transport import Transport, TurnMessage
+from llava_triton.contract import protocol
+from llava_triton.contract.delta import Delta
+
+Result = TypeVar("Result")
+
+
+class AsyncTransport(ABC):
+    """A way to a server, as `Transport`. Made and used in one event loop."""
+
+    def __init__(self, tenant: str | None = None) -> None:
+        self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
+        """Of every request."""
+        protocol.parse_tenant(self.parameters)
+
+    async def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
+        """Send a turn that opens a session; the session's ID and the whole answer."""
+        return turn.session_id, await self.ask(turn)
+
+    @abstractmethod
+    async def ask(self, turn: TurnMessage) -> Delta:
+        """Send a turn; its whole answer as one final piece. Cancelled, the turn is too."""
+
+    @abstractmethod
+    def stream(self, turn: TurnMessage) -> AsyncGenerator[Delta, None]:
+        """Send a turn at the first `anext`; the pieces of its answer, the last one final.
+
+        Closing the generator early cancels the turn.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let the connection go."""
+
+
+class ThreadedTransport(AsyncTransport):
+    """Any transport, its waiting done by threads.
+
+    A thread cannot be broken off: what is cancelled ends with the next piece of its answer.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__()  # the tenant is the other transport's
+        self._transport = transport
+
+    async def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
+        """Open a session."""
+        return await _on_a_thread(self._transport.open, turn)
+
+    async def ask(self, turn: TurnMessage) -> Delta:
+        """Send a turn; its whole answer."""
+        return await _on_a_thread(self._transport.ask, turn)
+
+    async def stream(self, turn: TurnMessage) -> AsyncGenerator[Delta, None]:
+        """Send a turn; its pieces."""
+        deltas = self._transport.stream(turn)
+        try:
+            while (delta := await _on_a_thread(next, deltas, None)) is not None:
+                yield delta
+        finally:
+            await _on_a_thread(deltas.close)
+
+    async def close(self) -> None:
+        """Let the connection go."""
+        await _on_a_thread(self._transport.close)
+
+
+async def _on_a_thread(call: Callable[..., Result], *arguments: Any) -> Result:
+    """What a call gives. Cancelled, it waits for the call's end first: what the call uses is not
+    for two at a time."""
+    running = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await running
+        raise
+
+
+async def each(queue: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+    """What is put into a queue, until that is None."""
+    while (item := await queue.get()) is not None:
+        yield item

@@ -1,0 +1,71 @@
+"""What opens a session: where its server is, and its first turn."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlsplit
+
+from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.transport import TurnMessage
+from llava_triton.contract.errors import invalid
+from llava_triton.contract.history import PastTurn
+
+SCHEMES = ("grpc", "http", "sagemaker")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A URL, read."""
+
+    scheme: str
+    """One of SCHEMES."""
+    place: str
+    """`host:port`, or an endpoint's name."""
+    options: Mapping[str, str]
+    """What follows the question mark of a sagemaker:// URL: `region`, `endpoint_url`."""
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """Read a URL.
+
+        Raises:
+            SessionError: INVALID_ARG, it is none that names a server.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in SCHEMES or not parts.netloc:
+            raise invalid(
+                f"the URL is {url!r}; give grpc://host:port or http://host:port or "
+                "sagemaker://endpoint-name"
+            )
+        options = {}
+        if parts.scheme == "sagemaker":
+            options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        unknown = sorted(options.keys() - {"region", "endpoint_url"})
+        if unknown:
+            raise invalid(
+                f"the URL {url!r} says {', '.join(unknown)}; it may say region and endpoint_url"
+            )
+        return cls(parts.scheme, parts.netloc, options)
+
+
+def opening_turn(
+    address: Address,
+    image: Picture | Iterable[Picture] | None,
+    session_id: int | str | None,
+    history: Sequence[PastTurn],
+) -> TurnMessage:
+    """The turn that opens a session; see `Session.open`.
+
+    Raises:
+        SessionError: INVALID_ARG, a picture cannot be read, or the server chooses the ID.
+    """
+    if session_id is not None and address.scheme == "sagemaker":
+        raise invalid("SageMaker's server chooses session IDs; leave session_id out")
+    return TurnMessage(
+        uuid.uuid4().hex if session_id is None else session_id,
+        start=True,
+        images=encoded_pictures(image),
+        history=history,
+    )

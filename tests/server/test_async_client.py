@@ -1,0 +1,158 @@
+"""`AsyncSession` on the real server: what `Session` does, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_triton.client import AsyncSession, ErrorCode, PastTurn, Session, SessionError
+from llava_triton.client.async_transport import ThreadedTransport
+from llava_triton.client.grpc import GrpcTransport
+from llava_triton.client.opening import Address, opening_turn
+from llava_triton.client.transport import LostConnectionError
+from llava_triton.server.triton_server import TritonServer, free_ports
+
+PICTURE = sorted((Path(__file__).parents[2] / "examples" / "pictures").iterdir())[0]
+QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Is there a red circle?")
+WITHIN_SECONDS = 20.0
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(request: pytest.FixtureRequest, server: TritonServer) -> str:
+    return server.grpc_url if request.param == "grpc" else server.http_url
+
+
+@pytest.fixture(scope="module")
+def expected(server: TritonServer) -> list[str]:
+    with Session.open(server.grpc_url, image=PICTURE) as session:
+        return [session.ask(question).text for question in QUESTIONS]
+
+
+def test_a_conversation(url: str, expected: list[str]) -> None:
+    async def talk() -> list[str]:
+        async with await AsyncSession.open(url) as session:
+            shown = await session.add_image(PICTURE)
+            assert shown.finish_reason == "prefilled"
+            answers = [await session.ask(question) for question in QUESTIONS]
+            assert answers[2].num_cached_tokens >= answers[1].num_input_tokens
+            return [answer.text for answer in answers]
+
+    assert asyncio.run(talk()) == expected
+
+
+def test_many_at_once_on_one_thread(server: TritonServer, expected: list[str]) -> None:
+    async def talk() -> list[str]:
+        async with await AsyncSession.open(server.grpc_url, image=PICTURE) as session:
+            texts = []
+            for question in QUESTIONS:
+                stream = session.stream(question)
+                texts.append("".join([piece async for piece in stream]))
+                assert stream.answer.text == texts[-1]
+                assert 0 < stream.answer.first_token_seconds <= stream.answer.seconds
+            return texts
+
+    async def crowd() -> list[list[str]]:
+        return await asyncio.gather(*(talk() for _ in range(8)))
+
+    assert asyncio.run(crowd()) == [expected] * 8
+
+
+@pytest.mark.parametrize("how", ["aclose", "the next turn", "the task's end"])
+def test_leaving_a_stream_cancels_its_turn(
+    server: TritonServer, expected: list[str], how: str
+) -> None:
+    endless: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
+
+    async def read(session: AsyncSession, begun: asyncio.Event) -> None:
+        async for _ in session.stream(QUESTIONS[1], **endless):
+            begun.set()
+
+    async def talk() -> str:
+        async with await AsyncSession.open(server.grpc_url, image=PICTURE) as session:
+            if how == "the task's end":
+                begun = asyncio.Event()
+                task = asyncio.create_task(read(session, begun))
+                await begun.wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                stream = session.stream(QUESTIONS[1], **endless)
+                async for _ in stream:
+                    break
+                if how == "aclose":
+                    await stream.aclose()
+                with pytest.raises(RuntimeError, match="has not ended"):
+                    _ = stream.answer
+            return (await session.ask(QUESTIONS[0])).text
+
+    async def in_time() -> str:
+        return await asyncio.wait_for(talk(), WITHIN_SECONDS)
+
+    assert asyncio.run(in_time()) == expected[0]
+
+
+def test_errors_are_the_same(url: str, server: TritonServer) -> None:
+    async def talk() -> None:
+        async with await AsyncSession.open(url, image=PICTURE) as session:
+            with pytest.raises(SessionError, match="temperature is 9") as caught:
+                await session.ask("And now?", temperature=9)
+            assert caught.value.code is ErrorCode.INVALID_ARG
+            with pytest.raises(SessionError) as caught:
+                async for _ in session.stream("And now?", temperature=9):
+                    pass
+            over_http = url == server.http_url
+            assert ("stream" if over_http else "temperature is 9") in caught.value.sentence
+            assert (await session.ask(QUESTIONS[1], max_tokens=3)).num_output_tokens == 3
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_no_server_there(scheme: str) -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(LostConnectionError, match=f"no server answers at localhost:{port}"):
+        asyncio.run(AsyncSession.open(f"{scheme}://localhost:{port}"))
+
+
+def test_an_earlier_conversation_opens_a_session(url: str, expected: list[str]) -> None:
+    past = [PastTurn(QUESTIONS[0], expected[0], 1), PastTurn(QUESTIONS[1], expected[1])]
+
+    async def talk() -> str:
+        async with await AsyncSession.open(url, image=PICTURE, history=past) as session:
+            answer = await session.ask(QUESTIONS[2])
+            assert answer.num_cached_tokens > answer.num_computed_tokens
+            return answer.text
+
+    assert asyncio.run(talk()) == expected[2]
+    with Session.open(url, image=PICTURE, history=past) as session:
+        assert session.ask(QUESTIONS[2]).text == expected[2]
+
+
+@pytest.fixture
+def threaded(server: TritonServer) -> Iterator[GrpcTransport]:
+    transport = GrpcTransport(server.grpc_address)
+    yield transport
+    transport.close()
+
+
+def test_other_transports_wait_on_threads(threaded: GrpcTransport, expected: list[str]) -> None:
+    """What sagemaker:// does; its own way to a server is tested with SageMaker's client."""
+    opening = opening_turn(Address("grpc", "", {}), PICTURE, None, ())
+
+    async def talk() -> str:
+        transport = ThreadedTransport(threaded)
+        opened, _ = await transport.open(opening)
+        session = AsyncSession(transport, opened)
+        stream = session.stream(QUESTIONS[1], max_tokens=500, ignore_eos=True)
+        async for _ in stream:
+            break
+        text = "".join([piece async for piece in session.stream(QUESTIONS[0])])
+        await session.close()
+        return text
+
+    assert asyncio.run(talk()) == expected[0]
