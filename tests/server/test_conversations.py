@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -33,6 +34,17 @@ QUESTIONS = (
     "And what about é, 漢字 and 🙂?",
 )
 LIMIT = {"max_tokens": 32}
+LLAMA_3 = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+}
+"""Rotary embeddings as Llama 3.1's checkpoints scale them, for another length."""
 
 
 def new_session() -> str:
@@ -160,6 +172,58 @@ def test_other_checkpoints_equal_transformers(shape: dict[str, Any], tmp_path: P
                 start=index == 0,
             )
             assert answer.text == expected
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"family": "llava_next", "text": "mistral", "kv_heads": 2, "seed": 8},
+        {"family": "llava_next", "seed": 9, "text_options": LLAMA_3},
+        {"family": "llava_onevision", "vision": "siglip", "text": "qwen2", "kv_heads": 1},
+    ],
+    ids=["NeXT, Mistral", "NeXT, Llama 3", "OneVision"],
+)
+def test_pictures_in_tiles_equal_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint", **shape)
+    repository = tmp_path / "repository"
+    subprocess.run(
+        [sys.executable, "-m", "llava_export", "--model", checkpoint, "--output", repository],
+        check=True,
+    )
+    reference = TransformersChat(checkpoint)
+    with (
+        TritonServer(repository, *free_ports(3)) as server,
+        tritonclient.http.InferenceServerClient(server.http_address) as client,
+    ):
+        for sizes in (((64, 48), (400, 90)), ((90, 400), (1, 1)), ((330, 340), (56, 112))):
+            reference.restart()
+            session = new_session()
+            for index, question in enumerate(QUESTIONS):
+                pictures = [noise(*sizes[index // 2])] if index in (0, 2) else []
+                expected = reference.answer(question, [load_bytes(each) for each in pictures])
+                answer = ask(
+                    client,
+                    question,
+                    session=session,
+                    images=pictures or None,
+                    parameters=LIMIT,
+                    start=index == 0,
+                )
+                assert answer.text == expected
+                # The answer's last token has been said and not been computed with.
+                assert answer.num_input_tokens + answer.num_output_tokens == reference.num_tokens
+
+
+def noise(width: int, height: int) -> bytes:
+    """A picture whose every pixel matters."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def load_bytes(picture: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 def test_pictures_of_every_kind_give_the_same_answers_encoded_differently(
