@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from llava_triton.checkpoint.families import FAMILIES, Config
 from llava_triton.checkpoint.weights import CONFIG, CheckpointError
 
@@ -58,8 +60,9 @@ def llava_config(directory: Path, name: str | None = None) -> Config:
         config: Config = FAMILIES[raw["model_type"]].config_class.from_pretrained(
             directory, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory / CONFIG} cannot be read: {reason}") from error
     fault = _fault_of_tower(config) or text_model_fault(config.get_text_config())
     if fault is not None:
         raise CheckpointError(f"{name or directory} cannot be served: {fault}")
