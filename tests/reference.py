@@ -31,9 +31,18 @@ class TransformersChat:
         """Forget the conversation."""
         self._ids, self._images = [], []
 
-    def ask(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> list[int]:
-        """The greedy answer's token IDs, end-of-sequence excluded."""
-        self._listen(text, images)
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        max_tokens: int = 32,
+        positions: Sequence[int] | None = None,
+    ) -> list[int]:
+        """The greedy answer's token IDs, end-of-sequence excluded.
+
+        Images are before the text, or where `positions` says.
+        """
+        self._listen(text, images, positions)
         answer = self._generate(max_tokens)
         self._ids += answer
         return answer
@@ -43,10 +52,17 @@ class TransformersChat:
         self._listen(text, images)
         self._ids += self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
 
-    def _listen(self, text: str, images: Sequence[Image]) -> None:
+    def _listen(
+        self, text: str, images: Sequence[Image], positions: Sequence[int] | None = None
+    ) -> None:
         opening = "</s>" if self._ids else "<s>"
-        features = [self._features(image) for image in images]
-        shown = "".join("<image>" * len(each) + "\n" for each in features)
+        placeholders = ["<image>" * len(self._features(image)) for image in images]
+        shown = ""
+        if positions is None:
+            shown = "".join(f"{each}\n" for each in placeholders)
+        else:
+            for each, position in reversed(list(zip(placeholders, positions, strict=True))):
+                text = text[:position] + each + text[position:]
         message = f"{opening}USER: {shown}{text} ASSISTANT:"
         self._images.extend(images)
         self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
@@ -64,9 +80,15 @@ class TransformersChat:
         """An answer's text, without the space that leads it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(" ")
 
-    def answer(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> str:
+    def answer(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        max_tokens: int = 32,
+        positions: Sequence[int] | None = None,
+    ) -> str:
         """The greedy answer as text."""
-        return self.decode(self.ask(text, images, max_tokens))
+        return self.decode(self.ask(text, images, max_tokens, positions))
 
     def _generate(self, max_tokens: int) -> list[int]:
         inputs = {}

@@ -38,6 +38,7 @@ def inputs(
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
+    positions: Any = None,
 ) -> list[Any]:
     """Input tensors of `llava` and `llava_stream` for `tritonclient.grpc` or `.http`."""
     made = []
@@ -51,6 +52,9 @@ def inputs(
     if history is not None:
         encoded = history if isinstance(history, str) else json.dumps(history)
         made.append(_bytes_tensor(module, "history", [encoded]))
+    if positions is not None:
+        encoded = positions if isinstance(positions, str) else json.dumps(positions)
+        made.append(_bytes_tensor(module, "image_positions", [encoded]))
     return made
 
 
@@ -62,6 +66,7 @@ def ask(
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
+    positions: Any = None,
     start: bool = False,
     end: bool = False,
     model: str = "llava",
@@ -75,7 +80,7 @@ def ask(
     module = tritonclient.grpc if over_grpc else tritonclient.http
     result = client.infer(
         model,
-        inputs(module, text, images, parameters, history),
+        inputs(module, text, images, parameters, history, positions),
         sequence_id=session,
         sequence_start=start,
         sequence_end=end,
@@ -99,6 +104,7 @@ class Stream:
         images: Sequence[bytes] | None = None,
         parameters: dict[str, Any] | str | bytes | None = None,
         history: Any = None,
+        positions: Any = None,
         start: bool = False,
         end: bool = False,
         model: str = "llava_stream",
@@ -106,7 +112,7 @@ class Stream:
         """Send one turn and return at once."""
         self.client.async_stream_infer(
             model,
-            inputs(tritonclient.grpc, text, images, parameters, history),
+            inputs(tritonclient.grpc, text, images, parameters, history, positions),
             sequence_id=session,
             sequence_start=start,
             sequence_end=end,

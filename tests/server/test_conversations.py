@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+import tritonclient.utils
 from PIL import Image
 from transformers.image_utils import load_image
 
@@ -86,6 +87,68 @@ def test_a_second_picture_joins_the_conversation(asker: Asker) -> None:
         QUESTIONS[1], session=session, images=[second.read_bytes()], parameters=LIMIT, end=True
     )
     assert answer.text == reference.answer(QUESTIONS[1], [load(second)])
+
+
+def test_pictures_stand_where_the_client_puts_them(asker: Asker) -> None:
+    reference = TransformersChat(DEMO)
+    session = new_session()
+    files = PICTURES[:3]
+    turns: list[tuple[str, list[Path], list[int] | None]] = [
+        ("Is this  or this  redder, é?", files[:2], [8, 17]),
+        (QUESTIONS[0], [], None),
+        ("Look: ", files[2:], [6]),
+        (QUESTIONS[1], files[:1], [0]),
+    ]
+    past: list[dict[str, Any]] = []
+    for index, (question, shown, positions) in enumerate(turns):
+        expected = reference.answer(question, [load(each) for each in shown], positions=positions)
+        answer = asker(
+            question,
+            session=session,
+            images=[each.read_bytes() for each in shown] or None,
+            positions=positions,
+            parameters=LIMIT,
+            start=index == 0,
+        )
+        assert answer.text == expected
+        past.append({"text": question, "answer": answer.text, "images": len(shown)})
+        if positions is not None:
+            past[-1]["image_positions"] = positions
+    expected = reference.answer(QUESTIONS[2])
+    answer = asker(
+        QUESTIONS[2],
+        session=new_session(),
+        images=[each.read_bytes() for _, shown, _ in turns for each in shown],
+        history=past,
+        parameters=LIMIT,
+        start=True,
+        end=True,
+    )
+    assert answer.text == expected
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        ([0], "has 1 numbers and the turn has 2 pictures"),
+        ([0, 16], "names position 16 and text_input has 15 characters"),
+        ([3, 2], "is not in ascending order"),
+        ([0, True], "holds something other than whole numbers"),
+        ({"0": 1}, "is no list"),
+        ("[", "is not valid JSON"),
+    ],
+)
+def test_places_that_are_none(asker: Asker, positions: Any, said: str) -> None:
+    pictures = [each.read_bytes() for each in PICTURES[:2]]
+    with pytest.raises(tritonclient.utils.InferenceServerException, match=said) as caught:
+        asker(
+            "Is this or this",
+            session=new_session(),
+            images=pictures,
+            positions=positions,
+            start=True,
+        )
+    assert "INVALID_ARG: image_positions" in caught.value.message()
 
 
 def test_later_turns_compute_only_what_is_new(asker: Asker, http_client: Any) -> None:
