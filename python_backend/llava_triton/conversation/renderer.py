@@ -211,7 +211,7 @@ class ConversationRenderer:
     ) -> dict[str, Any]:
         content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
         if text or positions:
-            # Many templates put all images of a message first, so those inside are part of its text.
+            # Many templates put all images of a message first: those inside are part of its text.
             placeholder = str(self._tokenizer.convert_ids_to_tokens(self._image_token_id))
             ends = [*positions, len(text)]
             parts = [self._as_text(text[a:b]) for a, b in zip([0, *positions], ends, strict=True)]
