@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.load import Answer, Ask, Way
+from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.loader import load_checkpoint
-from llava_triton.checkpoint.vision_tower import features_shape, llava_config
+from llava_triton.checkpoint.vision_tower import features_shape
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.sampling_parameters import SamplingParameters
@@ -22,7 +23,7 @@ from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.model.runner import ModelRunner
-from llava_triton.pictures.decode import PixelValues
+from llava_triton.pictures.assembly import PictureAssembly
 from llava_triton.pictures.tower import vision_encoding
 
 
@@ -30,14 +31,18 @@ class Encoder:
     """Encoded pictures to image features, by what the server uses for it."""
 
     def __init__(self, repository: Path) -> None:
-        self._settings = Settings.of_repository(repository)
-        self._pixels = PixelValues(repository / "image_encoder" / "1" / "processor")
-        self._encode = vision_encoding(repository, self._settings)
+        settings = Settings.of_repository(repository)
+        self._pictures = PictureAssembly(
+            repository / "language_model" / "1" / "checkpoint",
+            repository / "image_encoder" / "1" / "processor",
+            settings,
+        )
+        self._encode = vision_encoding(repository, settings)
 
     def features(self, picture: bytes) -> Tensor:
-        """One picture -> [T, D]."""
-        features = self._encode(self._pixels.of_encoded([picture], self._settings))
-        return torch.as_tensor(features)[0]
+        """One picture -> [R, D]."""
+        decoded = self._pictures.look(picture).decode()
+        return decoded.features(torch.as_tensor(self._encode(decoded.pixels)))
 
 
 class EngineWay(Way):

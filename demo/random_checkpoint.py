@@ -16,12 +16,18 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
-    LlavaConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
 )
 
 from demo.write_checkpoint import write_llava_checkpoint
+from llava_triton.checkpoint.families import FAMILIES
+
+GRIDS = {
+    "llava_next": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)],
+    "llava_onevision": [(lines, columns) for lines in range(1, 7) for columns in range(1, 7)],
+}
+"""Lines and columns of tiles that the published checkpoints of a family cut pictures into."""
 
 DEMO = Path(__file__).parent / "checkpoint"
 
@@ -32,6 +38,7 @@ def write_random_llava(
     text_class: type[PreTrainedConfig],
     text: dict[str, Any],
     *,
+    family: str = "llava",
     seed: int = 0,
     least_deviation: float = 0.25,
     dtype: torch.dtype = torch.float32,
@@ -50,6 +57,7 @@ def write_random_llava(
         text_class: configuration class of the language model: LlamaConfig, MistralConfig, ...
         text: its geometry; special tokens are the demo tokenizer's, and so is the vocabulary, if
             no larger `vocab_size` is given.
+        family: `model_type` of the checkpoint.
         seed: of the weights.
         least_deviation: of the weights of a matrix; by default far more than 1 / sqrt(inputs), so
             that narrow models are lively. Wide ones become chaotic by it: give 0 for them.
@@ -57,13 +65,20 @@ def write_random_llava(
         device: where they are drawn. Another device or dtype gives other weights; a large model is
             drawn in seconds on a GPU, in half an hour on a CPU.
         unsaid: tokens whose rows of the last matrix are 0: others are likelier.
-        llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
+        llava_options: more fields of the family's configuration, such as
+            `vision_feature_layer=[-3, -1]`.
 
     Returns:
         `directory`.
     """
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    config = LlavaConfig(
+    side = vision.image_size
+    pinpoints = [[lines * side, columns * side] for lines, columns in GRIDS.get(family, ())]
+    if pinpoints:
+        llava_options = {"image_grid_pinpoints": pinpoints} | llava_options
+    if family != "llava_onevision":
+        llava_options["image_seq_length"] = (side // vision.patch_size) ** 2
+    config = FAMILIES[family].config_class(
         vision_config=vision,
         text_config=text_class(
             bos_token_id=tokenizer.bos_token_id,
@@ -73,7 +88,6 @@ def write_random_llava(
             **({"vocab_size": len(tokenizer)} | text),
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         **llava_options,
     )
     with torch.device(device):
@@ -81,7 +95,7 @@ def write_random_llava(
     _randomize(model, seed, least_deviation)
     model.lm_head.weight.data[list(unsaid)] = 0.0
     write_llava_checkpoint(model, directory, dtype)
-    _write_processor(directory, vision)
+    _write_processor(directory, vision, family, pinpoints)
     return directory
 
 
@@ -100,7 +114,12 @@ def _randomize(model: torch.nn.Module, seed: int, least_deviation: float) -> Non
         parameter.data = (mean + deviation * values).to(parameter.dtype)
 
 
-def _write_processor(directory: Path, vision: CLIPVisionConfig | SiglipVisionConfig) -> None:
+def _write_processor(
+    directory: Path,
+    vision: CLIPVisionConfig | SiglipVisionConfig,
+    family: str,
+    pinpoints: list[list[int]],
+) -> None:
     """The demo's tokenizer and template, and its image processor at another size.
 
     The latter in a `preprocessor_config.json` of its own, where most published checkpoints have it.
@@ -121,6 +140,11 @@ def _write_processor(directory: Path, vision: CLIPVisionConfig | SiglipVisionCon
         image_processor["size"] = {"shortest_edge": vision.image_size}
         image_processor["crop_size"] = square
     processor["patch_size"] = vision.patch_size
+    if pinpoints:
+        name = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[family]
+        image_processor["image_processor_type"] = f"{name}ImageProcessor"
+        image_processor["image_grid_pinpoints"] = pinpoints
+        processor["processor_class"] = f"{name}Processor"
     _write_json(directory / "preprocessor_config.json", image_processor)
     _write_json(directory / "processor_config.json", processor)
 

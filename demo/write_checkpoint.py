@@ -1,4 +1,4 @@
-"""Writes a LLaVA model under the tensor names of the published LLaVA-1.5 checkpoints.
+"""Writes a LLaVA model under the tensor names of the published checkpoints of its family.
 
 ``save_pretrained`` of transformers 5 writes the vision tower under names that older releases do
 not know; those then fall back to random weights with no more than a warning. Every release reads
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
 
 # Where transformers 5 keeps a part: where the published checkpoints keep it.
 PARTS = {
     "lm_head.": "language_model.lm_head.",
     "model.language_model.": "language_model.model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
     "model.vision_tower.vision_model.": "vision_tower.vision_model.",
     # Newer releases have no module between the tower and its layers.
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -33,10 +34,14 @@ def published_name(name: str) -> str:
     raise ValueError(f"no published name is known for the tensor {name}")
 
 
-def write_llava_checkpoint(
-    model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype
-) -> None:
-    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors``."""
+def write_llava_checkpoint(model: Any, directory: str | Path, dtype: torch.dtype) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors``.
+
+    Args:
+        model: transformers' class of its family, such as ``LlavaForConditionalGeneration``.
+        directory: where to write; made if need be.
+        dtype: of the weights in the file.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -49,7 +54,7 @@ def write_llava_checkpoint(
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)  # Some releases of safetensors make the file private to its owner.
     config = copy.deepcopy(model.config)
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [type(model).__name__]
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
     config.save_pretrained(directory)

@@ -34,24 +34,29 @@ HEADS = 4
 def tiny_llava(
     directory: Path,
     *,
+    family: str = "llava",
     vision: str = "clip",
     text: str = "llama",
     kv_heads: int = HEADS,
     image_size: int = 56,
     seed: int = 0,
+    text_options: dict[str, Any] | None = None,
     **llava_options: Any,
 ) -> Path:
     """Write a whole random checkpoint that `tests.reference` can talk to.
 
     Args:
         directory: where to write; made if need be.
+        family: `model_type` of the checkpoint.
         vision: family of the tower, a key of `VISION_CONFIGS`.
         text: family of the language model, a key of `TEXT_CONFIGS`.
         kv_heads: key-value heads under its 4 attention heads: 4 (no grouping), 2 or 1.
         image_size: pixels a side, a multiple of 14. A picture is (image_size / 14)^2 tokens; one
             less with SigLIP, which has no class token to be left out.
         seed: of the weights.
-        llava_options: more fields of `LlavaConfig`, such as `vision_feature_layer=[-3, -1]`.
+        text_options: more fields of the language model's configuration.
+        llava_options: more fields of the family's configuration, such as
+            `vision_feature_layer=[-3, -1]`.
 
     Returns:
         `directory`.
@@ -73,5 +78,11 @@ def tiny_llava(
         "max_position_embeddings": 1024,
     }
     return write_random_llava(
-        directory, tower, TEXT_CONFIGS[text], geometry, seed=seed, **llava_options
+        directory,
+        tower,
+        TEXT_CONFIGS[text],
+        geometry | (text_options or {}),
+        family=family,
+        seed=seed,
+        **llava_options,
     )

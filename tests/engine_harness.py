@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
-from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.checkpoint.loader import load_checkpoint
 from llava_triton.contract.delta import Delta
@@ -336,7 +336,7 @@ class _Picture:
 
 @functools.lru_cache(maxsize=8)
 def _vision(checkpoint: Path) -> tuple[Any, Any]:
-    return load_reference(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    return load_reference(checkpoint), AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
 
 
 @functools.lru_cache(maxsize=1024)

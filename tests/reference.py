@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from PIL.Image import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 class TransformersChat:
@@ -22,10 +22,8 @@ class TransformersChat:
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = load_reference(checkpoint)
-        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
-        self.tokenizer = self.processor.tokenizer
-        blank = PIL.Image.new("RGB", (64, 64))
-        self._per_image = image_features(self.model, self.processor, [blank]).shape[1]
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
         self._ids: list[int] = []
         self._images: list[Image] = []
 
@@ -34,16 +32,22 @@ class TransformersChat:
         self._ids, self._images = [], []
 
     def ask(
-        self, text: str, images: Sequence[Image] = (), max_tokens: int = 32, **generate: Any
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        max_tokens: int = 32,
+        positions: Sequence[int] | None = None,
+        **generate: Any,
     ) -> list[int]:
         """The greedy answer's token IDs, end-of-sequence excluded.
 
         Args:
             text, images: the message.
             max_tokens: of the answer.
+            positions: of the images in the text; None: before it.
             **generate: more arguments of transformers' `generate`.
         """
-        self._listen(text, images)
+        self._listen(text, images, positions)
         answer = self._generate(max_tokens, **generate)
         self._ids += answer
         return answer
@@ -53,12 +57,24 @@ class TransformersChat:
         self._listen(text, images)
         self._ids += self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
 
-    def _listen(self, text: str, images: Sequence[Image]) -> None:
+    def _listen(
+        self, text: str, images: Sequence[Image], positions: Sequence[int] | None = None
+    ) -> None:
         opening = "</s>" if self._ids else "<s>"
-        message = f"{opening}USER: " + "<image>\n" * len(images) + f"{text} ASSISTANT:"
+        placeholders = ["<image>" * len(self._features(image)) for image in images]
+        shown = ""
+        if positions is None:
+            shown = "".join(f"{each}\n" for each in placeholders)
+        else:
+            for each, position in reversed(list(zip(placeholders, positions, strict=True))):
+                text = text[:position] + each + text[position:]
+        message = f"{opening}USER: {shown}{text} ASSISTANT:"
         self._images.extend(images)
-        message = message.replace("<image>", "<image>" * self._per_image)
         self._ids += self.tokenizer(message, add_special_tokens=False)["input_ids"]
+
+    def _features(self, image: Image) -> torch.Tensor:
+        """[T, D] of a picture, by transformers."""
+        return image_features(self.model, self.image_processor, [image])[0]
 
     @property
     def ids(self) -> list[int]:
@@ -74,14 +90,20 @@ class TransformersChat:
         """An answer's text, without the space that leads it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(" ")
 
-    def answer(self, text: str, images: Sequence[Image] = (), max_tokens: int = 32) -> str:
+    def answer(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        max_tokens: int = 32,
+        positions: Sequence[int] | None = None,
+    ) -> str:
         """The greedy answer as text."""
-        return self.decode(self.ask(text, images, max_tokens))
+        return self.decode(self.ask(text, images, max_tokens, positions))
 
     def _generate(self, max_tokens: int, **generate: Any) -> list[int]:
         inputs = {}
         if self._images:
-            inputs = self.processor.image_processor(self._images, return_tensors="pt")
+            inputs = self.image_processor(self._images, return_tensors="pt")
         ids = torch.tensor([self._ids])
         with torch.inference_mode():
             output = self.model.generate(
@@ -101,16 +123,16 @@ class TransformersChat:
 
 def load_reference(checkpoint: Path) -> Any:
     """The checkpoint as plain transformers loads it, in float32."""
-    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def image_features(model: Any, processor: Any, images: Sequence[Image]) -> torch.Tensor:
-    """Features [N, T, D] by transformers' own vision tower and projector."""
-    pixels = processor.image_processor(list(images), return_tensors="pt").pixel_values
+def image_features(model: Any, image_processor: Any, images: Sequence[Image]) -> list[torch.Tensor]:
+    """Features [T, D] of each picture, by transformers' own tower, projector and arrangement."""
+    inputs = image_processor(list(images), return_tensors="pt")
     with torch.inference_mode():
         output = model.model.get_image_features(
-            pixel_values=pixels,
+            **inputs,
             vision_feature_layer=model.config.vision_feature_layer,
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
         )
-    return torch.stack(list(output.pooler_output))
+    return list(output.pooler_output)

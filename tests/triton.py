@@ -40,6 +40,7 @@ def inputs(
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
+    positions: Any = None,
 ) -> list[Any]:
     """Input tensors of `llava` and `llava_stream` for `tritonclient.grpc` or `.http`."""
     made = []
@@ -53,6 +54,9 @@ def inputs(
     if history is not None:
         encoded = history if isinstance(history, str) else json.dumps(history)
         made.append(_bytes_tensor(module, "history", [encoded]))
+    if positions is not None:
+        encoded = positions if isinstance(positions, str) else json.dumps(positions)
+        made.append(_bytes_tensor(module, "image_positions", [encoded]))
     return made
 
 
@@ -64,6 +68,7 @@ def ask(
     images: Sequence[bytes] | None = None,
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
+    positions: Any = None,
     start: bool = False,
     end: bool = False,
     model: str = "llava",
@@ -77,7 +82,7 @@ def ask(
     module = tritonclient.grpc if over_grpc else tritonclient.http
     result = client.infer(
         model,
-        inputs(module, text, images, parameters, history),
+        inputs(module, text, images, parameters, history, positions),
         sequence_id=session,
         sequence_start=start,
         sequence_end=end,
@@ -101,6 +106,7 @@ class Stream:
         images: Sequence[bytes] | None = None,
         parameters: dict[str, Any] | str | bytes | None = None,
         history: Any = None,
+        positions: Any = None,
         start: bool = False,
         end: bool = False,
         model: str = "llava_stream",
@@ -108,7 +114,7 @@ class Stream:
         """Send one turn and return at once."""
         self.client.async_stream_infer(
             model,
-            inputs(tritonclient.grpc, text, images, parameters, history),
+            inputs(tritonclient.grpc, text, images, parameters, history, positions),
             sequence_id=session,
             sequence_start=start,
             sequence_end=end,

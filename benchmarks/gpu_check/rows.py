@@ -14,7 +14,8 @@ from benchmarks.gpu_check.stage import Options, read_findings, run_stage
 from benchmarks.limits import Limits, decode_step_bytes, measure_limits, prefill_flops
 from benchmarks.load import Answer, Ask, Way, exactly, joint_tokens_per_second
 from benchmarks.workload import Workload
-from llava_triton.checkpoint.vision_tower import features_shape, llava_config
+from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.vision_tower import features_shape
 from llava_triton.contract.settings import Settings
 
 RUNS = 3

@@ -26,9 +26,9 @@ class EncoderMetadata:
     precision: str
     """"fp32" or "fp16"."""
     input_shape: tuple[int, int, int]
-    """Pixel values of one picture: [3, H, W]."""
+    """Pixel values of one tile: [3, H, W]."""
     output_shape: tuple[int, int]
-    """Features of one picture: [T, D]."""
+    """Features of one tile: [T, D]."""
     max_batch: int
     checkpoint_sha256: str
     """Of the configuration, the vision tower and the projector."""

@@ -20,9 +20,9 @@ class VisionServing:
     """How the vision encoder is served."""
 
     input_shape: tuple[int, int, int]
-    """Pixel values of one picture: [3, H, W]."""
+    """Pixel values of one tile: [3, H, W]."""
     output_shape: tuple[int, int]
-    """Features of one picture: [T, D]."""
+    """Features of one tile: [T, D]."""
     on_tensorrt: bool
     """By Triton's TensorRT backend on a GPU; otherwise by the Python backend."""
 

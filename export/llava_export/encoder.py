@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaConfig
 
 from llava_export import artifact
 from llava_export.artifact import EncoderMetadata
@@ -32,8 +31,9 @@ from llava_export.tensorrt_engine import (
     local_compute_capability,
 )
 from llava_triton.checkpoint import vision_tower
+from llava_triton.checkpoint.families import Config, family_of
 from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape, load_vision_encoder
-from llava_triton.checkpoint.weights import CheckpointWeights
+from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
 
 REPORT = "report.json"
 _GRAPH_SOURCES = ("mixed_precision.py", "onnx_export.py", "tensorrt_engine.py")
@@ -44,7 +44,7 @@ _GRAPH_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 class Checkpoint:
     """What the export reads of a checkpoint."""
 
-    config: LlavaConfig
+    config: Config
     weights: CheckpointWeights
     image_processor: Any
 
@@ -61,6 +61,7 @@ class EncoderBuild:
 
     Raises:
         ExportError: no TensorRT, or none that builds for that GPU.
+        CheckpointError: the checkpoint's parts do not fit one another.
     """
 
     def __init__(
@@ -81,6 +82,10 @@ class EncoderBuild:
             capability = check_capability(self._tensorrt, compute_capability)
             builder, builder_version = self._tensorrt.__name__, self._tensorrt.__version__
         side = image_side(checkpoint.image_processor)
+        output_shape = features_shape(checkpoint.config, side)
+        fault = family_of(checkpoint.config).fault(checkpoint.image_processor, output_shape[0])
+        if fault is not None:
+            raise CheckpointError(f"{checkpoint.weights.directory} cannot be served: {fault}")
         self.metadata = EncoderMetadata(
             format="onnx" if self._tensorrt is None else "tensorrt",
             builder=builder,
@@ -88,7 +93,7 @@ class EncoderBuild:
             compute_capability=capability,
             precision=precision,
             input_shape=(3, side, side),
-            output_shape=features_shape(checkpoint.config, side),
+            output_shape=output_shape,
             max_batch=max_batch,
             checkpoint_sha256=checkpoint.weights.vision_sha256(),
             exporter=_exporter_sha256(),
@@ -190,7 +195,7 @@ def _torch_encoder(encoder: VisionEncoder) -> Encode:
 
 
 def image_side(image_processor: Any) -> int:
-    """Pixels a side of what an image processor makes of a picture; tried out, not read."""
+    """Pixels a side of the tiles that an image processor makes; tried out, not read."""
     picture = np.zeros((30, 40, 3), dtype=np.uint8)
     pixels = image_processor(picture, return_tensors="np")["pixel_values"]
     return int(np.shape(pixels)[-1])

@@ -162,6 +162,8 @@ def _batches(image_processor: Any, max_batch: int) -> Iterator[tuple[str, np.nda
     for kind, batch in (("noise", 1), ("pictures", 1), ("noise", middle), ("pictures", max_batch)):
         pictures = [_picture(random) for _ in range(batch)]
         pixels = image_processor(pictures, return_tensors="np")["pixel_values"]
+        # Of several tiles a picture, as many as the batch has.
+        pixels = np.reshape(pixels, (-1, *np.shape(pixels)[-3:]))[:batch]
         if kind == "noise":
             pixels = random.standard_normal(np.shape(pixels))
         yield kind, np.asarray(pixels, dtype=np.float32)

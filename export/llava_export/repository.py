@@ -70,7 +70,7 @@ def export(job: ExportJob) -> bool:
     with scratch as folder:
         filled = Path(folder) / "new"
         try:
-            _fill(job, checkpoint, filled)
+            _fill(job, source, filled)
             manifest.write(filled, made_from)
             _swap(filled, output, aside=Path(folder) / "old")
         except CheckpointError as error:
@@ -85,7 +85,7 @@ def _fingerprint(job: ExportJob, source: Source) -> dict[str, Any]:
     code = [
         *Path(__file__).parent.glob("*.py"),
         shared / "contract" / "settings.py",
-        *(shared / "checkpoint" / name for name in ("weights.py", "vision_tower.py")),
+        *(shared / "checkpoint").rglob("*.py"),
     ]
     templates = [
         path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts
@@ -119,13 +119,13 @@ def _check_output(output: Path, checkpoint: Path) -> None:
             )
 
 
-def _fill(job: ExportJob, directory: Path, filled: Path) -> None:
+def _fill(job: ExportJob, source: Source, filled: Path) -> None:
     # Imported here: an export that is up to date must not wait for PyTorch.
     from llava_export.configuration import VISION_ENCODER, VisionServing, configure
     from llava_export.encoder import EncoderBuild
 
     with step("reading the checkpoint"):
-        checkpoint = _read_checkpoint(directory)
+        checkpoint = _read_checkpoint(source)
         build = EncoderBuild(
             checkpoint,
             precision=job.precision,
@@ -146,7 +146,9 @@ def _fill(job: ExportJob, directory: Path, filled: Path) -> None:
         (filled / VISION_ENCODER / "1" / "model.py").unlink()
     (filled / settings_module.FILE_NAME).write_text(job.settings.to_json())
     checkpoint.image_processor.save_pretrained(filled / "image_encoder" / "1" / "processor")
-    _place_checkpoint(directory, filled / "language_model" / "1" / "checkpoint", copy=job.copy)
+    _place_checkpoint(
+        source.directory, filled / "language_model" / "1" / "checkpoint", copy=job.copy
+    )
     version_folder = Path(VISION_ENCODER) / "1"
     report = build.make(filled / version_folder, previous=job.output / version_folder)
     if report is not None:
@@ -158,30 +160,18 @@ def _fill(job: ExportJob, directory: Path, filled: Path) -> None:
         )
 
 
-def _read_checkpoint(directory: Path) -> Checkpoint:
-    from transformers import AutoProcessor
-
+def _read_checkpoint(source: Source) -> Checkpoint:
     from llava_export.encoder import Checkpoint
-    from llava_triton.checkpoint.vision_tower import llava_config
+    from llava_triton.checkpoint.configuration import llava_config
+    from llava_triton.checkpoint.image_processor import load_image_processor
+    from llava_triton.checkpoint.tokenizer import load_tokenizer
     from llava_triton.checkpoint.weights import CheckpointWeights
 
-    config = llava_config(directory)
+    directory = source.directory
+    config = llava_config(directory, source.name)
     weights = CheckpointWeights(directory)
-    try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ExportError(
-                f"{directory} brings Python code of its own (auto_map in one of its JSON files), "
-                "which is never run; give a checkpoint that transformers' own classes load"
-            ) from error
-        reason = str(error).partition("\n")[0]
-        raise ExportError(
-            f"{directory} has no usable tokenizer and image processor: {reason}"
-        ) from error
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise ExportError(f"{directory} has no chat template; questions cannot be put to the model")
-    return Checkpoint(config, weights, processor.image_processor)
+    load_tokenizer(directory)  # the server will need it, and its chat template
+    return Checkpoint(config, weights, load_image_processor(directory))
 
 
 def _place_checkpoint(directory: Path, place: Path, *, copy: bool) -> None:

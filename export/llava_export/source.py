@@ -40,7 +40,7 @@ def find_checkpoint(model: str) -> Source:
     if not (source.directory / CONFIG).is_file():
         raise ExportError(
             f"{model} is no checkpoint: it has no {CONFIG}; give the directory or the hub name of "
-            "a LLaVA-1.5-family checkpoint"
+            "a LLaVA checkpoint"
         )
     return source
 

@@ -33,7 +33,7 @@ def expected_logprobs(
 ) -> Any:
     """Of every token in the place of each of the answer's, float32 [tokens, V]."""
     ids = torch.tensor([harness.history(name)])
-    pixels = chat.processor.image_processor(PICTURES[:1], return_tensors="pt")
+    pixels = chat.image_processor(PICTURES[:1], return_tensors="pt")
     with torch.inference_mode():
         output = chat.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels)
     logits = output.logits[0, final.num_input_tokens - 1 : -1].clone()

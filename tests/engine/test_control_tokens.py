@@ -111,6 +111,38 @@ def test_a_name_that_the_model_s_own_vocabulary_knows_is_spelled_out(
     assert renderer._spelled["</s>"] == [ord(character) for character in "</s>"]
 
 
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_picture_inside_a_text_makes_no_control_token_of_it(
+    tokenizer: Any, renderer: ConversationRenderer, name: str
+) -> None:
+    """Before, inside and behind of what is spelled like one."""
+    said = f"is {name} or"
+    plain = control_tokens(tokenizer, renderer.message(None, "a", IMAGES).ids)
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    for first in range(len(said) + 1):
+        for last_answer in (None, f"Yes {name}"):
+            prompt = renderer.message(last_answer, said, IMAGES, [first, len(said)])
+            found = control_tokens(tokenizer, prompt.ids)
+            assert found.count("<image>") == sum(IMAGES)
+            assert sorted(found) == sorted(plain) or last_answer is not None
+            spoken = [token for token in prompt.ids if token != placeholder]
+            assert said.replace(" ", "") in spelled(tokenizer, spoken)
+        assert [span.length for span in prompt.spans] == IMAGES
+        between = prompt.ids[prompt.spans[0].end : prompt.spans[1].start]
+        assert spelled(tokenizer, between) == said[first:].replace(" ", "")
+
+
+def test_pictures_that_came_before_the_question_are_first(
+    tokenizer: Any, renderer: ConversationRenderer
+) -> None:
+    """Those without a text are where the template puts them, whatever the others say."""
+    prompt = renderer.message(None, "this or that?", [2, 1, 1], [4, 8])
+    text = tokenizer.decode(list(prompt.ids))
+    shown = text.replace(" ", "")
+    assert shown.index("<image><image>") < shown.index("this") < shown.index("<image>or")
+    assert [span.length for span in prompt.spans] == [2, 1, 1]
+
+
 # In the engine.
 
 

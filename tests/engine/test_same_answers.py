@@ -230,7 +230,7 @@ class Comparison:
 def two_best(checkpoint: Path, ids: list[int], pictures: Sequence[Image]) -> tuple[set[int], float]:
     """The two likeliest tokens after `ids` by plain transformers, and how far they are apart."""
     chat = reference(checkpoint)
-    inputs = chat.processor.image_processor(pictures, return_tensors="pt") if pictures else {}
+    inputs = chat.image_processor(pictures, return_tensors="pt") if pictures else {}
     tokens = torch.tensor([ids])
     with torch.inference_mode():
         output = chat.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **inputs)

@@ -180,6 +180,8 @@ def image_encoder(
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)  # of their own processes
     processor = tmp_path / "image_encoder" / "1" / "processor"
     AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(processor)
+    (tmp_path / "language_model" / "1").mkdir(parents=True)
+    (tmp_path / "language_model" / "1" / "checkpoint").symlink_to(checkpoint)
     (tmp_path / FILE_NAME).write_text(Settings(max_images_per_turn=2).to_json())
     started: list[ImageEncoder] = []
 

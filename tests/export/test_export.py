@@ -382,7 +382,7 @@ OWN = "evil.Evil"
                     "auto_map": {"AutoProcessor": OWN},
                 }
             },
-            True,
+            False,
         ),
         (
             {

@@ -21,10 +21,10 @@ from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
+from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.vision_tower import (
     VisionEncoder,
     features_shape,
-    llava_config,
     load_vision_encoder,
 )
 from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights

@@ -11,9 +11,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+import tritonclient.utils
 from PIL import Image
 from transformers.image_utils import load_image
 
@@ -33,6 +35,17 @@ QUESTIONS = (
     "And what about é, 漢字 and 🙂?",
 )
 LIMIT = {"max_tokens": 32}
+LLAMA_3 = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+}
+"""Rotary embeddings as Llama 3.1's checkpoints scale them, for another length."""
 
 
 def new_session() -> str:
@@ -74,6 +87,68 @@ def test_a_second_picture_joins_the_conversation(asker: Asker) -> None:
         QUESTIONS[1], session=session, images=[second.read_bytes()], parameters=LIMIT, end=True
     )
     assert answer.text == reference.answer(QUESTIONS[1], [load(second)])
+
+
+def test_pictures_stand_where_the_client_puts_them(asker: Asker) -> None:
+    reference = TransformersChat(DEMO)
+    session = new_session()
+    files = PICTURES[:3]
+    turns: list[tuple[str, list[Path], list[int] | None]] = [
+        ("Is this  or this  redder, é?", files[:2], [8, 17]),
+        (QUESTIONS[0], [], None),
+        ("Look: ", files[2:], [6]),
+        (QUESTIONS[1], files[:1], [0]),
+    ]
+    past: list[dict[str, Any]] = []
+    for index, (question, shown, positions) in enumerate(turns):
+        expected = reference.answer(question, [load(each) for each in shown], positions=positions)
+        answer = asker(
+            question,
+            session=session,
+            images=[each.read_bytes() for each in shown] or None,
+            positions=positions,
+            parameters=LIMIT,
+            start=index == 0,
+        )
+        assert answer.text == expected
+        past.append({"text": question, "answer": answer.text, "images": len(shown)})
+        if positions is not None:
+            past[-1]["image_positions"] = positions
+    expected = reference.answer(QUESTIONS[2])
+    answer = asker(
+        QUESTIONS[2],
+        session=new_session(),
+        images=[each.read_bytes() for _, shown, _ in turns for each in shown],
+        history=past,
+        parameters=LIMIT,
+        start=True,
+        end=True,
+    )
+    assert answer.text == expected
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        ([0], "has 1 numbers and the turn has 2 pictures"),
+        ([0, 16], "names position 16 and text_input has 15 characters"),
+        ([3, 2], "is not in ascending order"),
+        ([0, True], "holds something other than whole numbers"),
+        ({"0": 1}, "is no list"),
+        ("[", "is not valid JSON"),
+    ],
+)
+def test_places_that_are_none(asker: Asker, positions: Any, said: str) -> None:
+    pictures = [each.read_bytes() for each in PICTURES[:2]]
+    with pytest.raises(tritonclient.utils.InferenceServerException, match=said) as caught:
+        asker(
+            "Is this or this",
+            session=new_session(),
+            images=pictures,
+            positions=positions,
+            start=True,
+        )
+    assert "INVALID_ARG: image_positions" in caught.value.message()
 
 
 def test_later_turns_compute_only_what_is_new(asker: Asker, http_client: Any) -> None:
@@ -160,6 +235,58 @@ def test_other_checkpoints_equal_transformers(shape: dict[str, Any], tmp_path: P
                 start=index == 0,
             )
             assert answer.text == expected
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"family": "llava_next", "text": "mistral", "kv_heads": 2, "seed": 8},
+        {"family": "llava_next", "seed": 9, "text_options": LLAMA_3},
+        {"family": "llava_onevision", "vision": "siglip", "text": "qwen2", "kv_heads": 1},
+    ],
+    ids=["NeXT, Mistral", "NeXT, Llama 3", "OneVision"],
+)
+def test_pictures_in_tiles_equal_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint", **shape)
+    repository = tmp_path / "repository"
+    subprocess.run(
+        [sys.executable, "-m", "llava_export", "--model", checkpoint, "--output", repository],
+        check=True,
+    )
+    reference = TransformersChat(checkpoint)
+    with (
+        TritonServer(repository, *free_ports(3)) as server,
+        tritonclient.http.InferenceServerClient(server.http_address) as client,
+    ):
+        for sizes in (((64, 48), (400, 90)), ((90, 400), (1, 1)), ((330, 340), (56, 112))):
+            reference.restart()
+            session = new_session()
+            for index, question in enumerate(QUESTIONS):
+                pictures = [noise(*sizes[index // 2])] if index in (0, 2) else []
+                expected = reference.answer(question, [load_bytes(each) for each in pictures])
+                answer = ask(
+                    client,
+                    question,
+                    session=session,
+                    images=pictures or None,
+                    parameters=LIMIT,
+                    start=index == 0,
+                )
+                assert answer.text == expected
+                # The answer's last token has been said and not been computed with.
+                assert answer.num_input_tokens + answer.num_output_tokens == reference.num_tokens
+
+
+def noise(width: int, height: int) -> bytes:
+    """A picture whose every pixel matters."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def load_bytes(picture: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 def test_pictures_of_every_kind_give_the_same_answers_encoded_differently(

@@ -39,17 +39,29 @@ class Fake:
     """A picture that was looked at; large if it begins with L, damaged with x."""
 
     data: bytes
-    decode: Callable[[bytes], None]
+    decoding: Callable[[bytes], None]
 
     @property
     def is_large(self) -> bool:
         return self.data.startswith(b"L")
 
-    def pixel_values(self) -> np.ndarray:
-        self.decode(self.data)
+    def decode(self) -> Fake:
+        self.decoding(self.data)
         if self.data.startswith(b"x"):
             raise invalid("is damaged")
-        return pixels_of(self.data)
+        return self
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return np.repeat(pixels_of(self.data), self.tokens, axis=0)
+
+    @property
+    def tokens(self) -> int:
+        """One a tile: `name+3` has three."""
+        return int(self.data.partition(b"+")[2] or 1)
+
+    def features(self, tiles: Tensor) -> Tensor:
+        return tiles.flatten(0, 1)
 
 
 class Stage:
@@ -73,7 +85,7 @@ class Stage:
             self.encode,
             self.ask_for_room,
             EncodedImages(budget_rows * ROW_BYTES, b""),
-            **{"workers": 2, "max_batch": 8, "most_waiting": 100, **limits},
+            **{"workers": 2, "max_batch": 8, "most_tokens": 20, "most_waiting": 100, **limits},
         )
 
     def look(self, item: bytes) -> Fake:
@@ -497,3 +509,86 @@ def test_at_the_end_those_who_wait_are_told(make_stage: MakeStage) -> None:
     assert [turn.exception(0) is None for turn in turns[2:]] == [False, True, False]
     with pytest.raises(SessionError, match="shutting down"):
         stage.turn(b"late")
+
+
+# Tiles
+
+
+def test_a_picture_of_many_tiles_keeps_nobody_waiting(make_stage: MakeStage) -> None:
+    stage = make_stage(max_batch=4)
+    batches: list[list[int]] = []
+
+    def note(pixels: np.ndarray) -> Tensor:
+        batches.append([int(length) for length in pixels[:, 0, 0, 0]])
+        return torch.from_numpy(pixels).view(-1, 1, 3)
+
+    stage.on_encode = note
+    stage.encode_gate.clear()
+    large = stage.turn(b"large+11")
+    until(lambda: stage.batches == [4])
+    small = stage.turn(b"small")
+    until(lambda: len(stage.pictures._decoded) == 2)
+    stage.encode_gate.set()
+    assert small.result(WAIT) is not None
+    rows = large.result(WAIT)
+    assert rows is not None
+    assert torch.equal(rows[0], features_of([b"large+11"] * 11).flatten(0, 1))
+    # Into the batch after the one that was being computed, between tiles of the large one.
+    assert batches == [[8] * 4, [8, 5, 8, 8], [8] * 4]
+
+
+def test_tiles_of_several_pictures_are_put_together_again(make_stage: MakeStage) -> None:
+    stage = make_stage(max_batch=3)
+    names = [b"a+4", b"b", b"cc+5", b"d+2", b"e"]
+    stage.hold(*names)
+    turns = [stage.turn(name) for name in names]
+    stage.free()
+    for name, turn in zip(names, turns, strict=True):
+        rows = turn.result(WAIT)
+        assert rows is not None
+        count = int(name.partition(b"+")[2] or 1)
+        assert torch.equal(rows[0], features_of([name] * count).flatten(0, 1))
+    assert sum(stage.batches) == 13
+    assert max(stage.batches) <= 3
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said", "encoded"),
+    [
+        ([b"a+21"], "image would take 21 tokens and the model's context is 20", 0),
+        ([b"a+9", b"b+9", b"c+9"], "3 of the turn's 3 images would take 27 tokens", 18),
+        ([b"a+19", b"b+2", b"c"], "2 of the turn's 3 images would take 21 tokens", 19),
+    ],
+)
+def test_pictures_longer_than_the_context_are_refused_before_they_are_encoded(
+    make_stage: MakeStage, pictures: list[bytes], said: str, encoded: int
+) -> None:
+    stage = make_stage()
+    with pytest.raises(SessionError, match=said) as caught:
+        stage.features(*pictures)
+    assert caught.value.code is ErrorCode.INVALID_ARG
+    # Also where what was encoded meanwhile is known already.
+    with pytest.raises(SessionError, match=said):
+        stage.features(*pictures)
+    assert stage.features(b"other") is not None
+    assert sum(stage.batches) - 1 <= 2 * encoded
+    assert b"c" not in stage.decoded
+
+
+def test_a_tile_that_fails_fails_its_picture_alone(make_stage: MakeStage) -> None:
+    stage = make_stage(max_batch=2)
+
+    def fail_on_bad(pixels: np.ndarray) -> Tensor:
+        if (pixels[:, 2] == ord("b")).any():
+            raise RuntimeError("no memory")
+        return torch.from_numpy(pixels).view(-1, 1, 3)
+
+    stage.on_encode = fail_on_bad
+    bad, good = stage.turn(b"bad+7"), stage.turn(b"good+7")
+    with pytest.raises(SessionError, match="no memory"):
+        bad.result(WAIT)
+    rows = good.result(WAIT)
+    assert rows is not None
+    assert torch.equal(rows[0], features_of([b"good+7"] * 7).flatten(0, 1))
+    stage.on_encode = None
+    assert stage.features(b"bad+7") is not None

@@ -20,7 +20,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.settings import Settings
-from llava_triton.pictures.decode import PixelValues, decode_image, encoded_image, iterate_images
+from llava_triton.pictures.decode import (
+    PixelValues,
+    decode_image,
+    encoded_image,
+    numbered,
+    open_picture,
+)
 from tests.properties import given
 
 SETTINGS = Settings()
@@ -138,7 +144,7 @@ def test_pixel_values_equal_the_processors_own(
     file = tmp_path / "picture"
     file.write_bytes(data)
     expected = processor(load_image(str(file)), return_tensors="np")["pixel_values"]
-    actual = pixel_values.of_encoded([data], SETTINGS)
+    actual = pixel_values.of_open(open_picture(data, SETTINGS)).pixels
     assert actual.dtype == np.float32
     assert actual.shape == (1, 3, SIDE, SIDE)
     np.testing.assert_array_equal(actual, expected)
@@ -182,7 +188,8 @@ def test_a_photograph_decoded_at_a_smaller_size_looks_the_same(
     whole = decode_image(data, SETTINGS)
     expected = processor(whole, return_tensors="np")["pixel_values"]
     levels = 255 * np.array(processor.image_std)[:, None, None]
-    difference = np.abs((pixel_values.of_encoded([data], SETTINGS) - expected)[0]) * levels
+    actual = pixel_values.of_open(open_picture(data, SETTINGS)).pixels
+    difference = np.abs((actual - expected)[0]) * levels
     assert 0 < difference.mean() < 1
     assert difference.max() < 8
     assert decode_image(data, SETTINGS, side=SIDE).size == tuple(side // 4 for side in whole.size)
@@ -200,15 +207,6 @@ def test_a_picture_keeps_twice_the_pixels_that_are_made_of_it(
     if min(width, height) >= 32 * side:
         assert left == (-(-width // 8), -(-height // 8))
     assert decode_image(encoded(picture, "PNG"), SETTINGS, side).size == (width, height)
-
-
-def test_several_pictures_of_different_sizes_make_one_batch(pixel_values: PixelValues) -> None:
-    files = [FILES["PNG"](), FILES["tall"](), FILES["1 pixel"]()]
-    images = list(iterate_images(files, SETTINGS))
-    together = pixel_values.pixel_values(images)
-    alone = [pixel_values.pixel_values([image]) for image in images]
-    np.testing.assert_array_equal(together, np.concatenate(alone))
-    assert together.flags.c_contiguous
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -266,9 +264,20 @@ def png_of_size(width: int, height: int) -> bytes:
     )
 
 
+def decode_all(items: list[bytes], settings: Settings = SETTINGS) -> list[Image.Image]:
+    """The pictures of a turn, as the image encoder looks at them and refuses them."""
+    images = []
+    for number, item in enumerate(items, start=1):
+        try:
+            images.append(open_picture(item, settings).decode())
+        except SessionError as error:
+            raise numbered(error, number, len(items)) from error
+    return images
+
+
 def refusal(items: list[bytes], settings: Settings = SETTINGS) -> str:
     with pytest.raises(SessionError) as caught:
-        list(iterate_images(items, settings))
+        decode_all(items, settings)
     assert caught.value.code is ErrorCode.INVALID_ARG
     assert len(caught.value.sentence) < 400
     return caught.value.sentence
@@ -352,7 +361,7 @@ def test_a_file_cut_anywhere_is_refused_unless_every_pixel_is_there(kind: str) -
     near_the_end = range(max(0, len(data) - 40), len(data))
     for length in [*range(0, len(data), max(1, len(data) // 60)), *near_the_end]:
         try:
-            [image] = iterate_images([data[:length]], SETTINGS)
+            [image] = decode_all([data[:length]])
         except SessionError:
             continue
         # Only what follows the pixels is missing: checksums, padding, an animation's other frames.
@@ -372,7 +381,7 @@ def test_a_damaged_file_is_decoded_or_refused(kind: str, flips: int, seed: int) 
     for _ in range(flips):
         data[chance.randrange(len(data))] = chance.randrange(256)
     try:
-        [image] = iterate_images([bytes(data)], Settings(max_image_pixels=10**6))
+        [image] = decode_all([bytes(data)], Settings(max_image_pixels=10**6))
     except SessionError:
         refusal([bytes(data)], Settings(max_image_pixels=10**6))
     else:

@@ -7,27 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
+
+from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.tokenizer import load_tokenizer
+from llava_triton.checkpoint.weights import CheckpointError
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A LLaVA-1.5-family checkpoint in memory."""
+    """A LLaVA checkpoint in memory."""
 
     model: Any
-    """`LlavaForConditionalGeneration`, in eval mode."""
+    """Transformers' class of its family, `LlavaForConditionalGeneration` for one; in eval mode."""
     tokenizer: Any
     """The checkpoint's fast tokenizer, with its chat template."""
 
 
 def load_checkpoint(
-    source: str | Path,
+    directory: Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
 ) -> Checkpoint:
-    """Load a checkpoint directory or hub name.
+    """Load a checkpoint's directory.
 
     Raises:
         ValueError: it is no LLaVA checkpoint, or a weight is missing, unexpected or of the wrong
@@ -35,24 +39,19 @@ def load_checkpoint(
             is how a vision tower saved under another release's names turns into noise.
     """
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            source,
+        llava_config(directory)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            directory,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
             trust_remote_code=False,
         )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded as a LLaVA checkpoint: {error}") from error
+        tokenizer = load_tokenizer(directory)
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{directory} cannot be loaded as a LLaVA checkpoint: {error}") from error
     faults = {kind: names for kind, names in report.items() if names and kind != "error_msgs"}
     if faults or report.get("error_msgs"):
-        raise ValueError(
-            f"{source} does not fit this release of transformers: {faults or report['error_msgs']}"
-        )
-    tokenizer = processor.tokenizer
-    # Published checkpoints keep the template with the processor, the tokenizer or both.
-    tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    if not tokenizer.chat_template:
-        raise ValueError(f"{source} has no chat template; turns cannot be rendered")
+        found = faults or report["error_msgs"]
+        raise ValueError(f"{directory} does not fit this release of transformers: {found}")
     return Checkpoint(model=model.eval().to(device), tokenizer=tokenizer)

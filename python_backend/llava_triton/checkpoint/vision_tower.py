@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_triton.checkpoint.weights import CONFIG, CheckpointError, CheckpointWeights
+from llava_triton.checkpoint.families import Config
+from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
+
+PATCHES = "vision_tower.embeddings.patch_embedding.weight"
+"""Canonical name of the weights that make features of a patch: [..., P, P]."""
 
 
 class VisionEncoder(nn.Module):
-    """Pixel values to the image features that a LLaVA puts in place of its image tokens.
+    """Pixel values of tiles to the image features that a LLaVA makes its image tokens of.
 
-    The same computation as transformers' `LlavaModel.get_image_features`, stacked into one tensor.
+    The same computation as in transformers' `get_image_features` of every family, before a
+    family arranges the tiles of a picture. All of them have LLaVA's projector.
     """
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)  # type: ignore[arg-type]
         layers = config.vision_feature_layer
         self._layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
         self._drops_class_token = config.vision_feature_select_strategy == "default"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode pictures.
+        """Encode tiles.
 
         Args:
             pixel_values: float32 [N, 3, H, W], normalized by the checkpoint's image processor.
 
         Returns:
-            float32 [N, T, D]: T tokens a picture, D the language model's hidden size.
+            float32 [N, T, D]: T tokens a tile, D the language model's hidden size.
         """
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         selected = [hidden_states[layer] for layer in self._layers]
@@ -44,24 +46,42 @@ class VisionEncoder(nn.Module):
         return features
 
 
-def load_vision_encoder(config: LlavaConfig, weights: CheckpointWeights) -> VisionEncoder:
+def load_vision_encoder(config: Config, weights: CheckpointWeights) -> VisionEncoder:
     """The vision encoder of a checkpoint, in float32 and eval mode; its language model is not read.
 
     Raises:
         CheckpointError: a weight of the checkpoint, wherever, is missing, unexpected or of the
             wrong shape.
     """
+    _check_patches(config, weights)
     with torch.device("meta"):
-        whole = LlavaForConditionalGeneration(config)
-    tied = ["lm_head.weight"] if config.text_config.tie_word_embeddings else []
+        whole = AutoModelForImageTextToText.from_config(config)
+    text = config.get_text_config()
+    tied = ["lm_head.weight"] if text.tie_word_embeddings or config.tie_word_embeddings else []
     weights.check({name: tuple(each.shape) for name, each in whole.state_dict().items()}, tied)
     encoder = VisionEncoder(config)
     encoder.load_state_dict(weights.load(encoder.state_dict()), assign=True)
     return encoder.eval().requires_grad_(False)
 
 
-def features_shape(config: LlavaConfig, image_side: int) -> tuple[int, int]:
-    """Features of one picture: [T, D]; T tokens, D the language model's hidden size.
+def load_newline(weights: CheckpointWeights) -> torch.Tensor | None:
+    """What stands behind a line of tiles, float32 [D]; None: the checkpoint has none such."""
+    name = "image_newline"
+    return weights.load([name])[name] if name in weights else None
+
+
+def _check_patches(config: Config, weights: CheckpointWeights) -> None:
+    stored, configured = weights.shape(PATCHES), int(config.vision_config.patch_size)
+    if stored is not None and stored[-1] != configured:
+        raise CheckpointError(
+            f"the vision tower's weights in {weights.directory} are for patches of {stored[-1]} "
+            f"pixels a side and config.json has {configured}, which is transformers' default where "
+            f'it is missing; set "patch_size": {stored[-1]} in its vision_config'
+        )
+
+
+def features_shape(config: Config, image_side: int) -> tuple[int, int]:
+    """Features of one tile: [T, D]; T tokens, D the language model's hidden size.
 
     Raises:
         CheckpointError: the tower does not take pictures of `image_side` pixels a side, which is
@@ -75,21 +95,3 @@ def features_shape(config: LlavaConfig, image_side: int) -> tuple[int, int]:
                 f"the checkpoint's image processor and its vision tower do not fit: {error}"
             ) from error
     return features.shape[1], features.shape[2]
-
-
-def llava_config(directory: Path) -> LlavaConfig:
-    """The configuration of a LLaVA-1.5-family checkpoint.
-
-    Raises:
-        CheckpointError: `config.json` is missing, unreadable, or another model's.
-    """
-    try:
-        kind = json.loads((directory / CONFIG).read_text()).get("model_type")
-        if kind != "llava":
-            raise CheckpointError(
-                f"{directory} is a checkpoint of type {kind!r}; "
-                "give one of the LLaVA-1.5 family, whose config.json has model_type 'llava'"
-            )
-        return LlavaConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from error

@@ -29,6 +29,17 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be read: a sentence says what is wrong and what to give."""
 
 
+def unusable(directory: Path, part: str, error: Exception) -> CheckpointError:
+    """What to say where transformers does not load a part of a checkpoint, such as a tokenizer."""
+    if "trust_remote_code" in str(error):
+        return CheckpointError(
+            f"{directory} brings Python code of its own (auto_map in one of its JSON files), which "
+            "is never run; give a checkpoint that transformers' own classes load"
+        )
+    reason = str(error).partition("\n")[0]
+    return CheckpointError(f"{directory} has no usable {part}: {reason}")
+
+
 def canonical_name(name: str) -> str:
     """A tensor's name without the modules that LLaVA releases put around its parts.
 
@@ -68,6 +79,14 @@ class CheckpointWeights:
         for file in _weight_files(directory):
             for tensor in _read_header(file):
                 self._tensors[canonical_name(tensor.name)] = tensor
+
+    def __contains__(self, name: str) -> bool:
+        return canonical_name(name) in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor by any release's name; None: there is none."""
+        stored = self._tensors.get(canonical_name(name))
+        return None if stored is None else stored.shape
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
         """Compare names and shapes with what the model needs.

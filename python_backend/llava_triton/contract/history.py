@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import HISTORY
+from llava_triton.contract.positions import Positions, positions_fault
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,18 @@ class PastTurn:
     images: int = 0
     """How many pictures came with it. They themselves lie in the input `image`: those of all past
     turns, in order, then those of the new turn."""
+    image_positions: Positions = None
+    """Where they stand in the text."""
 
 
 def history_to_json(turns: list[PastTurn]) -> str:
     """The input `history`, see `history_from_json`."""
-    return json.dumps([asdict(turn) for turn in turns])
+    return json.dumps(
+        [
+            {name: value for name, value in asdict(turn).items() if value is not None}
+            for turn in turns
+        ]
+    )
 
 
 def history_from_json(text: str) -> tuple[PastTurn, ...]:
@@ -55,7 +63,15 @@ def _past_turn(number: int, value: Any) -> PastTurn:
         raise _invalid(f"has a turn {number} with half of a surrogate pair")
     if not isinstance(images, int) or isinstance(images, bool) or images < 0:
         raise _invalid(f"has a turn {number} whose number of images is none")
-    return PastTurn(text, answer, images)
+    positions = value.get("image_positions")
+    if positions is not None:
+        fault = positions_fault(positions)
+        if fault is not None:
+            raise _invalid(f"has a turn {number} whose image_positions {fault}")
+        if len(positions) != images or (positions and positions[-1] > len(text)):
+            raise _invalid(f"has a turn {number} whose image_positions do not fit it")
+        positions = tuple(positions)
+    return PastTurn(text, answer, images, positions)
 
 
 def _has_half_characters(text: str) -> bool:

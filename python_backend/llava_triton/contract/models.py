@@ -16,11 +16,13 @@ TEXT_INPUT = TensorSpec("text_input", "BYTES", optional=True)
 """The user's message, UTF-8."""
 IMAGE = TensorSpec("image", "BYTES", (-1,), optional=True)
 """Pictures, each an encoded file, as it is or in base64 or as a data URI."""
+IMAGE_POSITIONS = TensorSpec("image_positions", "BYTES", optional=True)
+"""A JSON list of integers, see `contract.positions`."""
 SAMPLING_PARAMETERS = TensorSpec("sampling_parameters", "BYTES", optional=True)
 """A JSON object, see `SamplingParameters`."""
 HISTORY = TensorSpec("history", "BYTES", optional=True)
 """A JSON list, see `PastTurn`; only where a session opens."""
-INPUTS = (TEXT_INPUT, IMAGE, SAMPLING_PARAMETERS, HISTORY)
+INPUTS = (TEXT_INPUT, IMAGE, IMAGE_POSITIONS, SAMPLING_PARAMETERS, HISTORY)
 TEXTS = tuple(spec for spec in INPUTS if not spec.is_list)
 """Those of one string."""
 
@@ -52,7 +54,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
 
 
-_TURN = (TEXT_INPUT, *ENCODED_PICTURES, SAMPLING_PARAMETERS, HISTORY)
+_TURN = (TEXT_INPUT, *ENCODED_PICTURES, IMAGE_POSITIONS, SAMPLING_PARAMETERS, HISTORY)
 
 MODELS = {
     "llava": Model(INPUTS, ANSWER.outputs),

@@ -13,7 +13,14 @@ import numpy as np
 
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn, history_from_json
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE,
+    IMAGE_POSITIONS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+)
+from llava_triton.contract.positions import Positions, positions_from_json
 from llava_triton.contract.sampling_parameters import SamplingParameters
 from llava_triton.contract.settings import Settings
 from llava_triton.contract.tensors import TensorSpec
@@ -78,6 +85,20 @@ def parse_history(history: np.ndarray | None, settings: Settings) -> tuple[PastT
     """
     text = _string(HISTORY, history, settings.max_text_bytes)
     return history_from_json(text) if text else ()
+
+
+def parse_positions(positions: np.ndarray | None, settings: Settings) -> Positions:
+    """Check a turn's `image_positions` by themselves.
+
+    Args:
+        positions: object [1] holding bytes; None or an empty string: none are given.
+        settings: limits.
+
+    Raises:
+        SessionError: INVALID_ARG.
+    """
+    text = _string(IMAGE_POSITIONS, positions, settings.max_text_bytes)
+    return positions_from_json(text) if text else None
 
 
 _TENANT_NAME = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")

@@ -36,11 +36,13 @@ class Past:
         return self.turns[-1].answer if self.turns else None
 
 
-def too_long(tokens: int, context: int) -> SessionError:
-    """A conversation of at least so many tokens does not fit."""
+def too_long(tokens: int, context: int, of_images: int = 0) -> SessionError:
+    """A conversation of at least so many tokens does not fit; some are of pictures that came."""
+    shown = f" ({of_images} of them for the images of this turn)" if of_images else ""
+    fewer = ", show fewer or smaller images" if of_images else ""
     return invalid(
-        f"the conversation would be at least {tokens} tokens long and the model's context is "
-        f"{context}; shorten the text or open a new session"
+        f"the conversation would be at least {tokens} tokens long{shown} and the model's context "
+        f"is {context}; shorten the text{fewer} or open a new session"
     )
 
 
@@ -77,7 +79,11 @@ class ConversationRenderer:
         self._tokenize(self._answer_mark)
 
     def message(
-        self, last_answer: str | None, text: str | None, images: Sequence[int] = ()
+        self,
+        last_answer: str | None,
+        text: str | None,
+        images: Sequence[int] = (),
+        positions: Sequence[int] = (),
     ) -> Prompt:
         """What a turn adds to a conversation, up to where the model speaks.
 
@@ -86,6 +92,8 @@ class ConversationRenderer:
             text: the user's text; None where only images came so far: the message then ends with
                 the last image's last token, because what follows depends on the question.
             images: tokens of each image in this message, those first that came without text.
+            positions: of the last of them, as many as there are numbers: before which character of
+                the text each stands. The others are where the chat template puts images.
 
         Returns:
             Every image as so many placeholders. What the user spells like a control token of the
@@ -93,7 +101,7 @@ class ConversationRenderer:
         """
         if text is None and not images:
             return Prompt()
-        message = self._user_message(text or "", len(images))
+        message = self._user_message(text or "", len(images) - len(positions), positions)
         if last_answer is None:
             new_ids = self._tokenize_opening(self._render([message]))
         else:
@@ -122,7 +130,8 @@ class ConversationRenderer:
         for turn in turns:
             self.check_length(turn.text + turn.answer, context)
             lengths = images[shown : shown + turn.images]
-            history.append(self.message(last_answer, turn.text, lengths))
+            positions = turn.image_positions or ()
+            history.append(self.message(last_answer, turn.text, lengths, positions))
             asked = len(history)
             history.append(Prompt(self._answer_tokens(turn.answer)))
             last_answer, shown = turn.answer, shown + turn.images
@@ -192,10 +201,16 @@ class ConversationRenderer:
             )
         )
 
-    def _user_message(self, text: str, images: int) -> dict[str, Any]:
+    def _user_message(
+        self, text: str, images: int, positions: Sequence[int] = ()
+    ) -> dict[str, Any]:
         content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
-        if text:
-            content.append({"type": "text", "text": self._as_text(text)})
+        if text or positions:
+            # Many templates put all images of a message first: those inside are part of its text.
+            placeholder = str(self._tokenizer.convert_ids_to_tokens(self._image_token_id))
+            ends = [*positions, len(text)]
+            parts = [self._as_text(text[a:b]) for a, b in zip([0, *positions], ends, strict=True)]
+            content.append({"type": "text", "text": placeholder.join(parts)})
         return {"role": "user", "content": content}
 
     def _assistant_message(self) -> dict[str, Any]:

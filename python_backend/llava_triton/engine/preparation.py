@@ -9,6 +9,7 @@ import torch
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import NO_OPERATION
+from llava_triton.contract.positions import check_positions
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.grammar import Grammars
@@ -87,7 +88,9 @@ class TurnPreparation:
             past = self._renderer.past(request.history, lengths[:shown], self._context)
             last_answer = past.last_answer
         images = [*pending, *lengths[shown:]]
-        message = self._renderer.message(last_answer, request.text, images)
+        message = self._renderer.message(
+            last_answer, request.text, images, request.image_positions or ()
+        )
         form = request.sampling.structured_outputs
         grammar = None if form is None else self._grammars.compile(form)
         return Prepared(past, message, self._digests(request), grammar)
@@ -110,7 +113,9 @@ class TurnPreparation:
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
         room = self._context - prompt_tokens
         if room < int(request.is_asked):
-            raise too_long(prompt_tokens, self._context)
+            spans = [*prepared.past.prompt.spans, *prepared.message.spans]
+            of_images = sum(span.length for span in spans)
+            raise too_long(prompt_tokens, self._context, of_images=of_images)
         return RunningTurn(
             turn=turn,
             session=session,
@@ -193,13 +198,14 @@ class TurnPreparation:
                 )
             tokens += len(features)
         if tokens > self._context:
-            raise too_long(tokens, self._context)
+            raise too_long(tokens, self._context, of_images=tokens)
         past_images, images = _pictures(request.history), len(request.image_features)
         if past_images > images:
             raise invalid(
                 f"history speaks of {past_images} pictures and 'image' holds {images}; send "
                 "the pictures of all past turns, in order, then those of the new turn"
             )
+        check_positions(request.image_positions, request.text, images - past_images)
         self._renderer.check_length(request.text or "", self._context)
         self._check_token_ids(request.sampling)
 

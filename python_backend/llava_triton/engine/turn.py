@@ -15,6 +15,7 @@ from llava_triton.contract.delta import Delta, FinishReason
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import NO_OPERATION, Operation
+from llava_triton.contract.positions import Positions
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.grammar import Grammar
@@ -45,6 +46,8 @@ class TurnRequest:
     image_features: tuple[Tensor, ...] = ()
     """Of each picture [T, D], any float dtype and device: those of `history`, then this turn's.
     A picture is as many tokens as it has rows."""
+    image_positions: Positions = None
+    """Where this turn's pictures stand in its text."""
     history: tuple[PastTurn, ...] = ()
     """What was said before; only where `start`."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)

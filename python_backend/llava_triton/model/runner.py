@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_triton.checkpoint.families import family_of
 from llava_triton.checkpoint.loader import Checkpoint
 from llava_triton.contract.settings import Settings
 from llava_triton.device import DeviceTimer, to_device, to_host
@@ -71,9 +72,9 @@ class ModelRunner:
         )
         free = device_memory(self.device)
         row_bytes = self.hidden_size * self._text_model.dtype.itemsize
-        self.picture_tokens = _picture_tokens(config)
-        """Of one picture as the vision tower makes it. Memory is planned for pictures of so many;
-        what a session brings may have more or fewer."""
+        self.picture_tokens = family_of(config).photograph_tokens
+        """Of one ordinary picture. Memory is planned for pictures of so many; what a session brings
+        may have more or fewer."""
         picture_bytes = self.picture_tokens * row_bytes
         self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
         blocks = blocks_for(
@@ -250,15 +251,6 @@ def cpu_threads(model: Any) -> int:
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return 1 if parameters < SMALL_MODEL_PARAMETERS else len(os.sched_getaffinity(0))
-
-
-def _picture_tokens(config: Any) -> int:
-    """One for each patch; CLIP has a class token first; "default" leaves the first one out."""
-    vision = config.vision_config
-    patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
-    class_token = int(vision.model_type == "clip_vision_model")
-    left_out = int(config.vision_feature_select_strategy == "default")
-    return patches + class_token - left_out
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_triton.checkpoint.configuration import text_model_fault
 from llava_triton.kernels import Kernels, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
 from llava_triton.kernels.layers import HiddenStates, Layer, Stack
-
-FAMILIES = ("llama", "mistral", "qwen2")
 
 
 class TextModel:
     """The weights of a LLaVA's text model, and the way of a step through them.
 
     Args:
-        model: transformers' `LlavaForConditionalGeneration`. Its text model's weights are moved
+        model: transformers' model of a LLaVA family. Its text model's weights are moved
             out of it, layer by layer; it cannot be used afterwards.
         int8_weights: round those of the layers to 8-bit integers.
 
@@ -35,7 +34,9 @@ class TextModel:
     def __init__(self, model: Any, *, int8_weights: bool = False) -> None:
         text = model.model.language_model
         config = model.config.get_text_config()
-        _check(config)
+        fault = text_model_fault(config)
+        if fault is not None:
+            raise ValueError(fault)
         heads = int(config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self.geometry = AttentionGeometry(
@@ -94,22 +95,8 @@ def _linear(kernels: Kernels, int8: bool, *modules: Any) -> Linear:
     return kernels.make_linear(weight, torch.cat(biases) if biases else None, int8)
 
 
-def _check(config: Any) -> None:
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"the text model is of the family {config.model_type!r}; served are "
-            f"{', '.join(FAMILIES)}"
-        )
-    if config.hidden_act != "silu":
-        raise ValueError(f"the text model's activation is {config.hidden_act!r}; served is 'silu'")
-
-
 def _rotation(rotary: Any, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine, float32 [positions, D / 2], by the checkpoint's own rotary embedding."""
-    kind = getattr(rotary, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        # Their angles depend on how long the sequence is in the end: cached keys would go stale.
-        raise ValueError(f"the text model's rotary embedding is {kind!r}, which is not served")
     ids = torch.arange(positions, device=device)[None]
     with torch.no_grad():
         cos, sin = rotary(torch.zeros((), dtype=torch.float32, device=device), ids)

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# From its own module: transformers 5.17 exports it at the top only where torchvision is installed.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
+from llava_triton.checkpoint.image_processor import load_image_processor
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import IMAGE
 from llava_triton.contract.settings import Settings
@@ -54,27 +52,6 @@ LARGE_PIXELS = 16_000_000
 second or two."""
 ORDINARY_SCANS = 10
 """Of a progressive JPEG. One of more counts as so much larger."""
-
-
-def iterate_images(
-    items: Sequence[bytes], settings: Settings, side: int | None = None
-) -> Iterator[Image.Image]:
-    """Elements of the input `image` -> RGB pictures, upright, decoded as they are asked for.
-
-    Args:
-        items: as `open_picture` takes them.
-        settings: limits.
-        side: see `OpenPicture.decode`.
-
-    Raises:
-        SessionError: INVALID_ARG, naming the picture by its position, counted from 1.
-    """
-    for number, item in enumerate(items, start=1):
-        try:
-            image = open_picture(item, settings).decode(side)
-        except SessionError as error:
-            raise numbered(error, number, len(items)) from error.__cause__
-        yield image
 
 
 def numbered(error: SessionError, number: int, count: int) -> SessionError:
@@ -246,69 +223,42 @@ def _faults(data: bytes) -> Iterator[None]:
 class PixelValues:
     """A checkpoint's own image processor.
 
-    Always the one that computes with Pillow: the torchvision one resizes a little differently,
-    and answers should not depend on whether torchvision happens to be installed.
-
     Args:
         directory: holds the checkpoint's `preprocessor_config.json` or `processor_config.json`.
+        whole: decode every picture at its full size, because its size decides its tiles.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._processor: Any = AutoImageProcessor.from_pretrained(
-            directory, backend="pil", trust_remote_code=False
-        )
+    def __init__(self, directory: Path, *, whole: bool = False) -> None:
+        self._processor: Any = load_image_processor(directory)
         sizes = [each for each in dict(self._processor.size).values() if each]
-        self._side = max(sizes) if self._processor.do_resize and sizes else None
+        shrinks = self._processor.do_resize and sizes and not whole
+        self._side = max(sizes) if shrinks else None
 
-    def of_encoded(self, items: Sequence[bytes], settings: Settings) -> np.ndarray:
-        """N >= 1 pictures as they were sent -> float32 [N, 3, H, W].
-
-        One after the other, so that only one is in memory at its full size. A photograph may be
-        decoded at a smaller one, see `OpenPicture.decode`.
-
-        Raises:
-            SessionError: as `iterate_images`.
-        """
-        images = iterate_images(items, settings, self._side)
-        return np.concatenate([self.pixel_values([image]) for image in images])
-
-    def look(self, item: bytes, settings: Settings) -> LookedAt:
-        """A picture as it was sent, checked without decoding it.
-
-        Raises:
-            SessionError: as `open_picture`.
-        """
-        return LookedAt(open_picture(item, settings), self)
-
-    def of_open(self, picture: OpenPicture) -> np.ndarray:
-        """A picture -> float32 [1, 3, H, W].
+    def of_open(self, picture: OpenPicture) -> Tiles:
+        """A picture -> its tiles. A photograph may be decoded at a smaller size first.
 
         Raises:
             SessionError: as `OpenPicture.decode`.
         """
-        return self.pixel_values([picture.decode(self._side)])
+        image = picture.decode(self._side)
+        return Tiles(self.tiles(image), height=image.height, width=image.width)
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """N >= 1 RGB pictures of any sizes -> float32 [N, 3, H, W]."""
-        processed = self._processor(images=list(images), return_tensors="np")
-        return np.ascontiguousarray(processed["pixel_values"], dtype=np.float32)
+    def tiles(self, image: Image.Image) -> np.ndarray:
+        """An RGB picture of any size -> float32 [N, 3, H, W]: one tile, or several."""
+        pixels = self._processor(images=[image], return_tensors="np")["pixel_values"]
+        tiles = np.reshape(pixels, (-1, *np.shape(pixels)[-3:]))
+        return np.ascontiguousarray(tiles, dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class LookedAt:
-    """A picture between its two steps, see `llava_triton.pictures.encoding.Picture`."""
+class Tiles:
+    """A decoded picture as the vision encoder takes it."""
 
-    picture: OpenPicture
-    processor: PixelValues
-
-    @property
-    def is_large(self) -> bool:
-        """See `OpenPicture`."""
-        return self.picture.is_large
-
-    def pixel_values(self) -> np.ndarray:
-        """See `PixelValues.of_open`."""
-        return self.processor.of_open(self.picture)
+    pixels: np.ndarray
+    """Float32 [N, 3, H, W]."""
+    height: int
+    """Of the picture as it was decoded, upright; pixels."""
+    width: int
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:

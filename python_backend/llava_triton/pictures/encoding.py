@@ -1,4 +1,4 @@
-"""Turns' pictures -> image features: decoded picture by picture, encoded in batches.
+"""Turns' pictures -> image features: decoded picture by picture, encoded in batches of tiles.
 
     submit ──► a lane a session ──► workers decode ──► one thread encodes ──► answers
                                        │   ▲
@@ -7,7 +7,9 @@
 
 Sessions take turns, picture by picture: one with eight large pictures keeps nobody's single one
 waiting for more than the picture that is being decoded. Large ones are decoded one at a time, so
-that a worker is left for the others. Whatever session a picture is of, it goes into the next batch.
+that a worker is left for the others. A picture has one tile or several, by the checkpoint's family.
+Pictures take turns tile by tile: whatever session a picture is of, and however many tiles others
+have, its first tile goes into the next batch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.contract.errors import ErrorCode, SessionError, unavailable
+from llava_triton.contract.errors import ErrorCode, SessionError, invalid, unavailable
+from llava_triton.contract.models import IMAGE
 from llava_triton.pictures.decode import numbered
 from llava_triton.pictures.feature_cache import EncodedImages
 
@@ -42,12 +45,27 @@ class Picture(Protocol):
     def is_large(self) -> bool:
         """Whether no second one such should be decoded at the same time."""
 
-    def pixel_values(self) -> np.ndarray:
-        """Float32 [1, 3, H, W].
+    def decode(self) -> Decoded:
+        """Make pixel values of it.
 
         Raises:
             SessionError: it cannot be decoded; the sentence lacks a subject.
         """
+
+
+class Decoded(Protocol):
+    """A picture between the image processor and the vision encoder."""
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Of its tiles: float32 [N, 3, H, W]."""
+
+    @property
+    def tokens(self) -> int:
+        """That it will have."""
+
+    def features(self, tiles: Tensor) -> Tensor:
+        """Encoded tiles [N, T, D] -> the features of the picture, [`tokens`, D]."""
 
 
 Look = Callable[[bytes], Picture]
@@ -55,8 +73,8 @@ Look = Callable[[bytes], Picture]
 
 Raises SessionError, whose sentence lacks a subject."""
 Encode = Callable[[np.ndarray], Tensor]
-"""Pixel values float32 [N, 3, H, W] -> features [N, T, D] on any device, in memory that may be
-taken back. Only ever called on one thread."""
+"""Pixel values of tiles, float32 [N, 3, H, W] -> features [N, T, D] on any device, in memory that
+may be taken back. Only ever called on one thread."""
 AskForRoom = Callable[[Hashable], None]
 """Raises SessionError where a session could not open now. Only ever called on one thread."""
 Answer = Callable[[Sequence[Tensor] | SessionError], None]
@@ -76,12 +94,33 @@ class _Turn:
     opening: Hashable | None
     """The session for which room is to be asked for before a picture is decoded."""
     features: list[Tensor | None] = field(init=False)
-    """Of each picture."""
+    """[R, D] of each picture."""
+    tokens: list[int] = field(init=False)
+    """Of each picture; 0: not known yet."""
     looked_at: int = 0
     over: bool = False
 
     def __post_init__(self) -> None:
         self.features = [None] * len(self.items)
+        self.tokens = [0] * len(self.items)
+
+
+@dataclass(eq=False)
+class _Encoding:
+    """A picture that is being encoded, tile by tile."""
+
+    key: bytes
+    picture: Decoded
+    begun: int = 0
+    """Tiles that have gone into a batch."""
+    tiles: list[Tensor] = field(default_factory=list)
+    """Features [T, D] of those that have come back, in order."""
+    failure: Exception | None = None
+
+    @property
+    def left(self) -> int:
+        """Tiles that have not gone into a batch."""
+        return len(self.picture.pixels) - self.begun
 
 
 class PictureEncoding:
@@ -91,7 +130,9 @@ class PictureEncoding:
         look, encode, ask_for_room: see their types.
         encoded: what was encoded lately; not to be used by anybody else.
         workers: threads that decode, at least 2.
-        max_batch: pictures in one call of `encode`.
+        max_batch: tiles in one call of `encode`.
+        most_tokens: that the pictures of a turn may have; one with more is refused before the
+            picture that is too much is encoded.
         most_waiting: turns that may wait or be worked on at once.
     """
 
@@ -104,10 +145,12 @@ class PictureEncoding:
         *,
         workers: int,
         max_batch: int,
+        most_tokens: int,
         most_waiting: int,
     ) -> None:
         self._look, self._encode, self._ask_for_room = look, encode, ask_for_room
         self._max_batch = max_batch
+        self._most_tokens = most_tokens
         self._most_waiting = most_waiting
         self.hits = 0
         """Pictures that did not have to be encoded."""
@@ -129,8 +172,8 @@ class PictureEncoding:
         self._large: deque[tuple[_Turn, bytes, Picture]] = deque()
         """Large pictures, one a turn, until none is decoded."""
         self._large_is_decoded = False
-        self._decoded: deque[tuple[bytes, np.ndarray]] = deque()
-        """Pixel values to be encoded."""
+        self._decoded: deque[_Encoding] = deque()
+        """Pictures some of whose tiles are to be encoded; whose turn is next first."""
         self._coming: dict[bytes, list[tuple[_Turn, int]]] = {}
         """Who waits for a picture that is being decoded or encoded, by its key."""
         self._stopping = False
@@ -211,7 +254,7 @@ class PictureEncoding:
 
     def _has_work(self) -> bool:
         # Pixel values are made no faster than they are encoded.
-        space = len(self._decoded) < 2 * self._max_batch
+        space = sum(each.left for each in self._decoded) < 2 * self._max_batch
         return space and bool(self._ready or (self._large and not self._large_is_decoded))
 
     def _next_large(self) -> tuple[_Turn, bytes, Picture] | None:
@@ -238,12 +281,17 @@ class PictureEncoding:
             self.misses += new
             self.hits += not new
             if features is None:
-                self._coming.setdefault(key, []).append((turn, number))
+                waiting = self._coming.setdefault(key, [])
+                for other, place in waiting[:1]:
+                    turn.tokens[number] = other.tokens[place]
+                waiting.append((turn, number))
             else:
                 turn.features[number] = features
+                turn.tokens[number] = len(features)
         if new:
             self._open(turn, key, item)
         else:
+            self._refuse_if_too_much(turn)
             self._go_on(turn)
 
     def _open(self, turn: _Turn, key: bytes, item: bytes) -> None:
@@ -261,14 +309,37 @@ class PictureEncoding:
 
     def _decode(self, turn: _Turn, key: bytes, picture: Picture) -> None:
         try:
-            pixels = picture.pixel_values()
+            decoded = picture.decode()
+            tokens = decoded.tokens
         except Exception as error:
             self._have(key, error)
             return
         with self._changed:
-            self._decoded.append((key, pixels))
+            for each, number in self._coming[key]:
+                each.tokens[number] = tokens
+            showing = [each for each, _ in self._coming[key]]
+        for each in showing:
+            self._refuse_if_too_much(each)
+        with self._changed:
+            self._decoded.append(_Encoding(key, decoded))
             self._changed.notify_all()
         self._go_on(turn)
+
+    def _refuse_if_too_much(self, turn: _Turn) -> None:
+        """End a turn whose pictures, as far as they are known, are longer than the context."""
+        with self._changed:
+            known = [each for each in turn.tokens if each]
+        if sum(known) <= self._most_tokens:
+            return
+        images, remedy = "image", "a smaller one"
+        if len(turn.items) > 1:
+            images = f"{len(known)} of the turn's {len(turn.items)} images"
+            remedy = "fewer or smaller ones"
+        sentence = (
+            f"{images} would take {sum(known)} tokens and the model's context is "
+            f"{self._most_tokens}; send {remedy}"
+        )
+        self._end(turn, invalid(sentence, IMAGE.name))
 
     def _go_on(self, turn: _Turn) -> None:
         """To the turn's next picture, behind all other sessions' next ones; or to its end."""
@@ -289,15 +360,49 @@ class PictureEncoding:
                 self._changed.wait_for(lambda: self._stopping or self._decoded)
                 if self._stopping:
                     return
-                size = min(self._max_batch, len(self._decoded))
-                batch = [self._decoded.popleft() for _ in range(size)]
+                batch = self._next_batch()
                 self._changed.notify_all()
-            for (key, _), features in zip(batch, self._features_of(batch), strict=True):
-                self._have(key, features)
+            if batch:
+                self._encode_tiles(batch)
 
-    def _features_of(self, batch: list[tuple[bytes, np.ndarray]]) -> list[Tensor | Exception]:
+    def _next_batch(self) -> list[tuple[_Encoding, np.ndarray]]:
+        """A tile of each picture in turn, of those that somebody still waits for; the lock is
+        held."""
+        batch: list[tuple[_Encoding, np.ndarray]] = []
+        while self._decoded and len(batch) < self._max_batch:
+            each = self._decoded.popleft()
+            if each.failure is not None or self._is_unwanted(each.key):
+                continue
+            batch.append((each, each.picture.pixels[each.begun : each.begun + 1]))
+            each.begun += 1
+            if each.left:
+                self._decoded.append(each)
+        return batch
+
+    def _is_unwanted(self, key: bytes) -> bool:
+        """Whether the turns that show a picture were refused meanwhile; it is forgotten then."""
+        if any(not turn.over for turn, _ in self._coming[key]):
+            return False
+        del self._coming[key]
+        return True
+
+    def _encode_tiles(self, batch: list[tuple[_Encoding, np.ndarray]]) -> None:
+        features = self._features_of([pixels for _, pixels in batch])
+        for (each, _), outcome in zip(batch, features, strict=True):
+            if each.failure is not None:
+                continue
+            if isinstance(outcome, Exception):
+                each.failure = outcome
+                self._have(each.key, outcome)
+                continue
+            each.tiles.append(outcome)
+            if len(each.tiles) == len(each.picture.pixels):
+                self._have(each.key, self._features_of_picture(each))
+
+    def _features_of(self, batch: list[np.ndarray]) -> list[Tensor | Exception]:
+        """Features [T, D] of each tile float32 [1, 3, H, W], or why there are none."""
         try:
-            features = self._encode(np.concatenate([pixels for _, pixels in batch]))
+            features = self._encode(np.concatenate(batch))
             # Copies: a row of a batch would keep the whole batch in memory.
             copies = [each.clone() for each in features]
             if features.is_cuda:  # only begun yet, and `features` is another's when this returns
@@ -309,6 +414,12 @@ class PictureEncoding:
             # What fails alone has failed.
             return [outcome for each in batch for outcome in self._features_of([each])]
 
+    def _features_of_picture(self, encoding: _Encoding) -> Tensor | Exception:
+        try:
+            return encoding.picture.features(torch.stack(encoding.tiles))
+        except Exception as error:
+            return error
+
     def _have(self, key: bytes, outcome: Tensor | Exception) -> None:
         """A picture has become features [T, D], or cannot: tell all turns that show it."""
         with self._changed:
@@ -317,12 +428,14 @@ class PictureEncoding:
                 self._encoded.add(key, outcome)
                 for turn, number in turns:
                     turn.features[number] = outcome
+                    turn.tokens[number] = len(outcome)
         for turn, number in turns:
             if isinstance(outcome, SessionError):
                 self._end(turn, numbered(outcome, number + 1, len(turn.items)))
             elif isinstance(outcome, Exception):
                 self._end(turn, _failure(outcome))
             else:
+                self._refuse_if_too_much(turn)
                 self._end_if_complete(turn)
 
     def _end_if_complete(self, turn: _Turn) -> None:

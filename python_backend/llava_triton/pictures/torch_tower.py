@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.checkpoint.vision_tower import llava_config, load_vision_encoder
+from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.vision_tower import load_vision_encoder
 from llava_triton.checkpoint.weights import CheckpointWeights
 from llava_triton.device import cuda_graph
 
@@ -28,7 +29,7 @@ class TorchEncoding:
         checkpoint: its directory; the language model's weights are not read.
         device: where to compute.
         dtype: in what; the features of a half type are exact in the float32 that is returned.
-        max_batch: pictures at once at the most.
+        max_batch: tiles at once at the most.
     """
 
     def __init__(

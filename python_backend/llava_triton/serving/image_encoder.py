@@ -26,7 +26,7 @@ from llava_triton.contract.models import (
 )
 from llava_triton.contract.settings import Settings
 from llava_triton.device import default_device
-from llava_triton.pictures.decode import PixelValues
+from llava_triton.pictures.assembly import PictureAssembly
 from llava_triton.pictures.encoding import PictureEncoding
 from llava_triton.pictures.feature_cache import EncodedImages
 from llava_triton.pictures.feature_rows import flattened
@@ -52,14 +52,15 @@ class ImageEncoder:
         self._backend = Backend(pb_utils)
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the checkpoint's image processor."""
+        """Load what the checkpoint does with pictures around its vision tower."""
         pb_utils = self._backend.pb_utils
         repository = Path(args["model_repository"])
         processor = repository / args["model_version"] / "processor"
         self._settings = Settings.of_repository(repository.parent)
         # Threads that handle large pictures give way to turns without one so soon (else in 5 ms).
         sys.setswitchinterval(0.0005)
-        pixel_values = PixelValues(processor)
+        checkpoint = repository.parent / "language_model" / "1" / "checkpoint"
+        assembly = PictureAssembly(checkpoint, processor, self._settings)
         # Features stay where they are computed; the language model's are there too.
         on_gpu = default_device().type == "cuda"
         self._features_memory = pb_utils.PreferredMemory(
@@ -67,7 +68,7 @@ class ImageEncoder:
         )
         limit_elements(pb_utils, self._settings.max_images_per_turn + 1)
         self._pictures = PictureEncoding(
-            partial(pixel_values.look, settings=self._settings),
+            assembly.look,
             self._encode,
             self._ask_for_room,
             EncodedImages(
@@ -76,6 +77,7 @@ class ImageEncoder:
             ),
             workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
             max_batch=self._settings.vision_max_batch,
+            most_tokens=assembly.context_length,
             most_waiting=self._settings.max_queued_turns,
         )
         self._backlog = BoundedBacklog(self._reach_next_models)

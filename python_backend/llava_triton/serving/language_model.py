@@ -23,6 +23,7 @@ from llava_triton.contract.models import (
     HISTORY,
     IMAGE_FEATURES,
     IMAGE_LENGTHS,
+    IMAGE_POSITIONS,
     SAMPLING_PARAMETERS,
     TEXT_INPUT,
     TURN_ID,
@@ -197,6 +198,9 @@ class LanguageModel:
             end=end,
             text=text,
             image_features=self._features(request),
+            image_positions=protocol.parse_positions(
+                self._backend.array(request, IMAGE_POSITIONS), self._settings
+            ),
             history=protocol.parse_history(self._backend.array(request, HISTORY), self._settings),
             sampling=sampling,
             tenant=protocol.parse_tenant(parameters),
