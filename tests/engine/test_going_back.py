@@ -8,6 +8,7 @@ from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import Operation
+from llava_triton.contract.structured_outputs import StructuredOutputs
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
 
@@ -193,3 +194,17 @@ def test_there_is_nothing_to_regenerate_before_the_first_answer(start: Start) ->
     with pytest.raises(SessionError, match="no answer to regenerate in the session; ask first"):
         harness.ask("s", operation=REGENERATE)
     assert harness.engine.statistics().images == 1
+
+
+def test_what_a_regenerated_answer_shall_be_is_looked_at_as_any_other(
+    start: Start, alone: Alone
+) -> None:
+    harness = start()
+    tell(harness, FIRST, SECOND)
+    with pytest.raises(SessionError, match="stop_token_ids has the token ID 1000000"):
+        harness.ask("s", operation=REGENERATE, stop_token_ids=(1_000_000,))
+    form = StructuredOutputs(choice=("red", "blue"))
+    said, _ = harness.ask("s", operation=REGENERATE, structured_outputs=form)
+    assert said in form.choice
+    harness.ask("s", operation=REGENERATE, max_tokens=20)
+    assert THIRD.wait(harness, "s")[0] == alone(FIRST, SECOND, THIRD)[-1]

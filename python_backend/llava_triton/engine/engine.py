@@ -16,7 +16,7 @@ from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
-from llava_triton.conversation.renderer import ConversationRenderer, Past
+from llava_triton.conversation.renderer import ConversationRenderer
 from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import ImageStore
@@ -402,9 +402,8 @@ class Engine:
 
     def _prepared(self, turn: Turn, session: Session, mark: Mark) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
-        if turn.request.operation.regenerate:
-            return Prepared(Past(), session.last_question()[1])
-        said = (turn.request, mark.last_answer, session.pending_lengths(mark))
+        again = session.last_question()[1] if turn.request.operation.regenerate else None
+        said = (turn.request, mark.last_answer, session.pending_lengths(mark), again)
         if turn.preparation is not None:
             return turn.preparation.result()
         if not self._preparation.takes_long(turn.request):

@@ -13,6 +13,7 @@ from llava_triton.contract.positions import check_positions
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
 from llava_triton.conversation.grammar import Grammars
+from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
 from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
@@ -68,7 +69,11 @@ class TurnPreparation:
         )
 
     def prepare(
-        self, request: TurnRequest, last_answer: str | None, pending: Sequence[int]
+        self,
+        request: TurnRequest,
+        last_answer: str | None,
+        pending: Sequence[int],
+        again: Prompt | None = None,
     ) -> Prepared:
         """Check a turn and make tokens of it. It may take long; for any thread.
 
@@ -76,6 +81,7 @@ class TurnPreparation:
             request: the turn.
             last_answer: text of its session's last answer; None before the first.
             pending: tokens of each image that came without a question since.
+            again: the message, where an earlier one is answered again.
 
         Raises:
             SessionError: INVALID_ARG, the turn cannot be computed as it is.
@@ -88,9 +94,9 @@ class TurnPreparation:
             past = self._renderer.past(request.history, lengths[:shown], self._context)
             last_answer = past.last_answer
         images = [*pending, *lengths[shown:]]
-        message = self._renderer.message(
-            last_answer, request.text, images, request.image_positions or ()
-        )
+        positions = request.image_positions or ()
+        if (message := again) is None:
+            message = self._renderer.message(last_answer, request.text, images, positions)
         form = request.sampling.structured_outputs
         grammar = None if form is None else self._grammars.compile(form)
         return Prepared(past, message, self._digests(request), grammar)
