@@ -140,7 +140,9 @@ def test_only_chat_completions_are_taken(stub_adapter: Adapter, path: str) -> No
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/version", "/metrics", "/nowhere"])
-@pytest.mark.parametrize("given", [None, KEY, f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", "Bearer é"])
+@pytest.mark.parametrize(
+    "given", [None, KEY, f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer é"]
+)
 def test_without_the_key(guarded: Adapter, path: str, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given.encode().decode("latin-1")}
     refused = guarded.request("GET", path, headers=headers)
@@ -155,6 +157,7 @@ def test_with_the_key(guarded: Adapter, stub_triton: StubTriton) -> None:
     assert len(stub_triton.seen) == seen
     for path in CHAT_PATHS:
         assert post(guarded, path, HELLO, Authorization=f"Bearer {KEY}").status == 200
+    assert post(guarded, CHAT_PATHS[0], HELLO, Authorization=f"bearer  {KEY}").status == 200
     assert guarded.request("GET", "/health").status == 200  # load balancers have none
 
 

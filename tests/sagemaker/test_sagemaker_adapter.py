@@ -470,7 +470,7 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     (question("?"), "bad id", JSON, INVALID, "session ID"),
     (question("?"), "a" * 129, JSON, INVALID, "session ID"),
     (question("?", temperature=9), "NEW_SESSION", JSON, INVALID, "temperature is 9"),
-    ({"inputs": 3}, None, JSON, INVALID, "inputs must be a list"),
+    ({"inputs": 3}, None, JSON, INVALID, "inputs must be the question, a string (or Triton"),
     ({"inputs": [{"name": "x"}]}, None, JSON, INVALID, "'x'"),
     (
         {"inputs": [], "outputs": [TEXT, TEXT]},

@@ -23,13 +23,15 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._expected):
+            given = Headers(scope=scope).get("authorization", "")
+            kind, _, key = given.partition(" ")
+            is_known = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+            if kind.lower() != "bearer" or not is_known:
                 response = _unauthorized(bool(given)).response({"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return

@@ -37,7 +37,7 @@ from llava_sagemaker.adapter.request_reading import (
 from llava_sagemaker.adapter.sample_requests import sample_request
 from llava_sagemaker.adapter.session_ids import closed_header, opened_header
 from llava_sagemaker.adapter.session_requests import empty_session, raw_picture, session_request
-from llava_sagemaker.adapter.text_requests import is_text_request, text_request
+from llava_sagemaker.adapter.text_requests import text_request
 from llava_sagemaker.adapter.triton_format import (
     BINARY_CONTENT_TYPE,
     json_size,
@@ -182,9 +182,7 @@ class RequestHandler:
         outline = await self._json.outline(request.body[:size])
         with share.parsed(outline.parsed_bytes):
             fields = await self._json.object(outline)
-            if not binary and is_text_request(fields):
-                invocation = await text_request(request, fields, self._pictures)
-            elif binary or "inputs" in fields:
+            if binary or isinstance(fields.get("inputs"), list):
                 invocation = await off_loop(
                     len(request.body), triton_request, request, fields, size
                 )
@@ -192,6 +190,8 @@ class RequestHandler:
                 invocation = await session_request(request, fields, self._pictures)
             elif "messages" in fields:
                 invocation = await self._chat(http, request, fields)
+            elif "prompt" in fields or "inputs" in fields:
+                invocation = await text_request(request, fields, self._pictures)
             elif "type" in fields:
                 invocation = await sample_request(request, fields, self._pictures)
             else:

@@ -27,11 +27,6 @@ from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.delta import Delta
 
 
-def is_text_request(fields: dict[str, Any]) -> bool:
-    """Whether a JSON body is one of these. (Triton's `inputs` are a list.)"""
-    return "prompt" in fields or isinstance(fields.get("inputs"), str | LongString)
-
-
 async def text_request(request: Request, fields: dict[str, Any], pictures: Pictures) -> Invocation:
     """One question: in the session of the header, in a new one, or without. `image` may name
     pictures, as in a session request.
@@ -44,7 +39,8 @@ async def text_request(request: Request, fields: dict[str, Any], pictures: Pictu
     if isinstance(text, LongString):
         raise too_long(name, text)
     if not isinstance(text, str) or not text:
-        raise invalid_request(f"{name} must be the question, a string", name)
+        or_tensors = " (or Triton's list of tensors)" if name == "inputs" else ""
+        raise invalid_request(f"{name} must be the question, a string{or_tensors}", name)
     more = fields.get("parameters")
     if not isinstance(more, dict | None):
         raise invalid_request("parameters must be an object", "parameters")
