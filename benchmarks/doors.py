@@ -109,7 +109,8 @@ class Http(Leavable):
             body = self._send(turn, "application/json").read()
             if _only_closes(turn) and self._path == ADAPTER_PATH:
                 return _CLOSED
-            return _delta({each["name"]: each["data"][0] for each in json.loads(body)["outputs"]})
+            outputs = json.loads(body)["outputs"]
+            return _delta({each["name"]: each["data"][0] for each in outputs if each["data"]})
 
     def stream(self, turn: Ask) -> Generator[Delta, None, None]:
         """Pieces as they come, of the adapter's."""

@@ -204,5 +204,5 @@ def question(text: str, **parameters: Any) -> dict[str, Any]:
 def text_of(answer: Answer) -> str:
     """`text_output` of an answer in Triton's format."""
     assert answer.status == 200, answer.body
-    outputs = {output["name"]: output["data"][0] for output in answer.json["outputs"]}
-    return str(outputs["text_output"])
+    outputs = {output["name"]: output["data"] for output in answer.json["outputs"]}
+    return str(outputs["text_output"][0])

@@ -63,7 +63,9 @@ def test_curl(server: TritonServer) -> None:
     assert len(lines) == 2
     answers = []
     for line in lines:
-        outputs = {output["name"]: output["data"][0] for output in json.loads(line)["outputs"]}
+        tensors = {output["name"]: output["data"] for output in json.loads(line)["outputs"]}
+        assert tensors.pop("logprobs") == []
+        outputs = {name: data[0] for name, data in tensors.items()}
         assert outputs["text_output"]
         assert outputs["finish_reason"] in ("stop", "length")
         answers.append(outputs)

@@ -80,6 +80,11 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos_token_ids = sorted(eos_token_ids)
+        decoder = tokenizer.backend_tokenizer.decoder
+        takes_one = decoder is not None and decoder.decode(["▁a"]) == "a"
+        self._hidden_spaces = 2 if takes_one else 1
+        """How many spaces an answer may begin with that are not shown: SentencePiece's decoder
+        takes one away, and `Detokenizer` another one."""
         self._lock = threading.Lock()
         self._tokens: Any = None
 
@@ -91,7 +96,7 @@ class Grammars:
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = LLMatcher.grammar_from_lark(_lark(form))
+        grammar = LLMatcher.grammar_from_lark(_lark(form, self._hidden_spaces))
         limits = LLParserLimits(
             initial_lexer_fuel=_INITIAL_LEXER_FUEL,
             step_lexer_fuel=_STEP_LEXER_FUEL,
@@ -117,11 +122,12 @@ class Grammars:
         return self._tokens
 
 
-def _lark(form: StructuredOutputs) -> str:
+def _lark(form: StructuredOutputs, hidden: int) -> str:
     """A grammar in llguidance's dialect of Lark.
 
-    A model may begin its answer with a space, which is not shown (see `Detokenizer`). So what is
-    shown has the form where the answer has it behind a space, or has it and begins with none.
+    A model may begin its answer with a space, as it has learned to. What is shown lacks up to
+    `hidden` spaces. So a form that begins with a space must stand behind all of those, and any
+    other one may stand behind some.
     """
     if form.json is not None:
         schema = {**json.loads(form.json), "x-guidance": _JSON_STYLE}
@@ -130,9 +136,14 @@ def _lark(form: StructuredOutputs) -> str:
         from llguidance import regex_to_lark
 
         regex = f"/{regex_to_lark(form.regex)}/"
-        return f'start: TEXT\nTEXT: (" " {regex}) | ({regex} & ~/(?s: .*)/)\n'
-    spelled = [f" {choice}" for choice in form.choice]
-    spelled += [choice for choice in form.choice if not choice.startswith(" ")]
+        behind_all = f'("{" " * hidden}" {regex})'
+        behind_some = f"(/ {{0,{hidden}}}/ ({regex} & ~/(?s: .*)/))"
+        return f"start: TEXT\nTEXT: {behind_all} | {behind_some}\n"
+    spelled = [
+        " " * spaces + choice
+        for choice in form.choice
+        for spaces in range(hidden if choice.startswith(" ") else 0, hidden + 1)
+    ]
     return f"start: TEXT\nTEXT: {' | '.join(map(json.dumps, spelled))}\n"
 
 
