@@ -152,23 +152,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def stop(self, pick: int) -> None:
-        session_id = self._likely_id(pick)
-        for flight in self._flights:
-            if isinstance(flight, Flight) and flight.session_id == session_id:
-                flight.may_be_stopped = True
-        tenant = TENANTS[session_id]
-        self._harness.engine.stop_answer(session_id, tenant, lambda _: None)
+        self._stop(self._likely_id(pick))
 
     @rule(pick=picks, talk=later_talks, waits=st.booleans(), another=later_talks)
     def stop_an_answer(self, pick: int, talk: Talk, waits: bool, another: Talk) -> None:
         session_id = self._likely_id(pick)
         heard = threading.Event()
         talk = replace(talk, text=talk.text or "Go on.", max_tokens=40)
-        stopped = self._submit(session_id, talk, listen=lambda _: heard.set())
-        stopped.may_be_stopped = True
+        self._submit(session_id, talk, listen=lambda _: heard.set())
         self._submit(session_id, another)
         assert not waits or heard.wait(HANG_SECONDS)
-        self._harness.engine.stop_answer(session_id, stopped.tenant, lambda _: None)
+        self._stop(session_id)
 
     @rule(pick=picks, talk=st.one_of(st.just(NOTHING), later_talks), operation=operations)
     def cancel_a_turn_that_goes_back(self, pick: int, talk: Talk, operation: Operation) -> None:
@@ -345,6 +339,13 @@ class EngineMachine(RuleBasedStateMachine):
     def _cancel(self, flight: Flight) -> None:
         flight.may_be_cancelled = True
         self._harness.engine.cancel(flight.pending.id)
+
+    def _stop(self, session_id: SessionId) -> None:
+        """Stop whichever answer the session is giving."""
+        for flight in self._flights:
+            if isinstance(flight, Flight) and flight.session_id == session_id:
+                flight.may_be_stopped = True
+        self._harness.engine.stop_answer(session_id, TENANTS[session_id], lambda _: None)
 
     def _drain(self, step: FailingStep | None = None) -> None:
         """Wait for every turn, then hold them all against the rules."""

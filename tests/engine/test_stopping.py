@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 
 import pytest
 
@@ -50,6 +52,31 @@ def test_what_was_said_is_kept(start: Start, alone: Alone) -> None:
     assert final.num_cached_tokens >= len(said.split())
     harness.ask("s", operation=Operation(rewind=0))
     assert harness.engine.statistics().images == 0
+
+
+def test_a_token_that_nobody_has_heard_of_is_kept_and_told(start: Start, alone: Alone) -> None:
+    """One that was computed just before the stop."""
+    harness = start()
+    running = LONG.submit(harness, "s", start=True)
+    pieces = running.deltas()
+    text = next(pieces).text
+    engine, deadline = harness.engine, time.monotonic() + HANG_SECONDS
+    waits, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        waits.set()
+        assert go_on.wait(HANG_SECONDS)
+
+    engine.on_thread(wait)
+    assert waits.wait(HANG_SECONDS)
+    while engine._under_way and engine._commands.empty():  # until a step is computed
+        assert time.monotonic() < deadline
+    engine.stop_answer("s", NO_TENANT, lambda _: None)
+    go_on.set()
+    rest = list(pieces)
+    text += "".join(piece.text for piece in rest)
+    short = Ask(LONG.text, LONG.images, rest[-1].num_output_tokens, ignore_eos=True)
+    assert [text, LATER.wait(harness, "s")[0]] == alone(short, LATER)
 
 
 def test_an_answer_that_has_not_begun_is_kept_as_an_empty_one(start: Start, alone: Alone) -> None:
