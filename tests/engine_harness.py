@@ -353,6 +353,11 @@ def _check_books(engine: Engine) -> None:
     assert engine._lanes.turns == len(turns)
     assert engine._lanes.features_bytes == sum(turn.request.features_bytes for turn in turns)
     _check_blocks(engine._memory, sessions)
+    idle = [each for each in sessions if each.key_values.blocks and each.id not in engine._lanes]
+    assert list(engine._idle_sessions()) == idle
+    with_blocks = [each for each in sessions if each.key_values.blocks]
+    assert set(engine._memory.on_device()) == set(with_blocks)
+    assert set(engine._sessions._by_age.values()) == set(sessions)
     for session in sessions:
         _check_session(engine._memory, session)
     _check_host_copies(engine._memory, sessions)

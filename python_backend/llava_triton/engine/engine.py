@@ -674,8 +674,8 @@ class Engine:
         return self._running.get(running.turn.id) is running
 
     def _idle_sessions(self) -> Iterator[Session]:
-        """Sessions without a turn, longest unused first."""
-        return (each for each in self._sessions.oldest_first() if each.id not in self._lanes)
+        """Sessions that have blocks and no turn, longest unused first."""
+        return (each for each in self._memory.on_device() if each.id not in self._lanes)
 
     def _tell(self, turn: Turn, event: object) -> None:
         turn.told_at = time.monotonic()

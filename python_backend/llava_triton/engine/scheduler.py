@@ -116,7 +116,7 @@ class Scheduler:
 
     Args:
         memory: the sessions' blocks.
-        idle_sessions: sessions without a turn, longest unused first.
+        idle_sessions: those that have blocks and no turn, longest unused first.
         chunk_tokens: prompt tokens of a step at the most.
         settings: the two targets.
         questions_alone: compute short prompts in a step of their own, after which the running
@@ -319,9 +319,9 @@ class Scheduler:
         return True
 
     def _victim(self, younger: Sequence[RunningTurn]) -> Session | None:
-        for session in self._idle_sessions():
-            if session.key_values.blocks:
-                return session
+        idle = next(iter(self._idle_sessions()), None)
+        if idle is not None:
+            return idle
         for turn in reversed(younger):
             if turn.session.key_values.blocks:
                 if turn.phase is Phase.COMPUTING:

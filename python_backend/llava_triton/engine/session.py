@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,8 +37,9 @@ class KeyValues:
 
     computed: int = 0
     """How many of the session's first tokens have keys and values."""
-    blocks: list[int] = field(default_factory=list)
-    """The block table: at least as many as these need; empty while they are in host memory."""
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    """The block table: at least as many as these need; empty while they are in host memory. Every
+    step copies it, at once and not number by number."""
     keys: list[BlockKey] = field(default_factory=list)
     """Of the blocks that these fill."""
     host: HostCopy | None = None

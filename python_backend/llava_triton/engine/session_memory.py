@@ -6,7 +6,7 @@ import hashlib
 import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llava_triton.engine.block_pool import BlockKey, BlockPool
@@ -59,11 +59,30 @@ class SessionMemory:
         self._transfers: list[Transfer] = []
         self._on_host: OrderedDict[int, Session] = OrderedDict()
         """Sessions with a host copy by `id()`, longest there first."""
+        self._on_device: OrderedDict[int, Session] = OrderedDict()
+        """Sessions with blocks by `id()`, longest unused first."""
 
     def take_transfers(self) -> list[Transfer]:
         """The moves to be done before the next step; they are the caller's now."""
         transfers, self._transfers = self._transfers, []
         return transfers
+
+    def on_device(self) -> Iterator[Session]:
+        """The sessions that have blocks, longest unused first. None may gain or lose its blocks
+        while the iterator is in use."""
+        return iter(self._on_device.values())
+
+    def used(self, session: Session) -> None:
+        """A turn of the session has ended: of all that have blocks it is the last to lose them."""
+        if id(session) in self._on_device:
+            self._on_device.move_to_end(id(session))
+
+    def _note(self, session: Session) -> None:
+        """Whether a session has blocks may have changed."""
+        if session.key_values.blocks:
+            self._on_device.setdefault(id(session), session)
+        else:
+            self._on_device.pop(id(session), None)
 
     def admit(self, session: Session) -> bool:
         """Make what a session remembers usable and give it blocks for all its tokens.
@@ -102,7 +121,8 @@ class SessionMemory:
             self.counters.blocks_copied += 1
         elif partial:
             self.pool.withdraw(kv.blocks[last])
-        kv.blocks += blocks
+        kv.blocks.extend(blocks)
+        self._note(session)
         return True
 
     def share(self, source: Session, copy: Session) -> None:
@@ -148,6 +168,7 @@ class SessionMemory:
         for block in kv.blocks[keep:]:
             self.pool.release(block)
         del kv.blocks[keep:]
+        self._note(session)
         if not kv.computed:
             self._drop_copy(session)
 
@@ -167,7 +188,8 @@ class SessionMemory:
             self.counters.evicted_to_host += 1
             for block in kv.blocks:
                 self.pool.release(block)
-            kv.blocks, kv.host = [], copy
+            kv.blocks, kv.host = array("i"), copy
+            self._note(session)
         else:
             self._drop(session)
 
@@ -204,7 +226,8 @@ class SessionMemory:
         first = len(found)
         if fresh:
             self._transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
-        kv.blocks = found + fresh
+        kv.blocks = array("i", found + fresh)
+        self._note(session)
         for block, key in zip(kv.blocks, kv.keys, strict=False):
             self.pool.publish(block, key)
         self._drop_copy(session)
@@ -224,6 +247,7 @@ class SessionMemory:
                 return
             self.truncate(session, len(kv.keys) * BLOCK_TOKENS)
             kv.blocks.append(block)
+            self._note(session)
             kv.keys.append(key)
             kv.computed = len(kv.keys) * BLOCK_TOKENS
             self.counters.prefix_cache_blocks += 1

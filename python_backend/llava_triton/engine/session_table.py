@@ -55,6 +55,9 @@ class SessionTable:
         self._statistics = statistics
         self._expired = expired
         self._sessions: OrderedDict[SessionId, Session] = OrderedDict()
+        """Longest unused first."""
+        self._by_age: dict[SessionId, Session] = {}
+        """The same, longest open first."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -116,7 +119,7 @@ class SessionTable:
     def open(self, session: Session) -> None:
         """Put a new session into the table; an open one of the same ID is closed."""
         self.drop(session.id)
-        self._sessions[session.id] = session
+        self._sessions[session.id] = self._by_age[session.id] = session
         self._statistics.sessions_opened += 1
 
     def used(self, session_id: SessionId, tenant: str) -> None:
@@ -125,11 +128,13 @@ class SessionTable:
         if session is not None and session.tenant == tenant:
             session.last_used_at = self._clock()
             self._sessions.move_to_end(session_id)
+            self._memory.used(session)
 
     def drop(self, session_id: SessionId) -> None:
         """Close a session and free all it holds, whoever still refers to it."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
+            del self._by_age[session_id]
             self._memory.truncate(session, 0)
             self.forget_taken_back(session)
             self.forget_images(session, 0)
@@ -153,17 +158,32 @@ class SessionTable:
             self.drop(session_id)
 
     def expire(self, active: Container[SessionId]) -> None:
-        """Close what has outlived its limits, except active sessions."""
-        for session in list(self._sessions.values()):
-            if session.id not in active and self._has_expired(session):
+        """Close what has outlived its limits, except active sessions. Costs something for those and
+        the active ones alone, however many others are open."""
+        now = self._clock()
+        for by_time, is_over in (
+            (self._sessions, self._is_idle_too_long),
+            (self._by_age, self._is_open_too_long),
+        ):
+            over = []
+            for session in by_time.values():
+                if session.id in active:
+                    continue
+                if not is_over(session, now):
+                    break
+                over.append(session)
+            for session in over:
                 self._expire(session)
 
     def _has_expired(self, session: Session) -> bool:
         now = self._clock()
-        return (
-            session.last_used_at + self._settings.session_idle_seconds <= now
-            or session.opened_at + self._settings.session_lifetime_seconds <= now
-        )
+        return self._is_idle_too_long(session, now) or self._is_open_too_long(session, now)
+
+    def _is_idle_too_long(self, session: Session, now: float) -> bool:
+        return session.last_used_at + self._settings.session_idle_seconds <= now
+
+    def _is_open_too_long(self, session: Session, now: float) -> bool:
+        return session.opened_at + self._settings.session_lifetime_seconds <= now
 
     def _expire(self, session: Session) -> None:
         self.drop(session.id)

@@ -23,4 +23,4 @@ def step_part(ids: Sequence[int], session: Session, under_way: int, choice: Choi
     for span in session.pictures(start, end):
         first, last = max(start, span.start), min(end, span.end)
         rows.append(ImageRows(first - start, span.image, first - span.start, last - span.start))
-    return StepPart(ids, start, list(session.key_values.blocks), rows, choice)
+    return StepPart(ids, start, session.key_values.blocks[:], rows, choice)
