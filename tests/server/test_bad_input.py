@@ -58,7 +58,7 @@ CASES = [
         INVALID, "400000000 pixels; the limit is 50000000", text="?", images=[_png(20000, 20000)]
     ),
     _case(INVALID, "image 2 of 2 is no picture", images=[PICTURES[0].read_bytes(), b"\x01\x02"]),
-    _case(INVALID, "a turn takes at most 8", text="?", images=[PICTURES[0].read_bytes()] * 9),
+    _case(INVALID, "a turn takes at most 64", text="?", images=[PICTURES[0].read_bytes()] * 65),
     _case(INVALID, "neither text_input nor image"),
     _case(INVALID, "neither text_input nor image", text=""),
     _case(INVALID, "image holds 2000000 pictures", text="?", images=[b""] * 2_000_000),

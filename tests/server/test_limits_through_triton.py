@@ -15,12 +15,18 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.transport import TurnMessage
 from llava_triton.server.triton_server import TritonServer, free_ports
+from tests.conftest import ROOT
 from tests.triton import Stream, ask, whole
 
 IDLE_SECONDS = 0.2
 """Less than a fast machine takes for `LONG`."""
+PICTURE = (ROOT / "examples" / "pictures" / "wide.jpg").read_bytes()
+SMALL = (ROOT / "examples" / "pictures" / "dark.png").read_bytes()
+"""Five of these are fewer bytes than three of those."""
+MOST_IMAGES = 4
 LONG = {"max_tokens": 900, "ignore_eos": True}
 SHORT = {"max_tokens": 2, "ignore_eos": True}
 PATIENCE_SECONDS = 120.0
@@ -33,7 +39,12 @@ def narrow(
     """A server with room for one session, which soon expires."""
     repository = tmp_path_factory.mktemp("narrow") / "repository"
     shutil.copytree(demo_repository, repository, symlinks=True)
-    limits = {"session_idle_seconds": IDLE_SECONDS, "max_sessions": 1}
+    limits = {
+        "session_idle_seconds": IDLE_SECONDS,
+        "max_sessions": 1,
+        "max_images_per_turn": MOST_IMAGES,
+        "max_images_bytes_per_turn": 3 * len(PICTURE),
+    }
     (repository / "settings.json").write_text(json.dumps(limits))
     with TritonServer(repository, *free_ports(3)) as server:
         yield server
@@ -138,3 +149,35 @@ def test_thousands_of_turns_at_once_break_nothing(server: TritonServer) -> None:
             with Stream(server.grpc_address) as stream:
                 assert whole(stream.turn("Hi?", session="calm", end=True, parameters=SHORT))
     assert server.fault() is None
+
+
+@pytest.mark.parametrize(
+    ("picture", "count", "said"),
+    [
+        (SMALL, MOST_IMAGES + 1, r"5 pictures: .* a turn takes at most 4"),
+        (PICTURE, MOST_IMAGES, rf"{4 * len(PICTURE)} bytes together; the limit is \d+"),
+    ],
+    ids=["too many pictures", "too many bytes"],
+)
+def test_a_conversation_that_fits_no_request_says_so(
+    narrow: TritonServer, picture: bytes, count: int, said: str
+) -> None:
+    def talk() -> None:
+        with Session.open(narrow.grpc_url, image=picture, replay=True) as session:
+            for _ in range(count - 1):
+                session.ask("And?", image=picture, max_tokens=1)
+            with Session.open(narrow.grpc_url, session_id=session.id):
+                pass  # its end ends also ours
+            session.ask("And?", max_tokens=1)
+
+    # It may be lost and opened again earlier, too: so short is its idle limit.
+    with pytest.raises(SessionError, match=said) as caught:
+        talk()
+    assert caught.value.code is ErrorCode.INVALID_ARG
+
+
+def test_more_bytes_of_pictures_than_a_turn_takes(
+    client: tritonclient.grpc.InferenceServerClient,
+) -> None:
+    with pytest.raises(InferenceServerException, match=r"image holds 4 pictures of .* together"):
+        ask(client, "?", session="s", images=[PICTURE] * 4, start=True, end=True)

@@ -81,17 +81,6 @@ def test_a_turn_that_was_refused_is_not_remembered(server: TritonServer) -> None
             assert again.num_input_tokens == expected[index].num_input_tokens
 
 
-def test_a_conversation_that_fits_no_request_says_so(server: TritonServer) -> None:
-    with Session.open(server.grpc_url, image=PICTURES[0], replay=True) as session:
-        for _ in range(8):
-            session.ask("And?", image=PICTURES[0], max_tokens=1)
-        with Session.open(server.grpc_url, session_id=session.id):
-            pass
-        with pytest.raises(SessionError, match=r"9 pictures: .* a turn takes at most 8") as caught:
-            session.ask(QUESTIONS[0])
-        assert caught.value.code is ErrorCode.INVALID_ARG
-
-
 def test_a_server_that_dies_and_comes_back(demo_repository: Path, tmp_path: Path) -> None:
     ports = free_ports(3)
     with TritonServer(demo_repository, *ports, log=tmp_path / "first.log") as server:

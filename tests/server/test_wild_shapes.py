@@ -194,7 +194,7 @@ def test_features_of_another_size_are_refused_in_a_sentence(
         (b"\0\0\0", "image_lengths has 3 bytes; it takes 4 a picture"),
         (struct.pack("<2i", 36, 0), "image_lengths holds 2 numbers, the least 0"),
         (struct.pack("<2i", 37, -1), "image_lengths holds 2 numbers, the least -1"),
-        (struct.pack("<9i", *[4] * 9), "image_lengths holds 9 numbers, the least 4"),
+        (struct.pack("<65i", *[4] * 65), "image_lengths holds 65 numbers, the least 4"),
         (struct.pack("<2i", 30, 7), "image_lengths speaks of 37 tokens"),
         (b"", "image_lengths speaks of 0 tokens"),
     ],

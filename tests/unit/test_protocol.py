@@ -78,5 +78,9 @@ def test_pictures() -> None:
 def test_too_many_pictures_and_bad_shapes_are_refused() -> None:
     with pytest.raises(SessionError, match="image holds 4 pictures; a turn takes at most 3"):
         protocol.image_items(strings(b"a", b"b", b"c", b"d"), SETTINGS)
+    narrow = Settings(max_images_bytes_per_turn=5)
+    assert len(protocol.image_items(strings(b"aa", b"bbb"), narrow)) == 2
+    with pytest.raises(SessionError, match="2 pictures of 6 bytes together; the limit is 5"):
+        protocol.image_items(strings(b"aaa", b"bbb"), narrow)
     with pytest.raises(SessionError, match=r"image has the shape \[2, 1\]"):
         protocol.image_items(strings(b"a", b"b").reshape(2, 1), SETTINGS)

@@ -131,7 +131,7 @@ def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:
         settings: limits.
 
     Raises:
-        SessionError: INVALID_ARG, the array has another shape or too many elements.
+        SessionError: INVALID_ARG, the array has another shape, or too many elements or bytes.
     """
     if image is None or image.size == 0:
         return []
@@ -147,6 +147,13 @@ def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:
             IMAGE.name,
         )
     items = [_bytes(item) for item in image]
+    size = sum(map(len, items))
+    if size > settings.max_images_bytes_per_turn:
+        raise invalid(
+            f"image holds {len(items)} pictures of {size} bytes together; the limit is "
+            f"{settings.max_images_bytes_per_turn}: send some of them in later turns",
+            IMAGE.name,
+        )
     return [] if items == [b""] else items
 
 

@@ -81,11 +81,15 @@ class Settings:
     """Larger encoded pictures are refused."""
     picture_background: str = "#ffffff"
     """What is transparent in a picture is shown on this colour, `#rrggbb`."""
-    max_images_per_turn: int = 8
+    max_images_per_turn: int = 64
+    """More pictures in one turn are refused before they are read. How many it may really have is
+    decided by their tokens, which must fit into the model's context."""
+    max_images_bytes_per_turn: int = 256 * 1024 * 1024
+    """Pictures of one turn that are longer together, as they were sent, are refused."""
     max_text_bytes: int = 256 * 1024
     """Longer texts are refused before they are tokenized."""
     vision_max_batch: int = 8
-    """Pictures the vision encoder takes in one batch."""
+    """Tiles the vision encoder takes in one batch; a picture is one or several."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

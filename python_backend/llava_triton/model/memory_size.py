@@ -11,6 +11,8 @@ import torch
 from llava_triton.contract.settings import Settings
 from llava_triton.kernels.base import BLOCK_TOKENS
 
+SESSION_PICTURES = 8
+"""Of a session at the most, where memory is planned; it may have more where there is room."""
 GPU_SHARE = 0.86
 """Of the GPU's free memory after the weights, for keys, values and image features; the rest is for
 what a step computes, for recorded steps, and for the vision encoder in its own process."""
@@ -62,7 +64,7 @@ def features_budget(settings: Settings, picture_bytes: int, free: int, device: t
         device: what it is.
     """
     share = FEATURES_SHARE if device.type == "cuda" else CPU_SHARE / 2
-    useful = settings.max_sessions * settings.max_images_per_turn * picture_bytes
+    useful = settings.max_sessions * SESSION_PICTURES * picture_bytes
     return settings.image_features_bytes or min(int(free * share), useful)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from llava_triton.checkpoint.configuration import llava_config
@@ -36,9 +37,11 @@ class PictureAssembly:
         self._newline = load_newline(CheckpointWeights(checkpoint))
         self._pixel_values = PixelValues(processor, whole=self._family.takes_whole_pictures)
         side = int(config.vision_config.image_size)
-        self._tile_tokens = features_shape(config, side)[0]
+        self._tile_tokens, width = features_shape(config, side)
         self.context_length = int(config.get_text_config().max_position_embeddings)
         """Tokens of a conversation at the most."""
+        self.most_bytes = self.context_length * width * torch.float32.itemsize
+        """Of the features of a turn's pictures at the most."""
 
     def look(self, item: bytes) -> LookedAt:
         """A picture as it was sent, checked without decoding it.

@@ -34,8 +34,8 @@ from llava_triton.pictures.feature_cache import EncodedImages
 log = logging.getLogger(__name__)
 
 MOST_BEGUN = 16
-"""Turns of several pictures that are decoded at the same time. Each keeps the features that it has
-(9 MiB a picture with LLaVA-1.5-7B) until it has them all."""
+"""Turns of several pictures that are worked on at the same time, if all their features fit into
+memory: each keeps those that it has until it has them all."""
 
 
 class Picture(Protocol):
@@ -133,6 +133,7 @@ class PictureEncoding:
         max_batch: tiles in one call of `encode`.
         most_tokens: that the pictures of a turn may have; one with more is refused before the
             picture that is too much is encoded.
+        most_begun: turns of several pictures that may be worked on at once.
         most_waiting: turns that may wait or be worked on at once.
     """
 
@@ -146,11 +147,13 @@ class PictureEncoding:
         workers: int,
         max_batch: int,
         most_tokens: int,
+        most_begun: int = MOST_BEGUN,
         most_waiting: int,
     ) -> None:
         self._look, self._encode, self._ask_for_room = look, encode, ask_for_room
         self._max_batch = max_batch
         self._most_tokens = most_tokens
+        self._most_begun = most_begun
         self._most_waiting = most_waiting
         self.hits = 0
         """Pictures that did not have to be encoded."""
@@ -165,7 +168,7 @@ class PictureEncoding:
         self._ready: deque[_Turn] = deque()
         """Whose next picture can be looked at, in the order of their last ones."""
         self._held_back: deque[_Turn] = deque()
-        """Of several pictures, while `MOST_BEGUN` such turns are worked on."""
+        """Of several pictures, while `most_begun` such turns are worked on."""
         self._begun = 0
         self._openings: deque[_Turn] = deque()
         """For which room is to be asked for."""
@@ -470,7 +473,7 @@ class PictureEncoding:
 
     def _start(self, turn: _Turn) -> None:
         """A turn with pictures has become its session's first; the lock is held."""
-        if len(turn.items) > 1 and self._begun >= MOST_BEGUN:
+        if len(turn.items) > 1 and self._begun >= self._most_begun:
             self._held_back.append(turn)
             return
         self._begun += len(turn.items) > 1

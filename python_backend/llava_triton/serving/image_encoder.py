@@ -27,7 +27,7 @@ from llava_triton.contract.models import (
 from llava_triton.contract.settings import Settings
 from llava_triton.device import default_device
 from llava_triton.pictures.assembly import PictureAssembly
-from llava_triton.pictures.encoding import PictureEncoding
+from llava_triton.pictures.encoding import MOST_BEGUN, PictureEncoding
 from llava_triton.pictures.feature_cache import EncodedImages
 from llava_triton.pictures.feature_rows import flattened
 from llava_triton.serving.backend import Backend
@@ -78,6 +78,10 @@ class ImageEncoder:
             workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
             max_batch=self._settings.vision_max_batch,
             most_tokens=assembly.context_length,
+            most_begun=min(
+                MOST_BEGUN,
+                max(1, self._settings.max_queued_features_bytes // assembly.most_bytes),
+            ),
             most_waiting=self._settings.max_queued_turns,
         )
         self._backlog = BoundedBacklog(self._reach_next_models)

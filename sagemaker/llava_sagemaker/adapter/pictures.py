@@ -21,6 +21,10 @@ class Fetch(Protocol):
         """
 
 
+FETCHED_AT_ONCE = 8
+"""Pictures of a request. Room is taken for each when it is there: so many may lie outside of it."""
+
+
 class Pictures:
     """Makes what the models take of what requests name.
 
@@ -53,7 +57,8 @@ class Pictures:
                 f"the request has {len(named)} pictures; it may have {self._limit}: send the "
                 "others in later turns of a session"
             )
-        coming = [asyncio.ensure_future(self._one(each, take)) for each in named]
+        places = asyncio.Semaphore(FETCHED_AT_ONCE)
+        coming = [asyncio.ensure_future(self._one(each, take, places)) for each in named]
         try:
             return list(await asyncio.gather(*coming))
         finally:
@@ -61,7 +66,9 @@ class Pictures:
             while coming:
                 coming.pop().cancel()
 
-    async def _one(self, named: Any, take: Callable[[int], None]) -> bytes | LongString:
+    async def _one(
+        self, named: Any, take: Callable[[int], None], places: asyncio.Semaphore
+    ) -> bytes | LongString:
         if isinstance(named, LongString):  # no URL is so long
             return named
         if not isinstance(named, str) or not named:
@@ -71,6 +78,7 @@ class Pictures:
         scheme, colon, _ = named[:16].partition(":")
         if not colon or scheme.lower() == "data":
             return named.encode(errors="replace")
-        fetched = await self._fetch(named)
-        take(len(fetched))
+        async with places:
+            fetched = await self._fetch(named)
+            take(len(fetched))
         return fetched
