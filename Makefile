@@ -13,6 +13,8 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 OPENAI_PORT ?= 8080
+URL ?= grpc://localhost:$(GRPC_PORT)
+WEB_PORT ?= 7860
 INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
@@ -45,6 +47,9 @@ serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY=
 	    --host '$(HOST)' --openai-port $(OPENAI_PORT) --triton-host '$(HOST)' \
 	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
+chat: .venv/web ## A page to chat on, beside `make serve` (URL=, WEB_PORT=)
+	exec $(python) -m llava_cli chat --web '$(URL)' --web-port $(WEB_PORT)
+
 export: .venv/runtime ## Fill build/repositories/NAME from MODEL=, a directory or a hub name (EXPORT_OPTIONS=)
 	$(call export_model,$(MODEL),build/repositories/$(NAME))
 
@@ -54,7 +59,7 @@ sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint
 
 ##@ Checking and measuring
 
-test: .venv/development clients compiler libb64 curl lint ## Everything: lint, types, tests (TESTS= picks some)
+test: .venv/development clients compiler libb64 curl chromium lint ## Everything: lint, types, tests (TESTS= picks some)
 	$(python) -m pytest $(TESTS)
 
 check: .venv/development compiler lint ## Lint, types, and the parts by themselves (2 minutes)
@@ -68,6 +73,9 @@ lint: .venv/development ## Style and types
 
 bench: .venv/bench compiler ## Speed beside plain transformers and the hardware's limits (25 minutes)
 	$(python) -m benchmarks.bench
+
+screenshot: .venv/development compiler chromium ## The README's picture of the page, by its test
+	LLAVA_SCREENSHOT=docs/images/chat.png $(python) -m pytest -q tests/server/test_web_page.py
 
 accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (4 minutes)
 	$(python) -m benchmarks.accuracy
@@ -115,8 +123,8 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
-.PHONY: repository clients compiler libb64 curl force
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
+.PHONY: repository clients compiler libb64 curl chromium force
 
 # ---- model repositories ----
 
@@ -138,12 +146,16 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker)
 	touch $@
 
+.venv/web: .venv/runtime
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)web)
+	touch $@
+
 .venv/bench: .venv/runtime
 	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)bench)
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)bench$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
@@ -192,6 +204,9 @@ libb64: # a library that perf_analyzer needs
 
 curl: # for the example that uses nothing else
 	command -v curl >/dev/null || { $(call debian,curl); }
+
+chromium: # for the test of the page
+	command -v chromium >/dev/null || { $(call debian,chromium); }
 
 # $(call debian,PACKAGE)
 sudo := $(shell [ "$$(id -u)" = 0 ] || echo sudo)

@@ -206,9 +206,24 @@ def chat(
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="A picture to begin with (repeat).")
     ] = None,
+    web: Annotated[bool, typer.Option("--web", help="On a page instead.")] = False,
+    web_port: Annotated[
+        int, typer.Option(envvar="LLAVA_WEB_PORT", help="Where the page is.")
+    ] = 7860,
+    web_host: Annotated[
+        str, typer.Option(envvar="LLAVA_WEB_HOST", help="The address that the page is at.")
+    ] = "127.0.0.1",
 ) -> None:
-    """Chat in the terminal."""
+    """Chat in the terminal, or on a page with --web."""
     with told():
+        if web:
+            needs("web", "gradio")
+            from llava_cli.web import run
+            from llava_triton.server.ports import check_ports
+
+            check_ports(web_host, {"web": web_port})
+            run(url, web_host, web_port)
+            return
         from llava_cli.terminal import talk
 
         talk(url, image or [])

@@ -112,13 +112,13 @@ class Terminal:
             self._console.print(f"[dim]{turns[-1].cost}[/]")
 
 
-def read_picture(path: Path) -> bytes:
+def read_picture(path: str | Path) -> bytes:
     """A picture's file.
 
     Raises:
         CommandError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise CommandError(f"the picture {path} cannot be read: {error.strerror}") from error

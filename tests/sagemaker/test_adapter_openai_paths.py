@@ -107,6 +107,16 @@ def test_health_and_version(stub_adapter: Adapter) -> None:
     assert stub_adapter.request("GET", "/version").json["version"][0].isdigit()
 
 
+def test_what_is_described_is_there(stub_adapter: Adapter) -> None:
+    """And answers as tests/clients/test_openapi.py finds out."""
+    described = stub_adapter.request("GET", "/openapi.json").json["paths"]
+    assert {*CHAT_PATHS, "/v1/models", "/health", "/ping", "/metrics"} <= described.keys()
+    for path, operations in described.items():
+        for method in operations.keys() - {"parameters"}:
+            asked = path.replace("{name}", "llava")
+            assert stub_adapter.request(method.upper(), asked, b"{}").status in (200, 400), path
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

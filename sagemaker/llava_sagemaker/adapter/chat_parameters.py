@@ -40,7 +40,7 @@ _OTHER_NAMES = {
 }
 """What others call one of them: OpenAI today, and Hugging Face's servers. The first that is given
 counts, the engine's own name last."""
-_ONLY: dict[str, tuple[Any, ...]] = {
+TAKEN_ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "length_penalty": (1,),
@@ -99,7 +99,7 @@ def read_parameters(fields: dict[str, Any]) -> ChatParameters:
 
 
 def _refused(given: dict[str, Any]) -> Iterator[str]:
-    for name, only in _ONLY.items():
+    for name, only in TAKEN_ONLY.items():
         # 1 is 1.0 here, but not True.
         if name in given and not any(
             given[name] == value and isinstance(given[name], bool) == isinstance(value, bool)

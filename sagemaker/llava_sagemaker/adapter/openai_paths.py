@@ -17,6 +17,7 @@ from starlette.routing import Route
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.health import Health
 from llava_sagemaker.adapter.openai_answers import MODEL
+from llava_sagemaker.adapter.openapi import description
 from llava_sagemaker.adapter.request_handling import RequestHandler
 
 PREFIXES = ("/v1", "/openai/v1")
@@ -53,7 +54,14 @@ def openai_routes(handler: RequestHandler, health: Health) -> list[Route]:
         """The adapter's version."""
         return JSONResponse({"version": version("llava-triton")})
 
+    described = JSONResponse(description(PREFIXES))
+
+    async def openapi(http: HttpRequest) -> Response:
+        """The OpenAPI description of all paths."""
+        return described
+
     routes = [
+        Route("/openapi.json", openapi, methods=["GET"]),
         Route("/health", health.response, methods=["GET"]),
         Route("/version", tell_version, methods=["GET"]),
     ]

@@ -1,0 +1,173 @@
+"""`llava-triton chat --web`: a page to chat on, by Gradio."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+
+from llava_cli.errors import CommandError
+from llava_cli.files import SHARED, example_pictures
+from llava_cli.page_chat import Message, PageChat, sentence
+from llava_triton.client import SessionError
+
+QUESTIONS = ("How many shapes are there?", "Describe the picture.")
+CHATS_AT_ONCE = 64
+MAX_FILE_SIZE = "32mb"
+"""The server's own limit of a picture, by default."""
+CSS = """
+#chat .message { white-space: pre-wrap }
+#chat .message img { max-height: 160px }
+#problem textarea { color: #b00020 }
+footer { display: none !important }
+"""
+
+Shown = tuple[Any, Any, Any, Any]
+"""New values of the chat, the input, the problem, the stop button."""
+
+
+def make_page(url: str) -> gr.Blocks:
+    """The page; every browser that opens it has a chat of its own.
+
+    Args:
+        url: see `open_chat`.
+    """
+    pictures = example_pictures()
+    with gr.Blocks(title="LLaVA on Triton", fill_height=True, analytics_enabled=False) as page:
+        gr.Markdown(f"## LLaVA on Triton\n`{url}`")
+        chat = gr.State(None, delete_callback=lambda ended: ended and ended.close())
+        shown = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            editable="user",
+            # An answer is text. As Markdown, a picture could make it load one from anywhere.
+            render_markdown=False,
+            buttons=["copy"],  # the others send a conversation elsewhere
+            # Gradio 6.31 cannot edit a text that shares its bubble with a picture.
+            group_consecutive_messages=False,
+            height="55vh",
+            scale=1,
+            placeholder="Drop a picture below and ask about it.",
+        )
+        problem = gr.Textbox(elem_id="problem", show_label=False, visible=False, interactive=False)
+        box = gr.MultimodalTextbox(
+            elem_id="question",
+            show_label=False,
+            file_types=["image"],
+            file_count="multiple",
+            placeholder="Ask, or drop pictures here",
+            autofocus=True,
+        )
+        with gr.Row():
+            stop = gr.Button("Stop", elem_id="stop", interactive=False)
+            again = gr.Button("Regenerate", elem_id="again")
+            new = gr.Button("New chat", elem_id="new")
+        gr.Examples(
+            [
+                {"text": question, "files": [str(picture)]}
+                for picture, question in zip(pictures, QUESTIONS * len(pictures), strict=False)
+            ],
+            box,
+            examples_per_page=2,
+            label="Pictures that the demo model understands",
+        )
+
+        outputs = [shown, box, problem, stop]
+        answers: dict[str, Any] = {
+            "outputs": outputs,
+            "concurrency_limit": CHATS_AT_ONCE,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        plain: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        page.load(lambda: PageChat(url), None, chat, **plain)
+        box.submit(_ask, [chat, box], **answers)
+        again.click(_again, [chat], **answers)
+        shown.edit(_ask_instead, [chat], **answers)
+        stop.click(lambda chat: chat.stop(), [chat], **plain)
+        for begin_anew in (new.click, shown.clear):
+            begin_anew(lambda chat: chat.close(), [chat], **plain).then(
+                lambda: (PageChat(url), [], *_idle()),
+                None,
+                [chat, *outputs],
+                **plain,
+            )
+    return page
+
+
+def run(url: str, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        url: see `open_chat`.
+        host, port: where the page is.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    make_page(url).launch(
+        server_name=host,
+        server_port=port,
+        allowed_paths=[str(SHARED / "examples" / "pictures")],
+        max_file_size=MAX_FILE_SIZE,
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+    )
+
+
+def _ask(chat: PageChat, question: dict[str, Any]) -> Iterator[Shown]:
+    text, files = question["text"].strip(), question["files"]
+    if not text:
+        yield _told(chat, question, "ask something about the picture: the question is empty")
+    else:
+        yield from _shown(chat, lambda: chat.ask(text, files), question)
+
+
+def _again(chat: PageChat) -> Iterator[Shown]:
+    yield from _shown(chat, chat.again, None)
+
+
+def _ask_instead(chat: PageChat, edit: gr.EditData) -> Iterator[Shown]:
+    index = edit.index[0] if isinstance(edit.index, list | tuple) else edit.index
+    yield from _shown(chat, lambda: chat.ask_instead(index, str(edit.value)), None)
+
+
+def _shown(
+    chat: PageChat, start: Callable[[], Iterator[list[Message]]], question: dict[str, Any] | None
+) -> Iterator[Shown]:
+    """What the page shows while an answer comes, and after it.
+
+    Args:
+        question: is put back into the input where the server refuses it.
+    """
+    try:
+        for messages in start():
+            if chat.closed:
+                return
+            box = gr.update(value=None, interactive=False)
+            yield messages, box, gr.update(visible=False), gr.update(interactive=True)
+    except (SessionError, CommandError) as error:
+        yield _told(chat, question, sentence(error))
+    else:
+        yield chat.messages(), *_idle()
+
+
+def _idle() -> tuple[Any, Any, Any]:
+    """The input, the problem and the stop button while no answer comes."""
+    hidden, dead = gr.update(visible=False), gr.update(interactive=False)
+    return gr.update(value=None, interactive=True), hidden, dead
+
+
+def _told(chat: PageChat, question: dict[str, Any] | None, problem: str) -> Shown:
+    return (
+        chat.messages(),
+        gr.update(value=question, interactive=True),
+        gr.update(value=problem, visible=True),
+        gr.update(interactive=False),
+    )
