@@ -137,6 +137,49 @@ def test_messages(stub_adapter: Adapter, stub_triton: StubTriton, name: str) -> 
     assert len(seen.inputs.get("image", [])) == pictures
 
 
+Places = list[int] | None
+BETWEEN = [text("Is "), picture(), text(" or "), picture(), text(" larger?")]
+PLACES: dict[str, tuple[list[Any], str, Places, list[Places]]] = {
+    "between texts": ([user(BETWEEN)], "Is  or  larger?", [3, 7], []),
+    "before, and behind": ([user([picture(), text("a"), picture()])], "a", [0, 1], []),
+    "all before": ([user([picture(), picture(), text("a")])], "a", None, []),
+    "all behind": ([user([text("a"), text("b"), picture()])], "a\nb", None, []),
+    "behind the system": (
+        [message("system", "Ö!"), user(BETWEEN)],
+        "Ö!\nIs  or  larger?",
+        [6, 10],
+        [],
+    ),
+    "of joined messages": (
+        [user([picture(), text("a")]), user(BETWEEN), user([picture()])],
+        "a\nIs  or  larger?",
+        [0, 5, 9, 17],
+        [],
+    ),
+    "in the past": (
+        [user(BETWEEN), said("No."), user([picture(), text("a")])],
+        "a",
+        None,
+        [[3, 7]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_pictures_stand_where_the_message_has_them(
+    stub_adapter: Adapter, stub_triton: StubTriton, name: str
+) -> None:
+    messages, question, places, past = PLACES[name]
+    answer = ask(stub_adapter, {"messages": messages})
+    assert answer.status == 200, answer.body
+    seen = stub_triton.seen[-1]
+    told = seen.inputs.get("image_positions")
+    assert (seen.text, told and json.loads(told[0])) == (question, places)
+    if past:
+        turns = history_from_json(seen.inputs["history"][0].decode())
+        assert [turn.image_positions and list(turn.image_positions) for turn in turns] == past
+
+
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
@@ -189,7 +232,7 @@ NO_EFFECT: dict[str, Any] = {
 
 def test_fields_without_effect(stub_adapter: Adapter, stub_triton: StubTriton) -> None:
     assert ask(stub_adapter, {**HELLO, **NO_EFFECT}).status == 200
-    assert sampling_of(stub_triton.seen[-1]) == {}
+    assert sampling_of(stub_triton.seen[-1]) == {"frequency_penalty": 0, "presence_penalty": 0}
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ async def chat_request(
         end=place.flags.get("end", False),
         text=conversation.text,
         images=await pictures.load(images, request.take),
+        positions=conversation.positions,
         sampling=parameters.sampling,
         history=history if conversation.past else None,
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.json_body import LongString, beginning, too_long
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.positions import Positions
 
 Picture = str | LongString
 """A data URI or a URL."""
@@ -23,6 +24,7 @@ class _Said:
 
     text: str
     images: tuple[Picture, ...]
+    positions: Positions
     answer: str
 
 
@@ -35,6 +37,8 @@ class Conversation:
     """The question."""
     images: tuple[Picture, ...]
     """The question's pictures."""
+    positions: Positions
+    """Where they stand in the question."""
 
     def all_images(self) -> list[Picture]:
         """The pictures of the past, in order, then the question's."""
@@ -42,7 +46,9 @@ class Conversation:
 
     def history(self) -> list[PastTurn]:
         """The past as the engine takes it."""
-        return [PastTurn(said.text, said.answer, len(said.images)) for said in self.past]
+        return [
+            PastTurn(said.text, said.answer, len(said.images), said.positions) for said in self.past
+        ]
 
     @cached_property
     def picture_digests(self) -> tuple[bytes, ...]:
@@ -60,13 +66,13 @@ class Conversation:
         digests = iter(self.picture_digests)
         for said in self.past:
             shown = list(islice(digests, len(said.images)))
-            digest = answered(_asked(digest, said.text, shown), said.answer)
+            digest = answered(_asked(digest, said.text, shown, said.positions), said.answer)
         return digest
 
     def asked_digest(self, before: bytes) -> bytes:
         """What a conversation is known by that was known by `before` and got the question."""
         past_images = len(self.picture_digests) - len(self.images)
-        return _asked(before, self.text, self.picture_digests[past_images:])
+        return _asked(before, self.text, self.picture_digests[past_images:], self.positions)
 
 
 NOTHING_SAID = b""
@@ -78,8 +84,9 @@ def answered(asked: bytes, answer: str) -> bytes:
     return _extended(asked, [answer])
 
 
-def _asked(before: bytes, text: str, pictures: Sequence[bytes]) -> bytes:
-    return _extended(before, [text, *pictures])
+def _asked(before: bytes, text: str, pictures: Sequence[bytes], positions: Positions) -> bytes:
+    places = [] if positions is None else [repr(positions)]
+    return _extended(before, [text, *pictures, *places])
 
 
 def _extended(digest: bytes, parts: Sequence[str | bytes | LongString]) -> bytes:
@@ -104,7 +111,8 @@ class _Message(NamedTuple):
 
     side: Literal["user", "assistant"]
     text: str
-    images: tuple[Picture, ...]
+    images: tuple[Picture, ...] = ()
+    positions: Positions = None
 
 
 def read_conversation(messages: Any) -> Conversation:
@@ -119,27 +127,40 @@ def read_conversation(messages: Any) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages must be a list with at least one message")
     said = [_message(number, message) for number, message in enumerate(messages, 1)]
-    while said and said[-1] == _Message("assistant", "", ()):
+    while said and said[-1] == _Message("assistant", ""):
         said.pop()  # where some clients want the answer to be put
     sides = [_joined(list(run)) for _, run in groupby(said, key=lambda message: message.side)]
     if not sides or sides[-1].side == "assistant":
         raise _wrong("the last message must be the user's, the question to answer")
     if sides[0].side == "assistant":
-        sides.insert(0, _Message("user", "", ()))  # a greeting, often
+        sides.insert(0, _Message("user", ""))  # a greeting, often
     question = sides.pop()
     if not question.text and not question.images:
         raise _wrong("the last message has neither text nor a picture; it is what is answered")
     pairs = zip(sides[::2], sides[1::2], strict=True)
-    past = tuple(_Said(user.text or NO_TEXT, user.images, reply.text) for user, reply in pairs)
-    return Conversation(past, question.text or NO_TEXT, question.images)
+    past = tuple(
+        _Said(user.text or NO_TEXT, user.images, user.positions, reply.text)
+        for user, reply in pairs
+    )
+    return Conversation(past, question.text or NO_TEXT, question.images, question.positions)
 
 
 def _joined(messages: Sequence[_Message]) -> _Message:
-    """Messages of one side as one."""
+    """Messages of one side as one. Where the pictures of one have places of their own, those of the
+    others are before their texts."""
     text = "\n".join(message.text for message in messages if message.text)
-    return _Message(
-        messages[0].side, text, tuple(image for message in messages for image in message.images)
-    )
+    images = tuple(image for message in messages for image in message.images)
+    if all(message.positions is None for message in messages):
+        return _Message(messages[0].side, text, images)
+    positions: list[int] = []
+    start = 0
+    for message in messages:
+        own = message.positions or (0,) * len(message.images)
+        positions += [start + position for position in own]
+        start += len(message.text) + 1 if message.text else 0
+    # A picture behind the last text, in a message without one.
+    places = tuple(min(position, len(text)) for position in positions)
+    return _Message(messages[0].side, text, images, places)
 
 
 _SIDES: dict[Any, Literal["user", "assistant"]] = {
@@ -163,18 +184,26 @@ def _message(number: int, message: Any) -> _Message:
         )
     if message.get("tool_calls") or message.get("function_call"):
         raise _wrong(f"{name} calls tools, which is not supported")
-    texts: list[str] = []
+    text = ""
     images: list[Picture] = []
+    positions: list[int] = []
+    before = ""
     for kind, value in _parts(name, message.get("content")):
         if kind == "image":
             images.append(value)
+            positions.append(len(text))
         elif isinstance(value, LongString):
             raise too_long(name, value)
         elif value:
-            texts.append(value)
+            text += f"\n{value}" if before == "text" else value
+        if value:
+            before = kind
     if images and side == "assistant":
         raise _wrong(f"{name} is the assistant's and has a picture; only users show pictures")
-    return _Message(side, "\n".join(texts), tuple(images))
+    # All before the text or all behind it: where the chat template puts pictures. Checkpoints have
+    # learned that place, and many clients put pictures last.
+    between = set(positions) not in (set(), {0}, {len(text)})
+    return _Message(side, text, tuple(images), tuple(positions) if between else None)
 
 
 def _wrong(sentence: str) -> AdapterError:

@@ -24,7 +24,14 @@ from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE,
+    IMAGE_POSITIONS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+)
+from llava_triton.contract.positions import Positions
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _MODEL = "llava_stream"
@@ -127,6 +134,7 @@ def turn(
     end: bool = False,
     text: str | None = None,
     images: Sequence[bytes | LongString] = (),
+    positions: Positions = None,
     sampling: dict[str, Any] | None = None,
     history: str | None = None,
     parameters: Mapping[str, int | str] | None = None,
@@ -138,6 +146,7 @@ def turn(
         start, end: the sequence flags.
         text: the question.
         images: encoded files, as they are, in base64 or as data URIs.
+        positions: of the question's pictures, the input `image_positions`.
         sampling: the input `sampling_parameters`.
         history: the input `history`, JSON.
         parameters: of the request.
@@ -145,6 +154,7 @@ def turn(
     strings: dict[str, Sequence[bytes | LongString]] = {
         TEXT_INPUT.name: [utf8(text)] if text else [],
         IMAGE.name: images,
+        IMAGE_POSITIONS.name: [] if positions is None else [json.dumps(positions).encode()],
         SAMPLING_PARAMETERS.name: [_json(sampling)] if sampling else [],
         HISTORY.name: [utf8(history)] if history else [],
     }
