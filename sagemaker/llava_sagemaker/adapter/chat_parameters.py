@@ -62,7 +62,6 @@ TAKEN_ONLY: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
 }
 """Taken with these values alone, which mean what is done anyway; null always does."""
 
