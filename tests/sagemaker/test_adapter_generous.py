@@ -189,7 +189,7 @@ NO_EFFECT: dict[str, Any] = {
 
 def test_fields_without_effect(stub_adapter: Adapter, stub_triton: StubTriton) -> None:
     assert ask(stub_adapter, {**HELLO, **NO_EFFECT}).status == 200
-    assert sampling_of(stub_triton.seen[-1]) == {}
+    assert not any(sampling_of(stub_triton.seen[-1]).values())
 
 
 @pytest.mark.parametrize(
