@@ -6,6 +6,7 @@ import queue
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +15,7 @@ from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.operations import NO_OPERATION, Operation
 from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.contract.structured_outputs import StructuredOutputs
 from llava_triton.engine.session import SessionId
 from tests.engine_harness import EngineHarness, Pending
 
@@ -39,6 +41,8 @@ class Talk:
     max_tokens: int = 5
     """0: stopped before its first token."""
     stop: tuple[str, ...] = ()
+    asked: tuple[tuple[str, Any], ...] = ()
+    """More sampling parameters."""
 
     @property
     def says_nothing(self) -> bool:
@@ -124,6 +128,7 @@ def submit(
         listen=listen,
         max_tokens=talk.max_tokens,
         stop=talk.stop,
+        **dict(talk.asked),
     )
 
 
@@ -234,6 +239,13 @@ class Limits:
             self.perhaps_held |= session.pictures
 
 
+ASKED: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (("repetition_penalty", 1.3), ("frequency_penalty", 0.5), ("min_tokens", 3)),
+    (("temperature", 1.0), ("seed", 3), ("logprobs", 2)),
+    (("structured_outputs", StructuredOutputs(regex="[a-z ]{1,30}")),),
+)
+
+
 def talks(*pictures: tuple[int, ...]) -> st.SearchStrategy[Talk]:
     """Turns with one of these sets of pictures."""
     return st.builds(
@@ -242,4 +254,5 @@ def talks(*pictures: tuple[int, ...]) -> st.SearchStrategy[Talk]:
         pictures=st.sampled_from(pictures),
         max_tokens=st.sampled_from([1, 5, 14, 40]),
         stop=st.sampled_from([(), ("e",), ("a", "o "), ()]),
+        asked=st.sampled_from([(), (), (), *ASKED]),
     )

@@ -103,7 +103,7 @@ def test_a_server_that_dies_and_comes_back(demo_repository: Path, tmp_path: Path
 
 
 class Scripted(Transport):
-    """Streams given pieces; an exception among them is raised."""
+    """Streams given pieces, a character a token; an exception among them is raised."""
 
     def __init__(self, *scripts: list[str | SessionError]) -> None:
         self.scripts = list(scripts)
@@ -125,7 +125,8 @@ class Scripted(Transport):
                 if isinstance(piece, SessionError):
                     raise piece
                 reason = "stop" if index == len(script) - 1 else ""
-                yield Delta(piece, reason, 1, index, 0, 0.0)  # type: ignore[arg-type]
+                numbers = (1, index, 0, 0.0)
+                yield Delta(piece, reason, *numbers, logprobs=tuple(piece))  # type: ignore[arg-type]
         except GeneratorExit:
             self.left += 1
             raise
@@ -145,7 +146,10 @@ def session_on(transport: Transport) -> ReplayTransport:
 
 def pieces(transport: Transport, **sampling: Any) -> list[str]:
     question = TurnMessage("any", text="What?", sampling=sampling)
-    return [delta.text for delta in transport.stream(question) if delta.text]
+    deltas = list(transport.stream(question))
+    texts = [delta.text for delta in deltas if delta.text]
+    assert "".join("".join(delta.logprobs) for delta in deltas) == "".join(texts)
+    return texts
 
 
 @pytest.mark.parametrize(

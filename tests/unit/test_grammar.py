@@ -128,6 +128,23 @@ def test_a_form_that_cannot_be_followed_is_refused(
     assert "\n" not in caught.value.sentence
 
 
+def test_a_model_without_an_end_takes_no_form() -> None:
+    tokenizer = tokenizers_for_tests.byte_level()
+    with pytest.raises(SessionError, match="a token that ends an answer"):
+        Grammars(tokenizer, len(tokenizer), ()).compile(form_of({"regex": "a"}))
+
+
+def test_a_model_may_have_fewer_or_more_tokens_than_its_tokenizer() -> None:
+    tokenizer = tokenizers_for_tests.byte_level()
+    for vocabulary in (len(tokenizer) - 3, len(tokenizer) + 40):
+        grammar = Grammars(tokenizer, vocabulary, {tokenizer.eos_token_id, 10**6}).compile(
+            form_of({"choice": ["a"]})
+        )
+        bits = grammar.allowed()
+        assert len(bits) >= vocabulary / 32
+        assert bits.any()
+
+
 def test_a_parser_that_fails_lets_nothing_end_the_answer() -> None:
     tokenizer = tokenizers_for_tests.byte_level()
     grammar = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}).compile(

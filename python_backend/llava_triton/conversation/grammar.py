@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance.hf import from_tokenizer
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import SAMPLING_PARAMETERS
@@ -40,7 +41,7 @@ class Grammar:
         matcher: llguidance's.
     """
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> Bits:
@@ -70,6 +71,9 @@ class Grammar:
 class Grammars:
     """Compiles forms for one model's tokens.
 
+    Made before anything is served: for a large vocabulary it takes seconds, in which it holds the
+    interpreter's lock.
+
     Args:
         tokenizer: a fast tokenizer of transformers.
         vocabulary: how many tokens the model has logits for.
@@ -77,16 +81,17 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos_token_ids: Collection[int]) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
-        self._eos_token_ids = sorted(eos_token_ids)
+        ends = [token for token in sorted(eos_token_ids) if token < len(tokenizer)]
+        self._tokens = None
+        if ends:
+            self._tokens = from_tokenizer(
+                tokenizer, n_vocab=max(vocabulary, len(tokenizer)), eos_token=ends
+            )
         decoder = tokenizer.backend_tokenizer.decoder
         takes_one = decoder is not None and decoder.decode(["▁a"]) == "a"
         self._hidden_spaces = 2 if takes_one else 1
         """How many spaces an answer may begin with that are not shown: SentencePiece's decoder
         takes one away, and `Detokenizer` another one."""
-        self._lock = threading.Lock()
-        self._tokens: Any = None
 
     def compile(self, form: StructuredOutputs) -> Grammar:
         """A new answer of this form. It may take some hundred milliseconds; for any thread.
@@ -94,8 +99,12 @@ class Grammars:
         Raises:
             SessionError: INVALID_ARG, the form cannot be followed.
         """
-        from llguidance import LLMatcher, LLParserLimits
-
+        if self._tokens is None:
+            raise invalid(
+                "structured_outputs needs a token that ends an answer, and this model has none; "
+                "leave it out",
+                SAMPLING_PARAMETERS.name,
+            )
         grammar = LLMatcher.grammar_from_lark(_lark(form, self._hidden_spaces))
         limits = LLParserLimits(
             initial_lexer_fuel=_INITIAL_LEXER_FUEL,
@@ -104,22 +113,11 @@ class Grammars:
             max_grammar_size=_MAX_GRAMMAR_SIZE,
             verbose_errors=False,
         )
-        matcher = LLMatcher(self._tokens_of_the_model(), grammar, limits=limits, log_level=0)
+        matcher = LLMatcher(self._tokens, grammar, limits=limits, log_level=0)
         matcher.compute_bitmask()  # what the first token takes is part of it
         if matcher.is_error():
             raise _refused("cannot be followed", matcher)
         return Grammar(matcher)
-
-    def _tokens_of_the_model(self) -> Any:
-        """Made when the first answer needs it: it takes a second for a large vocabulary."""
-        from llguidance.hf import from_tokenizer
-
-        with self._lock:
-            if self._tokens is None:
-                self._tokens = from_tokenizer(
-                    self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_token_ids
-                )
-        return self._tokens
 
 
 def _lark(form: StructuredOutputs, hidden: int) -> str:
@@ -133,8 +131,6 @@ def _lark(form: StructuredOutputs, hidden: int) -> str:
         schema = {**json.loads(form.json), "x-guidance": _JSON_STYLE}
         return f'start: " "? body\nbody: %json {json.dumps(schema)}\n'
     if form.regex is not None:
-        from llguidance import regex_to_lark
-
         regex = f"/{regex_to_lark(form.regex)}/"
         behind_all = f'("{" " * hidden}" {regex})'
         behind_some = f"(/ {{0,{hidden}}}/ ({regex} & ~/(?s: .*)/))"
@@ -147,7 +143,7 @@ def _lark(form: StructuredOutputs, hidden: int) -> str:
     return f"start: TEXT\nTEXT: {' | '.join(map(json.dumps, spelled))}\n"
 
 
-def _refused(what: str, matcher: Any) -> SessionError:
+def _refused(what: str, matcher: LLMatcher) -> SessionError:
     lines = [line.strip() for line in str(matcher.get_error()).splitlines()]
     # Of a regular expression the first line repeats it, and one further down says what is wrong.
     said = next((line for line in lines if line.startswith("error: ")), lines[0])
