@@ -119,6 +119,8 @@ def test_a_stopped_answer_is_kept_and_remembered(adapter: Adapter, session: str)
     [
         ("REWIND", True, {}, "invalid_request", "says in turns how many turns to keep"),
         ("REWIND", True, {"turns": "1"}, "invalid_request", "rewind is '1'; it must be"),
+        ("REWIND", True, {"turns": 10**30}, "invalid_request", "a whole number from 0 to 21474"),
+        ("REWIND", True, {"turns": None}, "invalid_request", "rewind is None; it must be"),
         ("REWIND", True, {"turns": 9}, "invalid_request", "cannot be rewound to turn 9"),
         ("REWIND", True, {"turns": 0, "x": 1}, "invalid_request", "takes no 'x'"),
         ("REGENERATE", True, {}, "invalid_request", "no answer to regenerate"),

@@ -12,7 +12,13 @@ import pytest
 
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.client.replay import ReplayTransport
-from llava_triton.client.transport import LostConnectionError, Transport, TurnMessage
+from llava_triton.client.transport import (
+    LostConnectionError,
+    Transport,
+    TurnMessage,
+    regenerating,
+    rewinding,
+)
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import not_found
 from llava_triton.server.triton_server import TritonServer, free_ports
@@ -109,8 +115,11 @@ class Scripted(Transport):
         self.scripts = list(scripts)
         self.opened: list[TurnMessage] = []
         self.left = 0
+        self.opens = True
 
     def open(self, turn: TurnMessage) -> tuple[str, Delta]:
+        if not self.opens:
+            raise LOST
         self.opened.append(turn)
         return f"session {len(self.opened)}", Delta("", "prefilled", 1, 0, 0, 0.0)
 
@@ -193,6 +202,46 @@ def test_an_answer_drawn_at_random_cannot_go_on(sampling: dict[str, Any], repeat
             pieces(transport, **sampling)
     # Before its first piece any answer can.
     assert pieces(session_on(Scripted([LOST], ["a cat"])), **sampling) == ["a cat"]
+
+
+def told(transport: ReplayTransport) -> tuple[list[tuple[str, str, int]], list[bytes]]:
+    """What the session was last opened with: texts, answers, numbers of pictures; the pictures."""
+    inner = transport._transport
+    assert isinstance(inner, Scripted)
+    opened = inner.opened[-1]
+    return [(each.text, each.answer, each.images) for each in opened.history], [*opened.images]
+
+
+def test_what_was_taken_back_is_not_told_again() -> None:
+    gone = not_found("gone")
+    transport = session_on(
+        Scripted(["one"], [""], ["two"], [""], ["again"], [gone], ["three"], [gone])
+    )
+    transport.ask(TurnMessage("any", text="A", images=[b"1"]))
+    transport.ask(TurnMessage("any", images=[b"2"]))
+    transport.ask(TurnMessage("any", text="B", images=[b"3"]))
+    transport.ask(TurnMessage("any", images=[b"4"]))
+    transport.ask(regenerating("any", {}))
+    assert transport.ask(TurnMessage("any", text="C")).text == "three"
+    assert told(transport) == ([("A", "one", 1), ("B", "again", 2)], [b"1", b"2", b"3"])
+    # A history does not say that picture 2 was there before question B.
+    assert transport.ask(rewinding("any", 1)).finish_reason == "prefilled"
+    assert told(transport) == ([("A", "one", 1)], [b"1", b"2"])
+    assert transport.ask(rewinding("any", 0)).finish_reason == "prefilled"
+    assert told(transport) == ([], [])
+
+
+def test_a_session_that_cannot_be_rewound_is_remembered_whole() -> None:
+    transport = session_on(Scripted(["one"], [not_found("gone")], [LOST], ["two"]))
+    transport.ask(TurnMessage("any", text="A", images=[b"1"]))
+    inner = transport._transport
+    assert isinstance(inner, Scripted)
+    inner.opens = False
+    with pytest.raises(SessionError, match="cannot be opened again"):
+        transport.ask(rewinding("any", 0))
+    inner.opens = True
+    transport.ask(TurnMessage("any", text="B"))
+    assert told(transport) == ([("A", "one", 1)], [b"1"])
 
 
 def test_a_full_server_has_not_lost_the_session() -> None:

@@ -41,6 +41,8 @@ def test_going_back(url: str) -> None:
         first = session.ask(QUESTIONS[0], max_tokens=30)
         assert first.text == told[0].text
         assert first.num_cached_tokens >= opened.num_input_tokens
+        with pytest.raises(SessionError, match="rewind is -1; it must be"):
+            session.rewind(-1)
         with pytest.raises(SessionError, match="to turn 2; it has 1 completed turns") as caught:
             session.rewind(2)
         assert caught.value.code is ErrorCode.INVALID_ARG

@@ -27,7 +27,7 @@ from llava_triton.contract.errors import (
 )
 from llava_triton.contract.history import PastTurn, history_to_json
 from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.contract.operations import NO_OPERATION, STOP_ANSWER, Operation
+from llava_triton.contract.operations import NO_OPERATION, REWIND, STOP_ANSWER, Operation
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -76,8 +76,8 @@ def regenerating(session_id: int | str, sampling: dict[str, Any]) -> TurnMessage
 
 
 def rewinding(session_id: int | str, turns: int) -> TurnMessage:
-    """Takes a session back to so many completed turns."""
-    return TurnMessage(session_id, operation=Operation(rewind=turns))
+    """Takes a session back to so many completed turns; INVALID_ARG where that is no number."""
+    return TurnMessage(session_id, operation=Operation.from_parameters({REWIND: turns}))
 
 
 def forking(source: int | str, session_id: int | str | None) -> TurnMessage:

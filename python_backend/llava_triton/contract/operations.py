@@ -25,6 +25,10 @@ OF_TURNS = (REWIND, REGENERATE, FORK)
 """Those that change what a turn does."""
 MAX_ID_CHARACTERS = 128
 """Of a session's ID, as in Triton."""
+_MAX_INT = 2**63 - 1
+"""What a request parameter can hold."""
+_MOST_TURNS = 2**31 - 1
+"""More than a session can have."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class Operation:
             SessionError: INVALID_ARG, a value has the wrong type or range.
         """
         given = {name: parameters[name] for name in OF_TURNS if name in parameters}
-        turns = given.get(REWIND)
-        if turns is not None and not (_is_int(turns) and turns >= 0):
+        turns = given.get(REWIND, 0)
+        if not _is_int(turns) or not 0 <= turns <= _MOST_TURNS:
             raise invalid(
                 f"the parameter {REWIND} is {_shown(turns)}; it must be the number of turns to "
-                "keep, a whole number of at least 0"
+                f"keep, a whole number from 0 to {_MOST_TURNS}"
             )
         again = given.get(REGENERATE, False)
         if not isinstance(again, bool):
@@ -83,11 +87,11 @@ def check_session_id(name: str, value: Any) -> int | str:
     """
     if isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARACTERS:
         return value
-    if _is_int(value) and value > 0:
+    if _is_int(value) and 0 < value <= _MAX_INT:
         return int(value)
     raise invalid(
         f"the parameter {name} is {_shown(value)}; it must be the ID of an open session, a string "
-        f"of 1 to {MAX_ID_CHARACTERS} characters or a positive integer"
+        f"of 1 to {MAX_ID_CHARACTERS} characters or an integer from 1 to {_MAX_INT}"
     )
 
 

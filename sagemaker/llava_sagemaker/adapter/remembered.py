@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
-from llava_sagemaker.adapter.turns import Turn
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn
 from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT
 from llava_triton.contract.operations import Operation
 
@@ -163,7 +163,9 @@ class Remembered:
             self._known.pop(turn.session_id, None)
             return None
         operation = Operation.from_parameters(turn.parameters)
-        shows, asks = IMAGE.name in turn.tensors, TEXT_INPUT.name in turn.tensors
+        shows = IMAGE.name in turn.tensors
+        text = turn.tensors.get(TEXT_INPUT.name)
+        asks = text is not None and text.size > LENGTH_BYTES  # an empty text is none
         pictures = frozenset({_NOT_IN_MESSAGES} if shows else ())
         left, question = Said(), None
         if turn.start and operation.fork is None:
@@ -175,8 +177,6 @@ class Remembered:
             left = known.said
             if operation.fork is not None:
                 pictures |= known.pictures
-            elif shows:
-                left = Said(None, left.questions)
         if operation.rewind is not None:
             left = left.before_question(operation.rewind)
         elif operation.regenerate and left.questions:
@@ -186,6 +186,8 @@ class Remembered:
             left = Said()
         if asks:
             question = Asked(left.digest, _unknown)
+        elif shows and not turn.start:  # messages that continue it would show the picture
+            left = Said(None, left.questions)
         return self._begins(turn.session_id, turn.start, pictures, left, question)
 
     def chat_begins(
