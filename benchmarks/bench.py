@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from benchmarks import findings
 from benchmarks.distance import Ceiling, distance_text, distances
 from benchmarks.export import ExportFailedError, export
+from benchmarks.growth import Point, growth_text, read_points
 from benchmarks.limits import Limits, best_of, read_limits
 from benchmarks.load import Load, read_loads
 from benchmarks.processes import busy_seconds
@@ -147,6 +148,8 @@ class Bench:
         self._limits: list[dict[str, Limits]] = []
         self.fairness: dict[str, list[dict[str, Any]]] = defaultdict(list)
         """By the way's name: fields of `Fairness`, for each round."""
+        self.growth: dict[str, list[Point]] = {}
+        """By the way's name."""
         self.disturbances: list[tuple[str, float]] = []
         """Every part's name, and the share of the machine that other programs used meanwhile."""
 
@@ -226,7 +229,15 @@ class Bench:
         self._note(f"{name} in round {number + 1}", others)
         if fairness.exists():
             self.fairness[name].append(json.loads(fairness.read_text()))
+        if way.kind == "engine" and number == 0:
+            self.growth[name] = self._grow(way, workload)
         return read_loads(output)
+
+    def _grow(self, way: Contender, workload: Path) -> list[Point]:
+        output = workload.with_name(f"growth-{workload.name}")
+        command = ["-m", "benchmarks.growth", *way.options, "--workload", str(workload)]
+        self._run([*command, "--output", str(output)], environment(way))
+        return read_points(output)
 
     def _note(self, part: str, others: OtherPrograms) -> None:
         if not self._quick:  # where the parts run side by side
@@ -240,7 +251,14 @@ class Bench:
         if not self._quick:
             return workload
         return dataclasses.replace(
-            workload, turns=3, answer_tokens=8, streams=4, stream_tokens=400, prompt_tokens=500
+            workload,
+            turns=3,
+            answer_tokens=8,
+            streams=4,
+            stream_tokens=400,
+            prompt_tokens=500,
+            contexts=(100, 300),
+            idle_sessions=(1, 50),
         )
 
     def _run(self, arguments: list[str], variables: dict[str, str], show: bool = False) -> None:
@@ -293,10 +311,14 @@ def main(arguments: list[str] | None = None) -> int:
     about = bench.about(ways)
     values |= {
         "quick": options.quick,
+        "growth": {
+            way: [dataclasses.asdict(point) for point in points]
+            for way, points in bench.growth.items()
+        },
         "limits": {dtype: dataclasses.asdict(each) for dtype, each in ceiling.limits.items()},
         "distances": [dataclasses.asdict(each) for each in far],
     }
-    text = "\n".join([text, distance_text(far, ceiling)])
+    text = "\n".join([text, growth_text(bench.growth), distance_text(far, ceiling)])
     findings.write_results(options.output, text, values, about)
     _draw(options.output)
     return 0

@@ -76,16 +76,28 @@ class EngineWay(Way):
         self._features = features
 
     @classmethod
-    def of_repository(cls, repository: Path, dtype: str, weights: str = "unrounded") -> EngineWay:
+    def of_repository(
+        cls,
+        repository: Path,
+        dtype: str,
+        weights: str = "unrounded",
+        max_sessions: int | None = None,
+    ) -> EngineWay:
         """As `llava_triton.serving.language_model` makes it, and the encoder before it.
 
         Args:
             repository: the exported model repository.
             dtype: a value of `Settings.dtype`.
             weights: a value of `Settings.weights`.
+            max_sessions: open at once; None: as the repository says.
         """
         settings = Settings.of_repository(repository)
-        settings = dataclasses.replace(settings, dtype=dtype, weights=weights)
+        settings = dataclasses.replace(
+            settings,
+            dtype=dtype,
+            weights=weights,
+            max_sessions=max_sessions or settings.max_sessions,
+        )
         checkpoint = repository / "language_model" / "1" / "checkpoint"
         return cls(checkpoint, settings, Encoder(repository).features)
 

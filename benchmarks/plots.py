@@ -43,13 +43,13 @@ Rows = Sequence[dict[str, Any]]
 
 
 def draw(results: Path) -> list[Path]:
-    """Draw three PNG files beside the results, which give them their names.
+    """Draw PNG files beside the results, which give them their names.
 
     Args:
         results: JSON that `make bench` wrote.
 
     Returns:
-        The files: first token, throughput, limits.
+        The files: first token, throughput, limits, growth where the results have it.
 
     Raises:
         ValueError: the file is no result of `make bench`, or one of an older release.
@@ -64,6 +64,8 @@ def draw(results: Path) -> list[Path]:
         "throughput": _throughput,
         "limits": _limits,
     }
+    if values.get("growth"):
+        drawings["growth"] = _growth
     files = []
     with mpl.rc_context(STYLE):
         for name, drawing in drawings.items():
@@ -176,6 +178,30 @@ def _limits(values: dict[str, Any]) -> Figure:
         _sessions_axis(axes, values["distances"])
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("% of the limit (100: it cannot be faster)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _growth(values: dict[str, Any]) -> Figure:
+    figure, panels = _figure("A later turn's first token as work grows", panels=2)
+    titles = {row["way"]: row["title"] for row in values["rows"]}
+    sizes = {
+        "context": "tokens said before",
+        "idle_sessions": "open sessions beside it",
+    }
+    for axes, (size, title) in zip(panels, sizes.items(), strict=True):
+        for way, points in values["growth"].items():
+            some = [
+                point for point in points if bool(point["idle_sessions"]) == (size != "context")
+            ]
+            x = [point[size] for point in some]
+            _line(axes, way, titles[way], x, [point["first_token_ms"] for point in some])
+        axes.set_xlabel(title)
+    panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_formatter(FuncFormatter(_numbers))
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("milliseconds")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure

@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,6 +144,10 @@ class Workload:
     """Of each long answer."""
     prompt_tokens: int = 2000
     """Of the long prompt."""
+    contexts: Sequence[int] = (300, 1000, 2000, 3500)
+    """Tokens said before the turns whose first token is measured (the growth part)."""
+    idle_sessions: Sequence[int] = (1, 100, 1000, 10_000)
+    """Open beside such turns, ascending."""
 
     def write(self, path: Path) -> None:
         """As JSON."""

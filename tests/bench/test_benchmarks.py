@@ -61,6 +61,13 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     equal = values["equal_answers"]
     assert {way: equal[way] for way in "SKET"} == dict.fromkeys("SKET", "3 of 3")
     assert values["fairness"]["E"][0]["prompt_tokens"] >= 500
+    assert set(values["growth"]) == {"E", "E16", "E8"}
+    for points in values["growth"].values():
+        assert [point["idle_sessions"] for point in points] == [0, 0, 1, 50]
+        assert 100 < points[0]["context"] == points[2]["context"] < 300 < points[1]["context"]
+        for point in points:
+            assert 0 < point["first_token_ms"] <= point["first_token_95_ms"]
+    assert "A later turn's first token, ms, median / 95th" in told
     texts = [target["text"] for target in values["targets"]]
     assert "later first token, E / K" in texts
     assert "later first token of T, around engine, ms" in texts
@@ -78,7 +85,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     assert set(values["limits"]) == {"float32", "bfloat16"}
     assert values["about"]["geometry"] == "quick"
     assert values["about"]["device"] in told
-    for name in ("first-token", "throughput", "limits"):
+    for name in ("first-token", "throughput", "limits", "growth"):
         assert (tmp_path / f"bench of a test-{name}.png").stat().st_size > 10_000
 
 

@@ -13,8 +13,8 @@ struct Batch;
 // linear.CpuLinear.
 struct Linear {
   const void* weight;
-  const void* integers;  // the same rounded, for few rows; or null
-  const float* scales;
+  const void* integers;  // the same values as int8, for few rows; or null
+  const float* scales;   // of the outputs; or null
   const void* bias;  // or null
   int64_t inputs, outputs;
   int64_t integer_rows;  // up to so many rows are multiplied by integers
@@ -83,8 +83,8 @@ void multiply(const Linear& linear, const T* x, T* y, int64_t rows, int threads)
     Kernels<T>::int8_products(x, static_cast<const int8_t*>(linear.integers), linear.scales, bias,
                               y, rows, linear.inputs, linear.outputs, threads);
   else
-    Kernels<T>::products(x, static_cast<const T*>(linear.weight), nullptr, bias, y, rows,
-                         linear.inputs, linear.outputs, threads);
+    Kernels<T>::products(x, static_cast<const T*>(linear.weight), linear.scales, bias, y,
+                         rows, linear.inputs, linear.outputs, threads);
 }
 
 // keys, values: of the first layer, the next one's `layer_elements` further. scratch holds

@@ -20,9 +20,12 @@ integers is slower."""
 class CpuLinear:
     """Implements `Linear` for float32 and bfloat16, with sums in float32.
 
-    A token's result is the same to the last bit whichever tokens are beside it. (Of 8-bit weights:
-    where there are at most `INT8_ROWS`, and where there are more.) Rounded weights are kept twice:
-    as integers, and as floats for many tokens.
+    A token's result is the same to the last bit whichever tokens are beside it. One case is
+    different, 8-bit weights and tokens in bfloat16: with at most `INT8_ROWS` tokens the sums are
+    added up in another order than with more.
+
+    Rounded weights are kept twice: as integers, and as floats of the same values for many tokens.
+    (Integers up to 127 are exact in both types.)
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, int8: bool) -> None:
@@ -33,7 +36,7 @@ class CpuLinear:
         if int8:
             rounded = Int8Weight.of(weight)
             self.integers, self.scales = in_panels(rounded.integers), rounded.scales
-            weight = rounded.dequantized(weight.dtype)
+            weight = rounded.integers.to(weight.dtype)
         self.weight = in_panels(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -43,9 +46,9 @@ class CpuLinear:
         rows, inputs = x.shape
         assert inputs == self.inputs
         kernels = cpu_kernels(x.dtype)
-        kernel, weight, scales = kernels.products, self.weight, None
+        kernel, weight, scales = kernels.products, self.weight, self.scales
         if self.integers is not None and rows <= INT8_ROWS[x.dtype]:
-            kernel, weight, scales = kernels.int8_products, self.integers, self.scales
+            kernel, weight = kernels.int8_products, self.integers
         out = x.new_empty((rows, self.outputs))
         kernel(
             x.data_ptr(),

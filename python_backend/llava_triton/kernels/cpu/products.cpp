@@ -1,5 +1,5 @@
-// Products of tokens with a matrix, for CPUs: y = x W^T + b. W is stored as x is, or as int8 with a
-// scale an output.
+// Products of tokens with a matrix, for CPUs: y = x W^T + b. W is stored as x is, or as int8; either
+// may have a scale an output.
 //
 // W lies in panels of 32 outputs: [panels][steps][32][inputs of a step], where a step is a pair of
 // inputs in bfloat16 and one input else. So it is read in order, once from memory, while the sums of
@@ -118,15 +118,16 @@ void with_constant(int64_t rows, const Visit& visit) {
 #ifdef __AMX_BF16__
 static_assert(kTilePanelOutputs == kPanelOutputs, "a panel is two tiles wide");
 
-void products_in_tiles(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
-                       int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+void products_in_tiles(const BFloat16* x, const BFloat16* weight, const float* scales,
+                       const BFloat16* bias, BFloat16* y, int64_t rows, int64_t inputs,
+                       int64_t outputs, int threads) {
   Shares panels((outputs + kPanelOutputs - 1) / kPanelOutputs, threads);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     panels.begin(thread, team);
 #pragma omp barrier
-    tile_products(x, weight, bias, y, rows, inputs, outputs,
+    tile_products(x, weight, scales, bias, y, rows, inputs, outputs,
                   [&] { return panels.take(thread, team); });
   }
 }
@@ -139,7 +140,7 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<W, BFloat16>)
     if (inputs % kTileInputs == 0 && may_use_tiles())
-      return products_in_tiles(x, weight, bias, y, rows, inputs, outputs, threads);
+      return products_in_tiles(x, weight, scales, bias, y, rows, inputs, outputs, threads);
 #endif
   typedef typename Step<W>::Input Input;
   constexpr int64_t kInputs = Step<W>::kInputs;

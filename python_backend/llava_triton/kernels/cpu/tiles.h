@@ -81,8 +81,9 @@ void sum_tiles(const BFloat16* w, const BFloat16* x, int64_t inputs, float* sums
 
 // One thread's panels of a product, those that `take` gives it; see `products` in products.cpp.
 template <typename Take>
-void tile_products(const BFloat16* x, const BFloat16* weight, const BFloat16* bias, BFloat16* y,
-                   int64_t rows, int64_t inputs, int64_t outputs, const Take& take) {
+void tile_products(const BFloat16* x, const BFloat16* weight, const float* scales,
+                   const BFloat16* bias, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs,
+                   const Take& take) {
   alignas(64) float sums[kBlockRows * kTilePanelOutputs];
   int64_t shaped = 0;
   for (int64_t panel; (panel = take()) >= 0;) {
@@ -99,9 +100,10 @@ void tile_products(const BFloat16* x, const BFloat16* weight, const BFloat16* bi
         const int64_t n = panel * kTilePanelOutputs + half, left = outputs - n;
         if (left <= 0) break;
         const Vector shift = bias ? load_some(bias + n, left) : splat(0.0f);
+        const Vector scale = scales ? load_some(scales + n, left) : splat(1.0f);
         for (int64_t r = 0; r < count; ++r)
-          store_some(y + (first + r) * outputs + n, load(sums + r * kTilePanelOutputs + half) + shift,
-                     left);
+          store_some(y + (first + r) * outputs + n,
+                     load(sums + r * kTilePanelOutputs + half) * scale + shift, left);
       }
     }
   }
