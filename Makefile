@@ -129,7 +129,7 @@ help: ## This list
 # ---- model repositories ----
 
 # $(call export_model,MODEL,REPOSITORY)
-export_model = echo "exporting $(1) to $(2)"; $(python) -m llava_export --model '$(1)' --output '$(2)' $(EXPORT_OPTIONS)
+export_model = echo "exporting $(1) to $(2)"; $(python) -m llava_cli export '$(1)' --output '$(2)' $(EXPORT_OPTIONS)
 
 $(demo_repository): $(export_inputs) | .venv/runtime
 	$(call export_model,demo/checkpoint,$(@D))

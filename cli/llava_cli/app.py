@@ -245,6 +245,32 @@ def ask(
 
 
 @app.command()
+def bench(
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL",
+            envvar="LLAVA_URL",
+            help="grpc://HOST:PORT, http://HOST:PORT (whole answers) or sagemaker://ENDPOINT",
+        ),
+    ] = URL,
+    sessions: Annotated[int, typer.Option(min=1, help="How many, all at once.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="Questions in each session.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 64,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", "-i", help="The picture.  [default: an example]"),
+    ] = None,
+) -> None:
+    """Measure a running server: opening, first token, tokens per second."""
+    with told():
+        from llava_cli.bench import run
+        from llava_cli.files import example_pictures
+
+        run(url, image or example_pictures()[0], sessions, turns, tokens)
+
+
+@app.command()
 def check(
     host: Annotated[str, typer.Option(help="Where the ports are to be.")] = "127.0.0.1",
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -70,12 +71,24 @@ def test_a_chat(server: TritonServer) -> None:
     assert told.count("prompt tokens reused") == 5
 
 
+def test_bench_measures_every_session(server: TritonServer) -> None:
+    load = ("--sessions", "3", "--turns", "2", "--tokens", "5")
+    done = run("bench", server.grpc_url, *load, COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"first token of a turn +\d+\.\d ms +\d+\.\d ms", done.stdout)
+    reused = re.search(r"prompt tokens reused +(\d+) %", done.stdout)
+    assert reused
+    assert 50 < int(reused[1]) < 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("ask", "--url", "grpc://localhost:1", "?"), "no server answers at localhost:1"),
         (("ask", "--url", "localhost", "?"), "the URL is 'localhost'; give grpc://host:port"),
         (("ask", "--image", "no-such.png", "?"), "the picture no-such.png cannot be read"),
+        (("bench", "grpc://localhost:1"), "no server answers at localhost:1"),
+        (("bench", "--image", __file__), f"{__file__} is no picture that can be read"),
         (("export", "no-such-model"), "no-such-model does not exist"),
         (("export", "demo", "--precision", "fp16"), "--precision fp16 is for --target gpu"),
         (("serve", "--weights", "int4"), "setting weights is 'int4'; it must be one of"),
