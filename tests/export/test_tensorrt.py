@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaOnevisionConfig,
+    Qwen2Config,
+)
 
 from llava_export import artifact
 from llava_export.artifact import EncoderMetadata
@@ -17,6 +23,7 @@ from llava_export.errors import ExportError
 from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.tensorrt_engine import build_engine, check_capability, find_tensorrt
+from llava_triton.checkpoint.families import Config
 from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape
 
 METADATA = EncoderMetadata(
@@ -54,27 +61,56 @@ def test_builds_the_demo_engine_from_its_graph(demo_repository: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["model.plan"]
 
 
-def test_builds_llava_1_5_7b_geometry_in_mixed_precision(tmp_path: Path) -> None:
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(  # ViT-L/14-336
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A published vision encoder's."""
+
+    config: Config
+    side: int
+    """Pixels of a tile."""
+    features: tuple[int, int]
+    weights: float
+    """Billions of them, tower and projector."""
+
+
+GEOMETRIES = {
+    "CLIP ViT-L/14-336, LLaVA-1.5-7B": Geometry(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+            ),
+            text_config=LlamaConfig(hidden_size=4096),
         ),
-        text_config=LlamaConfig(hidden_size=4096),
-    )
-    assert features_shape(config, 336) == (576, 4096)
+        side=336,
+        features=(576, 4096),
+        weights=0.325,
+    ),
+    "SigLIP so400m/14-384, OneVision-7B": Geometry(
+        LlavaOnevisionConfig(text_config=Qwen2Config(hidden_size=3584)),
+        side=384,
+        features=(729, 3584),
+        weights=0.415,
+    ),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=list(GEOMETRIES))
+def test_builds_published_geometries_in_mixed_precision(geometry: Geometry, tmp_path: Path) -> None:
+    side = geometry.side
+    assert features_shape(geometry.config, side) == geometry.features
     torch.manual_seed(0)
     graph, plan = tmp_path / "model.onnx", tmp_path / "model.plan"
-    export_onnx(to_mixed_precision(VisionEncoder(config).eval()), 336, graph)
+    export_onnx(to_mixed_precision(VisionEncoder(geometry.config).eval()), side, graph)
     build_engine(
-        find_tensorrt(), graph, plan, capability="8.9", input_shape=(3, 336, 336), max_batch=8
+        find_tensorrt(), graph, plan, capability="8.9", input_shape=(3, side, side), max_batch=8
     )
     weights = graph.stat().st_size
-    assert 600e6 < weights < 700e6  # 0.31 billion weights of 2 bytes
+    assert weights == pytest.approx(2e9 * geometry.weights, rel=0.05)
     assert abs(plan.stat().st_size - weights) < 0.05 * weights
     graph.unlink()
     plan.unlink()  # pytest keeps temporary folders for a while
