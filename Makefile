@@ -9,6 +9,7 @@ NAME = $(if $(filter demo/checkpoint,$(MODEL)),demo,model-$(subst /,-,$(subst $(
 REPOSITORY ?= build/repositories/$(NAME)
 EXPORT_OPTIONS ?=
 HOST ?= 127.0.0.1
+TRITON_HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
@@ -44,7 +45,7 @@ demo: .venv/runtime compiler ## Show a picture to a real server and ask about it
 
 serve: .venv/runtime compiler repository ## Serve in the foreground (REPOSITORY= or MODEL=, HOST=, HTTP_PORT= ...)
 	exec $(python) -m llava_cli serve '$(REPOSITORY)' --log build/serve.log \
-	    --host '$(HOST)' --openai-port $(OPENAI_PORT) --triton-host '$(HOST)' \
+	    --host '$(HOST)' --openai-port $(OPENAI_PORT) --triton-host '$(TRITON_HOST)' \
 	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 chat: .venv/web ## A page to chat on, beside `make serve` (URL=, WEB_PORT=)
