@@ -194,8 +194,8 @@ clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/verc
 	touch $@
 
 tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json
-	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
-	touch $@
+	if npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent; then touch $@; \
+	    else echo "warning: npm has failed; the test of the Vercel AI SDK is skipped" >&2; fi
 
 compiler: # for the language model's kernels on the CPU; compiled when they are first used
 	command -v c++ >/dev/null || { $(call debian,g++); }
