@@ -19,6 +19,7 @@ from llava_triton.contract.sampling_parameters import SamplingParameters
 from llava_triton.device import to_device
 
 TokenIds: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Biases: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Bits: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -30,9 +31,9 @@ def _no_ids() -> TokenIds:
 class Penalties:
     """See `SamplingParameters`."""
 
-    frequency: float
-    presence: float
-    repetition: float
+    frequency: float = 0.0
+    presence: float = 0.0
+    repetition: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class LogitsChange:
     allowed: Callable[[], Bits] | None = None
     """Gives a bit for each token, the first one the lowest: whether it may come. Is called when the
     device is computing the logits."""
-    bias: tuple[TokenIds, np.ndarray[Any, np.dtype[np.float32]]] | None = None
+    bias: tuple[TokenIds, Biases] | None = None
     """Token IDs, each once, and what is added to their logits: -inf rules a token out."""
     penalties: Penalties | None = None
     answer: TokenIds = field(default_factory=_no_ids)
@@ -95,7 +96,7 @@ class LogitsProcessors:
         answer_tokens = len(tokens) - prompt_tokens + len(ahead)
         bias = self._bias_before_end if answer_tokens < self._min_tokens else self._bias
         penalties = self._penalties
-        if penalties == Penalties(0.0, 0.0, 1.0):
+        if penalties == Penalties():
             if bias is None and self._allowed is None:
                 return None
             return LogitsChange(self._allowed, bias)
@@ -110,7 +111,7 @@ class LogitsProcessors:
 
 def _biases(
     bias: dict[int, float],
-) -> tuple[TokenIds, np.ndarray[Any, np.dtype[np.float32]]] | None:
+) -> tuple[TokenIds, Biases] | None:
     if not bias:
         return None
     return np.array([*bias], dtype=np.int64), np.array([*bias.values()], dtype=np.float32)
@@ -131,30 +132,48 @@ def process_logits(
     rows = [(row, change) for row, change in enumerate(changes) if change is not None]
     bounded = [(row, change.allowed) for row, change in rows if change.allowed is not None]
     if bounded:
-        at = to_device(np.array([row for row, _ in bounded]), logits.device)
-        bits = to_device(np.stack([allowed() for _, allowed in bounded]), logits.device)
-        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-        each = (bits[..., None] >> shifts & 1).flatten(1)[:, : logits.shape[1]]
-        logits[at] = logits[at].masked_fill(each == 0, -torch.inf)
-    biased = [(row, change.bias) for row, change in rows if change.bias is not None]
+        _rule_out(logits, bounded)
+    biased = [(row, *change.bias) for row, change in rows if change.bias is not None]
     if biased:
-        index = _row_of_each([(row, ids) for row, (ids, _) in biased], logits)
-        ids = to_device(np.concatenate([ids for _, (ids, _) in biased]), logits.device)
-        values = to_device(np.concatenate([values for _, (_, values) in biased]), logits.device)
-        logits[index, ids] += values
-    penalized = [
-        (row, change, change.penalties) for row, change in rows if change.penalties is not None
-    ]
+        _add_biases(logits, biased)
+    penalized = [(row, change) for row, change in rows if change.penalties is not None]
     if penalized:
-        at = to_device(np.array([row for row, _, _ in penalized]), logits.device)
-        counts = _counts(logits, [change.answer for _, change, _ in penalized], known)
-        before = _counts(logits, [change.prompt for _, change, _ in penalized], known)
-        table = np.array([astuple(each) for _, _, each in penalized], dtype=np.float32)
-        frequency, presence, repetition = to_device(table, logits.device).T[..., None]
-        found = logits[at]
+        _penalize(logits, penalized, known)
+
+
+def _rule_out(logits: Tensor, bounded: Sequence[tuple[int, Callable[[], Bits]]]) -> None:
+    at = to_device(np.array([row for row, _ in bounded]), logits.device)
+    bits = to_device(np.stack([allowed() for _, allowed in bounded]), logits.device)
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    each = (bits[..., None] >> shifts & 1).flatten(1)[:, : logits.shape[1]]
+    logits[at] = logits[at].masked_fill(each == 0, -torch.inf)
+
+
+def _add_biases(logits: Tensor, biased: Sequence[tuple[int, TokenIds, Biases]]) -> None:
+    index = _row_of_each([(row, ids) for row, ids, _ in biased], logits)
+    ids = to_device(np.concatenate([ids for _, ids, _ in biased]), logits.device)
+    values = to_device(np.concatenate([values for _, _, values in biased]), logits.device)
+    logits[index, ids] += values
+
+
+def _penalize(
+    logits: Tensor,
+    penalized: Sequence[tuple[int, LogitsChange]],
+    known: Callable[[Tensor], Tensor],
+) -> None:
+    at = to_device(np.array([row for row, _ in penalized]), logits.device)
+    table = [astuple(change.penalties or Penalties()) for _, change in penalized]
+    numbers = np.array(table, dtype=np.float32)
+    frequency, presence, repetition = to_device(numbers, logits.device).T[..., None]
+    found = logits[at]
+    said = _counts(logits, [change.answer for _, change in penalized], known)
+    if (numbers[:, 2] != 1.0).any():
+        before = _counts(logits, [change.prompt for _, change in penalized], known)
         repeated = torch.where(found > 0, found / repetition, found * repetition)
-        found = torch.where((counts > 0) | (before > 0), repeated, found)
-        logits[at] = found - frequency * counts - presence * (counts > 0)
+        found = torch.where(said + before > 0, repeated, found)
+    if numbers[:, :2].any():
+        found = found - (frequency * said + presence * (said > 0))
+    logits[at] = found
 
 
 def _row_of_each(rows: Sequence[tuple[int, TokenIds]], like: Tensor) -> Tensor:
@@ -168,7 +187,10 @@ def _counts(like: Tensor, ids: Sequence[TokenIds], known: Callable[[Tensor], Ten
     vocabulary = like.shape[1]
     counts = torch.zeros(len(ids), vocabulary, dtype=torch.int32, device=like.device)
     rows = _row_of_each(list(enumerate(ids)), like)
-    tokens = known(to_device(np.concatenate(ids), like.device))
+    given = np.concatenate(ids)
+    tokens = to_device(given, like.device)
+    if (given < 0).any():
+        tokens = known(tokens)
     ones = torch.ones_like(tokens, dtype=torch.int32)
     counts.view(-1).scatter_add_(0, rows * vocabulary + tokens, ones)
     return counts
