@@ -25,6 +25,7 @@ from llava_sagemaker.adapter.remembered import Remembered
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.history import history_to_json
+from llava_triton.contract.operations import Operation
 
 MODEL = "llava"
 """What answers call the model, whatever the request called it."""
@@ -41,7 +42,8 @@ async def chat_request(
 
     Without a session: one answer to the whole conversation. In a session, a single user message is
     its next turn; of a whole conversation only what the session does not have is sent. Where the
-    session has something else, it is opened anew with all of it, but only where it is known that
+    messages go on from an earlier turn, the session is rewound to it. Where the session has
+    something else, it is opened anew with all of it, but only where it is known that
     the messages show every picture that the session was shown.
 
     Args:
@@ -60,7 +62,7 @@ async def chat_request(
     images: Sequence[Picture] = conversation.images
     history = None
     flags: dict[str, Any] = {}
-    before = known = None
+    before = known = kept = None
     turns = 0
     if request.session is not None:
         past = await off_loop(size, conversation.past_digest)
@@ -72,7 +74,11 @@ async def chat_request(
     else:
         known = remembered.known(session_id)
         before, turns = (known.digest, known.turns) if known else (None, 0)
-        if conversation.past and before != past:
+        if conversation.past and known is not None and before is not None and before != past:
+            kept = known.said.turns_before(past)
+        if kept is not None:  # the messages go on from an earlier turn: an answer regenerated, or
+            before = past  # a question edited
+        elif conversation.past and before != past:
             await check_open(session_id)  # nobody but we makes IDs
             if known is None:
                 raise invalid_request(
@@ -98,6 +104,7 @@ async def chat_request(
         images=await pictures.load(images, request.take),
         sampling=parameters.sampling,
         history=history if conversation.past else None,
+        parameters=Operation(rewind=kept).to_parameters(),
     )
     answer = _ChatAnswer(parameters.include_usage)
     if asked.end:  # no session: nothing to remember
@@ -110,7 +117,7 @@ async def chat_request(
         answer,
         parameters.stream,
         opened=session_id if request.opens else None,
-        session_turn=remembered.chat_begins(session_id, before, conversation, asked.start),
+        session_turn=remembered.chat_begins(session_id, before, conversation, asked.start, kept),
     )
 
 
