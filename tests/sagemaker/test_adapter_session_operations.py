@@ -73,6 +73,26 @@ def test_a_rewound_session_goes_on_from_there(adapter: Adapter, session: str) ->
     assert chat(adapter, session, user(FIRST)) == first
 
 
+def test_messages_that_go_on_from_an_earlier_turn_rewind_the_session(
+    adapter: Adapter, session: str
+) -> None:
+    first = chat(adapter, session, user(FIRST))
+    asked = [user(FIRST), said(first), user(SECOND)]
+    second = chat(adapter, session, *asked)
+    chat(adapter, session, *asked, said(second), user("Sure?"))
+    again = adapter.invoke({"messages": asked, "max_tokens": 30}, session).json
+    assert again["choices"][0]["message"]["content"] == second
+    usage = again["usage"]
+    computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert computed < len(SECOND)  # the question, and no picture
+    edited = [user(FIRST), said(first), user("Is there a square?")]
+    third = chat(adapter, session, *edited)
+    chat(adapter, session, *edited, said(third), user("Sure?"))
+    # What was taken back is not there any more.
+    stale = adapter.invoke({"messages": [*asked, said(second), user("Sure?")]}, session)
+    assert (stale.status, stale.code) == (400, "invalid_request")
+
+
 def test_a_turn_of_tritons_format_goes_back(adapter: Adapter, session: str) -> None:
     first = chat(adapter, session, user(FIRST))
     chat(adapter, session, user(FIRST), said(first), user(SECOND))

@@ -30,6 +30,7 @@ from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
 from llava_triton.engine.turn import (
     Listener,
+    Phase,
     Prepared,
     RunningTurn,
     Turn,
@@ -560,7 +561,7 @@ class Engine:
             session.pending_images = 0
         self._sessions.forget_taken_back(session)
         counters.turns_completed += turn.asked_for
-        if not turn.request.is_empty:
+        if running.phase is not Phase.NEW:  # else nothing was computed for it
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += running.prompt_tokens - running.cached_tokens
         if turn.request.end:  # everything is free before the client hears that it is over

@@ -18,6 +18,7 @@ from llava_sagemaker.adapter.session_ids import SESSION_NAME, named_session_id
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import history_to_json
+from llava_triton.contract.operations import Operation
 
 CheckOpen = Callable[[str], Awaitable[None]]
 """Raises SessionError, NOT_FOUND, where there is no session of this ID."""
@@ -34,9 +35,9 @@ async def chat_request(
 
     Without a session: one answer to the whole conversation. In a session, a single user message is
     its next turn; of a whole conversation only what the session does not have is sent. Where the
-    session has something else, it is opened anew with all of it, but only where it is known that
-    the messages show every picture that the session was shown, or where the client named the
-    session itself.
+    messages go on from an earlier turn, the session is rewound to it. Where the session has
+    something else, it is opened anew with all of it, but only where it is known that the messages
+    show every picture that the session was shown, or where the client named the session itself.
 
     Args:
         request, fields: the request and its JSON.
@@ -79,6 +80,7 @@ async def chat_request(
         positions=conversation.positions,
         sampling=parameters.sampling,
         history=history if conversation.past else None,
+        parameters=Operation(rewind=place.kept).to_parameters(),
     )
     answer = ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
     if asked.end:  # no session: nothing to remember
@@ -92,7 +94,7 @@ async def chat_request(
         stream,
         opened=place.session_id if request.opens else None,
         session_turn=remembered.chat_begins(
-            place.session_id, place.before, conversation, asked.start
+            place.session_id, place.before, conversation, asked.start, place.kept
         ),
     )
 
@@ -109,6 +111,8 @@ class _Place:
     known: Known | None = None
     turns: int = 0
     """Of `known`, when it was looked at."""
+    kept: int | None = None
+    """The turns of the session from which the messages go on; None: from all that it has."""
 
     @property
     def opens(self) -> bool:
@@ -128,6 +132,8 @@ async def _in_session(
     before, turns = (known.digest, known.turns) if known else (None, 0)
     if not conversation.past or before == past:
         return _Place(session_id, before, {}, known, turns)
+    if (kept := _turns_before(known, past)) is not None:
+        return _Place(session_id, past, {}, known, turns, kept)
     await check_open(session_id)  # nobody but we makes IDs
     if known is None:
         raise invalid_request(
@@ -156,7 +162,8 @@ async def _in_named_session(
     before, turns = (known.digest, known.turns) if known else (None, 0)
     if known is not None and known.opening:
         raise unavailable("another request is opening the session; try again later")
-    if not conversation.past or before == past:
+    kept = None if before == past else _turns_before(known, past)
+    if not conversation.past or before == past or kept is not None:
         try:
             await check_open(session_id)
         except SessionError as error:
@@ -171,5 +178,14 @@ async def _in_named_session(
                     "conversation, or ask again to begin a new one",
                 ) from None
         else:
-            return _Place(session_id, before, {}, known, turns)
+            before = before if kept is None else past
+            return _Place(session_id, before, {}, known, turns, kept)
     return _Place(session_id, past, {"start": True}, known, turns)
+
+
+def _turns_before(known: Known | None, past: bytes) -> int | None:
+    """How many turns a session had when the past was all that was said in it: an answer is to be
+    regenerated, or a question was edited. None: it never was, or nobody knows."""
+    if known is None or known.digest is None:
+        return None
+    return known.said.turns_before(past)

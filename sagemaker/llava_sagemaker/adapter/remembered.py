@@ -51,6 +51,12 @@ class Said:
             return self
         return Said(self.questions[number].before, self.questions[:number])
 
+    def turns_before(self, digest: bytes) -> int | None:
+        """How many turns to keep so that no more was said than this digest says; None: it is of
+        nothing that was all that was said when a question came."""
+        befores = [question.before for question in self.questions or ()]
+        return befores.index(digest) if digest in befores else None
+
     def and_answered(self, question: Asked, answer: str) -> Said:
         """The same, a question and its answer."""
         questions = None if self.questions is None else (*self.questions, question)
@@ -191,7 +197,12 @@ class Remembered:
         return self._begins(turn.session_id, turn.start, pictures, left, question)
 
     def chat_begins(
-        self, session_id: str, before: bytes | None, asked: Conversation, opens: bool
+        self,
+        session_id: str,
+        before: bytes | None,
+        asked: Conversation,
+        opens: bool,
+        kept: int | None = None,
     ) -> SessionTurn | None:
         """A session is asked by a chat completion.
 
@@ -200,6 +211,7 @@ class Remembered:
             before: the digest of what was said in it before; None where that is not known.
             asked: the messages.
             opens: whether it opens with them, perhaps anew.
+            kept: how many turns it goes back to first; None: it does not.
 
         Returns:
             What to tell the turn's end; None where nothing is to be remembered.
@@ -213,7 +225,8 @@ class Remembered:
         if opens:
             left = Said(before, None if asked.past else ())
         else:
-            left = Said(before, known.said.questions if known is not None else None)
+            left = known.said if known is not None else Said()
+            left = Said(before, (left if kept is None else left.before_question(kept)).questions)
         question = Asked(
             before, lambda answer: None if digest is None else answered(digest, answer)
         )
