@@ -65,7 +65,8 @@ class Terminal:
         self._console.print(f"[dim]{escape(self._url)}; /help lists what else there is[/]")
         try:
             while True:
-                mark = f" [dim]({len(self._pictures)} pictures)[/]" if self._pictures else ""
+                number = len(self._pictures)
+                mark = f" [dim]({number} picture{'s' * (number > 1)})[/]" if number else ""
                 line = self._console.input(f"[bold cyan]You[/]{mark} ").strip()
                 if line == "/quit":
                     return

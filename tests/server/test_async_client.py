@@ -65,7 +65,7 @@ def test_many_at_once_on_one_thread(server: TritonServer, expected: list[str]) -
 def test_leaving_a_stream_cancels_its_turn(
     server: TritonServer, expected: list[str], how: str
 ) -> None:
-    endless: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
+    endless: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
     async def read(session: AsyncSession, begun: asyncio.Event) -> None:
         async for _ in session.stream(QUESTIONS[1], **endless):
@@ -75,11 +75,11 @@ def test_leaving_a_stream_cancels_its_turn(
         async with await AsyncSession.open(server.grpc_url, image=PICTURE) as session:
             if how == "the task's end":
                 begun = asyncio.Event()
-                task = asyncio.create_task(read(session, begun))
+                reading = asyncio.create_task(read(session, begun))
                 await begun.wait()
-                task.cancel()
+                reading.cancel()
                 with pytest.raises(asyncio.CancelledError):
-                    await task
+                    await reading
             else:
                 stream = session.stream(QUESTIONS[1], **endless)
                 async for _ in stream:
@@ -94,6 +94,32 @@ def test_leaving_a_stream_cancels_its_turn(
         return await asyncio.wait_for(talk(), WITHIN_SECONDS)
 
     assert asyncio.run(in_time()) == expected[0]
+
+
+@pytest.mark.parametrize("how", ["ask", "stream"])
+@pytest.mark.parametrize("steps", [1, 3, 5, 9])
+def test_a_task_that_is_cancelled_early_does_not_cost_the_session(
+    server: TritonServer, how: str, steps: int
+) -> None:
+    """Where Triton has not handed a turn on yet, cancelling it would end its session."""
+
+    async def read(session: AsyncSession) -> None:
+        if how == "ask":
+            await session.ask(QUESTIONS[1], max_tokens=50, ignore_eos=True)
+        async for _ in session.stream(QUESTIONS[1], max_tokens=50, ignore_eos=True):
+            pass
+
+    async def talk() -> None:
+        async with await AsyncSession.open(server.grpc_url, image=PICTURE) as session:
+            task = asyncio.create_task(read(session))
+            for _ in range(steps):
+                await asyncio.sleep(0)  # lets the event loop go on, and waits for nothing
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await session.ask(QUESTIONS[2], max_tokens=5)).num_output_tokens > 0
+
+    asyncio.run(talk())
 
 
 def test_errors_are_the_same(url: str, server: TritonServer) -> None:

@@ -41,14 +41,15 @@ class AsyncGrpcTransport(AsyncTransport):
 
     async def stream(self, turn: TurnMessage) -> AsyncGenerator[Delta, None]:
         """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
-        ended = False
+        begun = ended = False
         try:
             if self._responses is None:
                 self._turns = asyncio.Queue()
                 self._responses = self._client.stream_infer(each(self._turns))
             self._turns.put_nowait({"model_name": "llava_stream", **self._request(turn)})
             while not ended:
-                result, error = await anext(self._responses)
+                result, error = await (anext(self._responses) if begun else self._first())
+                begun = True
                 if error is not None:
                     raise error
                 delta = delta_of(result)
@@ -60,6 +61,19 @@ class AsyncGrpcTransport(AsyncTransport):
             # After an error too: it may have been the stream's own, which is of no use then.
             if not ended:
                 self._break_stream()
+
+    async def _first(self) -> Any:
+        """A turn's first response, a heartbeat if nothing else.
+
+        Cancelled, it is waited for all the same: where a turn is cancelled that Triton has not
+        handed on yet, Triton ends the whole session.
+        """
+        reading = asyncio.ensure_future(anext(self._responses))
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await asyncio.wait((reading,))
+            raise
 
     async def close(self) -> None:
         """Let the stream and the connection go."""

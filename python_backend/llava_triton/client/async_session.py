@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
@@ -69,8 +70,9 @@ class AsyncSession:
             async for piece in session.stream("And what colour is it?"):
                 print(piece, end="", flush=True)
 
-    One turn at a time, in the event loop that opened it. A task that is cancelled in `ask` or in
-    the iteration of a stream cancels its turn.
+    One turn at a time, in the event loop that opened it. A task that is cancelled while it reads a
+    stream cancels its turn. One that is cancelled in `ask` only waits no longer: the turn goes on,
+    and counts (`max_seconds` ends it in time).
     """
 
     def __init__(self, transport: AsyncTransport, session_id: int | str) -> None:
@@ -145,7 +147,11 @@ class AsyncSession:
         await self._leave_stream()
         turn = TurnMessage(self.id, text=text, images=images, sampling=sampling)
         began = time.perf_counter()
-        final = await self._transport.ask(turn)
+        asking = asyncio.ensure_future(self._transport.ask(turn))
+        # Nobody may be left to hear of its failure.
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Breaking off the call would not end the turn, but may end the session.
+        final = await asyncio.shield(asking)
         return whole_answer(final, final.first_token_ms / 1000.0, time.perf_counter() - began)
 
     async def _streamed(

@@ -29,7 +29,7 @@ class AsyncTransport(ABC):
 
     @abstractmethod
     async def ask(self, turn: TurnMessage) -> Delta:
-        """Send a turn; its whole answer as one final piece. Cancelled, the turn is too."""
+        """Send a turn; its whole answer as one final piece."""
 
     @abstractmethod
     def stream(self, turn: TurnMessage) -> AsyncGenerator[Delta, None]:
