@@ -19,6 +19,8 @@ import tritonclient.utils
 from PIL import Image
 from transformers.image_utils import load_image
 
+from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.families import family_of
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.checkpoints import tiny_llava
@@ -254,15 +256,18 @@ def test_pictures_in_tiles_equal_transformers(shape: dict[str, Any], tmp_path: P
         check=True,
     )
     reference = TransformersChat(checkpoint)
+    family, tiles = family_of(llava_config(checkpoint)), 0
     with (
         TritonServer(repository, *free_ports(3)) as server,
         tritonclient.http.InferenceServerClient(server.http_address) as client,
     ):
         for sizes in (((64, 48), (400, 90)), ((90, 400), (1, 1)), ((330, 340), (56, 112))):
             reference.restart()
-            session = new_session()
+            session, seen = new_session(), 0
             for index, question in enumerate(QUESTIONS):
-                pictures = [noise(*sizes[index // 2])] if index in (0, 2) else []
+                width, height = sizes[index // 2]
+                pictures = [noise(width, height)] if index in (0, 2) else []
+                tiles += len(pictures) * family.num_tiles(height, width)
                 expected = reference.answer(question, [load_bytes(each) for each in pictures])
                 answer = ask(
                     client,
@@ -273,8 +278,12 @@ def test_pictures_in_tiles_equal_transformers(shape: dict[str, Any], tmp_path: P
                     start=index == 0,
                 )
                 assert answer.text == expected
-                # The answer's last token has been said and not been computed with.
                 assert answer.num_input_tokens + answer.num_output_tokens == reference.num_tokens
+                # The answer's last token was said and not computed with.
+                assert answer.num_cached_tokens >= seen - 1
+                seen = reference.num_tokens
+        statistics = client.get_inference_statistics("vision_encoder")["model_stats"][0]
+        assert int(statistics["inference_count"]) == tiles
 
 
 def noise(width: int, height: int) -> bytes:
