@@ -521,8 +521,10 @@ class Engine:
             # process has ended, whoever watches it starts the server anew.
             log.critical("the device is lost; the process ends", exc_info=error)
             os._exit(1)
+        # Also of a turn that has ended meanwhile nobody knows whether it is to blame.
+        several = len(turns) > 1 and not isinstance(error, TransferError)
         turns = [running for running in turns if self._is_running(running)]
-        if len(turns) > 1 and not isinstance(error, TransferError):
+        if several:
             self._to_try_alone.extend(turns)
             return
         for running in turns:

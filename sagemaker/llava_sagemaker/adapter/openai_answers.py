@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 def finish_reason(answer: Delta) -> str:
     """One of OpenAI's."""
-    return "stop" if answer.finish_reason == "stop" else "length"
+    return "stop" if answer.finish_reason in ("stop", "stopped") else "length"
 
 
 @dataclass
