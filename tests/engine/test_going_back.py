@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from llava_triton.contract.delta import Delta
@@ -146,10 +148,13 @@ def test_a_session_ends_while_a_turn_has_taken_some_of_it_back(start: Start, how
             harness.engine.close("s")
             assert failure(running) is ErrorCode.CANCELLED
         elif how == "shutdown":
-            harness.restart()
+            shutting_down = threading.Thread(target=harness.shutdown)  # waits for the device
+            shutting_down.start()
             assert failure(running) is ErrorCode.UNAVAILABLE
     if how == "end":
         running.wait()
+    elif how == "shutdown":
+        shutting_down.join()
     harness.assert_nothing_is_held()
 
 
