@@ -96,6 +96,16 @@ def test_many_short_questions_beside_a_long_opening(cost: Cost) -> None:
     assert waits[-1] <= 6 * TARGET
 
 
+@pytest.mark.parametrize("cost", [cpu, slow_cpu])
+def test_questions_go_first_on_slow_machines_too(cost: Cost) -> None:
+    """Also where one takes longer than the time between two tokens."""
+    came = 3.0 if cost is cpu else 15.0
+    openings = [Arrival(came, OPENING, 4) for _ in range(8)]
+    told = device(cost).run([*streams(8), *openings, Arrival(came + 0.01, 60, 4)])
+    assert told[-1].wait <= 4 * bound(cost, 8)
+    assert_intervals_are_bounded(told, cost, 9, since=came, usual=TOLERANCE)
+
+
 @pytest.mark.parametrize("cost", [cpu, gpu])
 def test_an_opening_is_never_starved_by_questions(cost: Cost) -> None:
     """As many questions as are answered, and more, for as long as the opening waits."""

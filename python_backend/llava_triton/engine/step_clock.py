@@ -86,6 +86,15 @@ class StepClock:
         # The lowest is of the largest steps, which is what one more token costs.
         return int(seconds / min(statistics.median_low(took) for took in self._alone.values()))
 
+    def alone_seconds(self, tokens: int) -> float:
+        """How long so many prompt tokens take where nothing is beside them; 0 where no prompt was
+        seen yet."""
+        if not self._alone:
+            return 0.0
+        seen = self._alone.get(tokens.bit_length())
+        rates = [seen] if seen else self._alone.values()
+        return tokens * min(statistics.median_low(took) for took in rates)
+
     def tokens_beside(self, seconds: float) -> int:
         """How many prompt tokens a step of `seconds` has room for beside the running answers."""
         spare = seconds - self.decode_seconds
