@@ -21,6 +21,9 @@ AIM = 0.95
 ENDING = 1.1
 """The same where the step ends a prompt: what is left of it would wait for a whole interval more.
 """
+OF_THEIR_OWN = 1.25
+"""The same where short prompts have a step of their own first. The first token comes a whole step
+of answers earlier; a stream's next one comes some milliseconds later, which nobody sees."""
 QUESTION_TOKENS = 64
 """Prompts of no more tokens than this are short on any machine."""
 LEAST_CHUNK = 4
@@ -236,7 +239,7 @@ class Scheduler:
             return []
         short, spare = self._short(), math.inf
         if answers:  # their own step comes behind it, in the same interval
-            spare = seconds + (ENDING - 1.0) * self.interval - self.clock.decode_seconds
+            spare = seconds + (OF_THEIR_OWN - 1.0) * self.interval - self.clock.decode_seconds
         if not answers and all(each.is_at_most(short) for each in going):
             return []  # nothing else would wait
         works: list[Work] = []
