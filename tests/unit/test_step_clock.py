@@ -85,6 +85,15 @@ def test_answers_are_measured_alone_first_and_now_and_then() -> None:
     ]
 
 
+def test_a_short_prompt_waits_for_the_regular_measurement_only() -> None:
+    clock = StepClock()
+    clock.observe(1, 0, 0.01)
+    assert not clock.takes_look(4, hurry=True)
+    assert clock.takes_look(4)
+    looks = [clock.takes_look(9, hurry=True) for _ in range(STEPS_UNTIL_A_LOOK + 1)]
+    assert looks == [False] * STEPS_UNTIL_A_LOOK + [True]
+
+
 def test_small_prompts_alone_are_taken_for_what_such_cost() -> None:
     clock = seen_alone(cpu, 300)
     assert clock.alone_seconds(30) < cpu(0, 30)  # by the token, as the large one

@@ -263,7 +263,9 @@ class Scheduler:
         held_back = self._prompts_wait and self._is_late(going, now)
         if not answers:
             return _Room(most, most, 0 if held_back else self._short())
-        if self.clock.takes_look(answers):
+        short = self._short()
+        hurry = not held_back and any(each.is_at_most(short) for each in going)
+        if self.clock.takes_look(answers, hurry=hurry):
             return _Room(0, 0, 0)
         beside, interval = self.clock.tokens_beside, self.interval
         ending = min(most, beside(seconds + (ENDING - 1.0) * interval))

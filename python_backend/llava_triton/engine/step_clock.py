@@ -60,14 +60,19 @@ class StepClock:
             bits = prompt_tokens.bit_length()
             self._alone.setdefault(bits, deque(maxlen=3)).append(seconds / prompt_tokens)
 
-    def takes_look(self, decoding: int) -> bool:
+    def takes_look(self, decoding: int, *, hurry: bool = False) -> bool:
         """Whether the next step is to advance so many running answers and nothing else, so that it
-        is known how long that takes; the step is planned then."""
+        is known how long that takes; the step is planned then.
+
+        Args:
+            decoding: running answers.
+            hurry: a short prompt would wait for it, so only every 17th mixed step is one.
+        """
         self._mixed_since += 1
         if (
             self._decode
             and self._mixed_since <= STEPS_UNTIL_A_LOOK
-            and not self._differs(decoding, self._looked_at)
+            and (hurry or not self._differs(decoding, self._looked_at))
         ):
             return False
         self._looked_at, self._mixed_since = decoding, 0
