@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -13,6 +14,8 @@ from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 
+PATIENT = {"target_between_tokens_ms": 60_000.0}
+"""A busy machine takes long between two steps; a question still fits into the time that is left."""
 STREAM = Ask("Go on", max_tokens=300, ignore_eos=True)
 
 
@@ -52,7 +55,7 @@ def has_questions_alone(harness: EngineHarness) -> bool:
 
 @pytest.mark.parametrize("text", ["Why so?", "Why so, and what of the circle on the left of it?"])
 def test_a_question_is_computed_in_one_step(start: Start, text: str) -> None:
-    harness = start()
+    harness = start(**PATIENT)
     streams, recorder = streams_and_recorder(harness)
     _, final = Ask(text, max_tokens=4).wait(harness, "asked")
     computed = final.num_input_tokens - final.num_cached_tokens
@@ -68,9 +71,10 @@ def test_running_answers_advance_between_two_steps_of_questions(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = 32
-    harness = start()
+    harness = start(**PATIENT)
     # The machine's own speed must not choose how many.
-    monkeypatch.setattr(StepClock, "tokens_alone", lambda *_: at_once)
+    takes_long = {False: 0.0, True: math.inf}
+    monkeypatch.setattr(StepClock, "alone_seconds", lambda _, count: takes_long[count > at_once])
     monkeypatch.setattr(StepClock, "tokens_beside", lambda *_: at_once)
     names = [f"asked {number}" for number in range(6)]
     for name in names:

@@ -85,6 +85,24 @@ def test_answers_are_measured_alone_first_and_now_and_then() -> None:
     ]
 
 
+def test_a_short_prompt_waits_for_the_regular_measurement_only() -> None:
+    clock = StepClock()
+    clock.observe(1, 0, 0.01)
+    assert not clock.takes_look(4, hurry=True)
+    assert clock.takes_look(4)
+    looks = [clock.takes_look(9, hurry=True) for _ in range(STEPS_UNTIL_A_LOOK + 1)]
+    assert looks == [False] * STEPS_UNTIL_A_LOOK + [True]
+
+
+def test_small_prompts_alone_are_taken_for_what_such_cost() -> None:
+    clock = seen_alone(cpu, 300)
+    assert clock.alone_seconds(30) < cpu(0, 30)  # by the token, as the large one
+    clock.observe(0, 28, cpu(0, 28))
+    assert clock.alone_seconds(30) == pytest.approx(cpu(0, 30), rel=0.05)
+    assert clock.alone_seconds(300) == pytest.approx(cpu(0, 300))
+
+
 def test_nothing_is_known_before_anything_was_seen() -> None:
     clock = StepClock()
-    assert (clock.tokens_alone(1.0), clock.tokens_beside(1.0), clock.decode_seconds) == (0, 0, 0.0)
+    assert (clock.tokens_alone(1.0), clock.tokens_beside(1.0)) == (0, 0)
+    assert (clock.alone_seconds(9), clock.decode_seconds) == (0.0, 0.0)

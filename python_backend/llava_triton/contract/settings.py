@@ -45,8 +45,9 @@ class Settings:
     """While prompts are computed, running answers get a token about this often, and prompts the
     time that is left. Where answers alone take more than half of it, it is twice their time."""
     target_first_token_ms: float = 1000.0
-    """A turn that has waited longer than this for its first token gets at least every second
-    chance to be computed, however many shorter prompts come; until then those go first."""
+    """A turn that has waited longer than this for its first token is computed in every second
+    interval between tokens at least, however many shorter prompts come; until then those go
+    first."""
     prefill_chunk_tokens: int | None = None
     """A step computes at most this many prompt tokens; fewer while answers are running, so that
     they do not stall. null: 512 on a CPU; 1,024 on a GPU, where a picture and its first question

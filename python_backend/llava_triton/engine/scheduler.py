@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,15 @@ INTERVAL_GROWTH = 2.0
 """Where the target is out of reach, prompts may make the time between tokens so many times what it
 is without them."""
 AIM = 0.95
-"""Share of that time which a step of prompts is planned to take: estimates are somewhat wrong. A
-step that ends a prompt may take all of it."""
+"""Share of that time which a step of prompts is planned to take: estimates are somewhat wrong."""
+ENDING = 1.1
+"""The same where the step ends a prompt: what is left of it would wait for a whole interval more.
+"""
+OF_THEIR_OWN = 1.25
+"""The same where short prompts have a step of their own first. The first token comes a whole step
+of answers earlier; a stream's next one comes some milliseconds later, which nobody sees."""
+QUESTION_TOKENS = 64
+"""Prompts of no more tokens than this are short on any machine."""
 LEAST_CHUNK = 4
 """Prompt tokens of such a step at the least, so that every prompt goes on."""
 
@@ -106,9 +114,10 @@ class Scheduler:
     the time between two tokens is bounded, and prompts get all the rest.
 
     **Who first.** Short prompts, as most questions are, and then the others, in the order their
-    turns came. Short are those whose computation takes no longer than the time between two tokens.
-    So they delay the others by little, until there are many of them: where a longer prompt has
-    waited for `target_first_token_ms`, it gets half of what there is at the least.
+    turns came. Short are those whose computation takes no longer than the time between two tokens,
+    and of `QUESTION_TOKENS` at the most on a slow machine. So they delay the others by little,
+    until there are many of them: where a longer prompt has waited for `target_first_token_ms`,
+    short ones are computed in every second interval only.
 
     **Blocks.** Turns take them in the order they began: from what is free, from idle sessions
     (longest unused first), then from turns that began later, which are put back. So the oldest turn
@@ -143,7 +152,7 @@ class Scheduler:
         self._answers_wait = False
         """Whether the last step was one of questions alone."""
         self._prompts_wait = False
-        """Whether there was such a step since longer prompts had a step's time for themselves."""
+        """Whether the last interval was one of short prompts."""
 
     @property
     def interval(self) -> float:
@@ -169,7 +178,7 @@ class Scheduler:
         if not works:  # no answer found a block: older prompts have them all, and go on
             works = self._works(going, _Room(self._chunk_tokens, self._chunk_tokens, 0))
         if not self._answers_wait:
-            self._prompts_wait = False
+            self._prompts_wait = self._has_short(works)
         self._answers_wait = False
         return works
 
@@ -208,11 +217,18 @@ class Scheduler:
         decoding = sum(each.decoding for each in going)
         if self._questions_alone and decoding < len(going):
             return []
-        return self._works(going, self._room(going, decoding, self.interval, now), ahead=True)
+        works = self._works(going, self._room(going, decoding, self.interval, now), ahead=True)
+        self._prompts_wait = self._has_short(works)
+        return works
 
     def _short(self) -> int:
         """Tokens of a short prompt at the most."""
-        return min(self._chunk_tokens, self.clock.tokens_alone(self.interval))
+        tokens = max(QUESTION_TOKENS, self.clock.tokens_alone(self.interval))
+        return min(self._chunk_tokens, tokens)
+
+    def _has_short(self, works: Iterable[Work]) -> bool:
+        short = self._short()
+        return any(_Next(work.running, work.before, work.row).is_at_most(short) for work in works)
 
     def _is_late(self, going: Iterable[_Next], now: float) -> bool:
         """Whether a prompt that is not short has waited too long."""
@@ -229,35 +245,43 @@ class Scheduler:
         """Short prompts that are computed now, while everything else waits; empty: not now."""
         if (answers and self._answers_wait) or (self._prompts_wait and self._is_late(going, now)):
             return []
-        # The answers' own step comes behind it, in the same interval.
-        spare = seconds - (self.clock.decode_seconds if answers else 0.0)
-        left = min(self._chunk_tokens, self.clock.tokens_alone(spare))
-        if not answers and all(each.is_at_most(left) for each in going):
+        short, spare = self._short(), math.inf
+        if answers:  # their own step comes behind it, in the same interval
+            spare = seconds + (OF_THEIR_OWN - 1.0) * self.interval - self.clock.decode_seconds
+        if not answers and all(each.is_at_most(short) for each in going):
             return []  # nothing else would wait
         works: list[Work] = []
+        tokens = 0
         for index, each in enumerate(going):
-            if each.decoding or not each.is_at_most(left):
-                continue
-            if self._make_room(each, going[index + 1 :]):
-                works.append(Work(each.turn, each.turn.uncomputed, decoding=False))
-                left -= each.turn.uncomputed
+            together = tokens + each.uncomputed
+            if (
+                each.is_at_most(short)
+                and together <= short
+                and self.clock.alone_seconds(together) <= spare
+                and self._make_room(each, going[index + 1 :])
+            ):
+                works.append(Work(each.turn, each.uncomputed, decoding=False))
+                tokens += each.uncomputed
         return works
 
     def _room(self, going: Sequence[_Next], answers: int, seconds: float, now: float) -> _Room:
         most = self._chunk_tokens
         if len(going) == answers:
             return _Room(0, 0, 0)
+        held_back = self._prompts_wait and self._is_late(going, now)
         if not answers:
-            short = self._short()
-            return _Room(most, most, min(short, most // 2) if self._is_late(going, now) else short)
-        if self.clock.takes_look(answers):
+            return _Room(most, most, 0 if held_back else self._short())
+        short = self._short()
+        hurry = not held_back and any(each.is_at_most(short) for each in going)
+        if self.clock.takes_look(answers, hurry=hurry):
             return _Room(0, 0, 0)
-        ending = min(most, self.clock.tokens_beside(seconds))
-        chunks = min(most, self.clock.tokens_beside(seconds - (1.0 - AIM) * self.interval))
+        beside, interval = self.clock.tokens_beside, self.interval
+        ending = min(most, beside(seconds + (ENDING - 1.0) * interval))
+        chunks = min(most, beside(seconds + (AIM - 1.0) * interval))
         if not self._answers_wait:
             chunks = max(chunks, min(most, LEAST_CHUNK))
         ending = max(chunks, ending)
-        return _Room(chunks, ending, ending // 2 if self._is_late(going, now) else ending)
+        return _Room(chunks, ending, 0 if held_back else ending)
 
     def _works(self, going: Sequence[_Next], room: _Room, *, ahead: bool = False) -> list[Work]:
         """Every answer's next token, and as much of the prompts as there is room for.

@@ -60,14 +60,19 @@ class StepClock:
             bits = prompt_tokens.bit_length()
             self._alone.setdefault(bits, deque(maxlen=3)).append(seconds / prompt_tokens)
 
-    def takes_look(self, decoding: int) -> bool:
+    def takes_look(self, decoding: int, *, hurry: bool = False) -> bool:
         """Whether the next step is to advance so many running answers and nothing else, so that it
-        is known how long that takes; the step is planned then."""
+        is known how long that takes; the step is planned then.
+
+        Args:
+            decoding: running answers.
+            hurry: a short prompt would wait for it, so only every 17th mixed step is one.
+        """
         self._mixed_since += 1
         if (
             self._decode
             and self._mixed_since <= STEPS_UNTIL_A_LOOK
-            and not self._differs(decoding, self._looked_at)
+            and (hurry or not self._differs(decoding, self._looked_at))
         ):
             return False
         self._looked_at, self._mixed_since = decoding, 0
@@ -85,6 +90,15 @@ class StepClock:
             return 0
         # The lowest is of the largest steps, which is what one more token costs.
         return int(seconds / min(statistics.median_low(took) for took in self._alone.values()))
+
+    def alone_seconds(self, tokens: int) -> float:
+        """How long so many prompt tokens take where nothing is beside them; 0 where no prompt was
+        seen yet."""
+        if not self._alone:
+            return 0.0
+        seen = self._alone.get(tokens.bit_length())
+        rates = [seen] if seen else self._alone.values()
+        return tokens * min(statistics.median_low(took) for took in rates)
 
     def tokens_beside(self, seconds: float) -> int:
         """How many prompt tokens a step of `seconds` has room for beside the running answers."""
