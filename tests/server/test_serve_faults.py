@@ -4,6 +4,7 @@ real binary, on two toy models that answer for ever or late, under the names of 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def test_a_crash_of_triton_is_mended_too(serve: Callable[..., Command], tmp_path
     command = serve("--log", str(log))
     os.kill(command.wait_until_ready().processes[0].pid, signal.SIGSEGV)
     command.wait_until_ready()
-    assert "the Triton server has crashed (signal 11): starting Triton again" in command.output
+    # On a busy machine it is still printing its stack trace when it is looked at.
+    told = r"the Triton server has crashed \(signal 11\)( and does not end)?: starting Triton again"
+    assert re.search(told, command.output)
     assert log.read_text().count("Started HTTPService") == 2  # the log went on
 
 
