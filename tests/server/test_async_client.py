@@ -61,6 +61,43 @@ def test_many_at_once_on_one_thread(server: TritonServer, expected: list[str]) -
     assert asyncio.run(crowd()) == [expected] * 8
 
 
+def test_sessions_go_back_and_fork(url: str, expected: list[str]) -> None:
+    async def talk() -> None:
+        async with await AsyncSession.open(url, image=PICTURE) as session:
+            for question in QUESTIONS[:2]:
+                last = await session.ask(question)
+            again = await session.regenerate()
+            assert (again.text, again.num_computed_tokens) == (expected[1], 1)
+            async with await session.fork() as other:
+                await session.rewind(1)
+                assert (await session.ask(QUESTIONS[1])).text == expected[1]
+                third = await other.ask(QUESTIONS[2])
+                assert third.text == expected[2]
+                assert third.num_cached_tokens >= last.num_input_tokens
+
+    asyncio.run(talk())
+
+
+def test_an_answer_is_stopped_and_kept(server: TritonServer) -> None:
+    async def talk() -> None:
+        async with await AsyncSession.open(server.grpc_url, image=PICTURE) as session:
+            stream = session.stream(QUESTIONS[1], max_tokens=900, ignore_eos=True)
+            said = ""
+            async for piece in stream:
+                said += piece
+                await stream.stop()
+            assert (stream.answer.finish_reason, stream.answer.text) == ("stopped", said)
+            more = await session.ask(QUESTIONS[2])
+            assert more.num_cached_tokens >= stream.answer.num_input_tokens
+            early = session.stream_again(max_tokens=900, ignore_eos=True)
+            await early.stop()  # before it has begun
+            async for _ in early:
+                pass
+            assert early.answer.finish_reason == "stopped"
+
+    asyncio.run(talk())
+
+
 @pytest.mark.parametrize("how", ["aclose", "the next turn", "the task's end"])
 def test_leaving_a_stream_cancels_its_turn(
     server: TritonServer, expected: list[str], how: str

@@ -32,6 +32,10 @@ class AsyncGrpcTransport(AsyncTransport):
         self._turns: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._responses: Any = None
 
+    def another(self) -> AsyncGrpcTransport:
+        """A connection to the same address."""
+        return AsyncGrpcTransport(self._address, self.tenant)
+
     async def ask(self, turn: TurnMessage) -> Delta:
         """One call, one answer."""
         try:
@@ -86,7 +90,7 @@ class AsyncGrpcTransport(AsyncTransport):
             "sequence_id": turn.session_id,
             "sequence_start": turn.start,
             "sequence_end": turn.end,
-            "parameters": self.parameters,
+            "parameters": self.parameters | turn.parameters,
         }
 
     def _told(self, error: Exception) -> SessionError:

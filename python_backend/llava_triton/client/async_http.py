@@ -27,6 +27,10 @@ class AsyncHttpTransport(AsyncTransport):
         self._address = address
         self._client = triton.InferenceServerClient(address, conn_timeout=ANSWER_SECONDS)
 
+    def another(self) -> AsyncHttpTransport:
+        """Connections to the same address."""
+        return AsyncHttpTransport(self._address, self.tenant)
+
     async def ask(self, turn: TurnMessage) -> Delta:
         """One request, one answer."""
         try:
@@ -36,7 +40,7 @@ class AsyncHttpTransport(AsyncTransport):
                 sequence_id=turn.session_id,
                 sequence_start=turn.start,
                 sequence_end=turn.end,
-                parameters=self.parameters,
+                parameters=self.parameters | turn.parameters,
             )
         except aiohttp.ClientError as error:
             raise session_error(ConnectionError(str(error)), self._address) from error

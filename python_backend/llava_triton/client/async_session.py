@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from typing import Any
 
-from llava_triton.client.answer import Answer, AnswerParts, whole_answer
+from llava_triton.client.answer import Answer, AnswerParts, StopOnce, whole_answer
 from llava_triton.client.async_transport import AsyncTransport, ThreadedTransport
 from llava_triton.client.opening import Address, opening_turn
 from llava_triton.client.pictures import Picture, encoded_pictures
-from llava_triton.client.transport import TurnMessage
+from llava_triton.client.transport import TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
@@ -22,12 +29,22 @@ class AsyncAnswerStream:
     """An answer on its way, as `AnswerStream`: iterate with `async for`, then read `answer`.
 
     To leave it early, `aclose` it or use it in an `async with` block: that cancels the turn. (A
-    plain `break` leaves it running until the next turn.)
+    plain `break` leaves it running until the next turn.) To end it and keep what was said, `stop`
+    it and read on.
+
+    Args:
+        deltas: the pieces.
+        stop: ends the answer as it is.
     """
 
-    def __init__(self, deltas: AsyncGenerator[Delta, None]) -> None:
+    def __init__(
+        self, deltas: AsyncGenerator[Delta, None], stop: Callable[[], Coroutine[Any, Any, object]]
+    ) -> None:
         self._deltas = deltas
         self._answer: Answer | None = None
+        self._stop = stop
+        self._stopping = StopOnce(self._tell)
+        self._telling: asyncio.Task[object] | None = None
 
     @property
     def answer(self) -> Answer:
@@ -40,8 +57,21 @@ class AsyncAnswerStream:
             raise RuntimeError("the answer has not ended; iterate over the stream to its end first")
         return self._answer
 
+    async def stop(self) -> None:
+        """End the answer and keep it, as `AnswerStream.stop`.
+
+        Raises:
+            SessionError: the server cannot be told.
+        """
+        self._stopping.ask()
+        if self._telling is not None:
+            await asyncio.shield(self._telling)
+
+    def _tell(self) -> None:
+        self._telling = asyncio.ensure_future(self._stop())
+
     async def aclose(self) -> None:
-        """Stop the answer, if it has not ended."""
+        """Cancel the answer, if it has not ended."""
         await self._deltas.aclose()
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -49,11 +79,15 @@ class AsyncAnswerStream:
         try:
             async for delta in self._deltas:
                 parts.add(delta)
+                self._stopping.heard(delta)
                 self._answer = parts.answer
                 if delta.text:
                     yield delta.text
         finally:
             await self.aclose()
+            if self._telling is not None:
+                with contextlib.suppress(SessionError):  # told to who stopped it
+                    await self._telling
 
     async def __aenter__(self) -> AsyncAnswerStream:
         return self
@@ -123,13 +157,30 @@ class AsyncSession:
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        turn = TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
-        self._stream = AsyncAnswerStream(self._streamed(turn, self._stream))
-        return self._stream
+        return self._begin_stream(
+            TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
+        )
 
     async def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
         """Show more pictures without asking; the next question is about them too."""
         return await self._ask(None, encoded_pictures(image), {})
+
+    async def regenerate(self, **sampling: Any) -> Answer:
+        """Answer the last question again; as `Session.regenerate`."""
+        return await self._send(regenerating(self.id, sampling))
+
+    def stream_again(self, **sampling: Any) -> AsyncAnswerStream:
+        """As `regenerate`, piece by piece; left early, the last answer is there as before."""
+        return self._begin_stream(regenerating(self.id, sampling))
+
+    async def rewind(self, turns: int) -> Answer:
+        """Keep the first `turns` completed turns; as `Session.rewind`."""
+        return await self._send(rewinding(self.id, turns))
+
+    async def fork(self, session_id: int | str | None = None) -> AsyncSession:
+        """Open another session that has all of this one so far; as `Session.fork`."""
+        await self._leave_stream()
+        return AsyncSession(*await self._transport.fork(self.id, session_id))
 
     async def close(self) -> None:
         """End the session; the server frees all it held. Closing twice is fine."""
@@ -144,8 +195,15 @@ class AsyncSession:
     async def _ask(
         self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]
     ) -> Answer:
+        return await self._send(TurnMessage(self.id, text=text, images=images, sampling=sampling))
+
+    def _begin_stream(self, turn: TurnMessage) -> AsyncAnswerStream:
+        deltas = self._streamed(turn, self._stream)
+        self._stream = AsyncAnswerStream(deltas, lambda: self._transport.stop_answer(self.id))
+        return self._stream
+
+    async def _send(self, turn: TurnMessage) -> Answer:
         await self._leave_stream()
-        turn = TurnMessage(self.id, text=text, images=images, sampling=sampling)
         began = time.perf_counter()
         asking = asyncio.ensure_future(self._transport.ask(turn))
         # Nobody may be left to hear of its failure.

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from llava_triton.client.transport import Transport, TurnMessage
+from llava_triton.client.transport import Transport, TurnMessage, forking, stopping
 from llava_triton.contract import protocol
 from llava_triton.contract.delta import Delta
 
@@ -19,6 +19,7 @@ class AsyncTransport(ABC):
     """A way to a server, as `Transport`. Made and used in one event loop."""
 
     def __init__(self, tenant: str | None = None) -> None:
+        self.tenant = tenant
         self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
         """Of every request."""
         protocol.parse_tenant(self.parameters)
@@ -26,6 +27,26 @@ class AsyncTransport(ABC):
     async def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Send a turn that opens a session; the session's ID and the whole answer."""
         return turn.session_id, await self.ask(turn)
+
+    async def fork(
+        self, source: int | str, session_id: int | str | None
+    ) -> tuple[AsyncTransport, int | str]:
+        """Open a session as a copy of another one; as `Transport.fork`."""
+        other = self.another()
+        try:
+            opened, _ = await other.open(forking(source, session_id))
+        except BaseException:
+            await other.close()
+            raise
+        return other, opened
+
+    async def stop_answer(self, session_id: int | str) -> Delta:
+        """End a session's running answer as it is; may be called while it is streamed."""
+        return await self.ask(stopping(session_id))
+
+    @abstractmethod
+    def another(self) -> AsyncTransport:
+        """A connection like this one."""
 
     @abstractmethod
     async def ask(self, turn: TurnMessage) -> Delta:
@@ -56,6 +77,21 @@ class ThreadedTransport(AsyncTransport):
     async def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Open a session."""
         return await _on_a_thread(self._transport.open, turn)
+
+    async def fork(
+        self, source: int | str, session_id: int | str | None
+    ) -> tuple[AsyncTransport, int | str]:
+        """Open a session as a copy of another one."""
+        other, opened = await _on_a_thread(self._transport.fork, source, session_id)
+        return ThreadedTransport(other), opened
+
+    async def stop_answer(self, session_id: int | str) -> Delta:
+        """End a session's running answer as it is."""
+        return await _on_a_thread(self._transport.stop_answer, session_id)
+
+    def another(self) -> ThreadedTransport:
+        """A connection like this one."""
+        return ThreadedTransport(self._transport.another())
 
     async def ask(self, turn: TurnMessage) -> Delta:
         """Send a turn; its whole answer."""
