@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from llava_triton.model.runner import ModelRunner
 from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.checkpoints import DEMO
 from tests.engine_harness import EngineHarness
-from tests.small_engine import PICTURES, Alone, Ask, Start, failure, long_ask
+from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, long_ask
 
 SCHEMA = {
     "type": "object",
@@ -104,8 +105,9 @@ def test_others_are_launched_ahead_as_before(
 
     def watched(runner: ModelRunner, step: Step) -> LaunchedStep:
         steps.append(Counter(part.ids[0] < 0 for part in step.parts))
+        given_up = time.monotonic() + HANG_SECONDS
         while not harness.on_engine(planned):
-            pass
+            assert time.monotonic() < given_up, "nothing was planned behind a step"
         return launch(runner, step)
 
     def counted(engine: Engine, done: Future[StepResult]) -> None:
