@@ -6,8 +6,10 @@ import json
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from demo.shapes import FORMS as KNOWN_FORMS
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.structured_outputs import StructuredOutputs
 from llava_triton.conversation.grammar import Grammar, Grammars
+from llava_triton.engine import Engine
 from llava_triton.model.runner import ModelRunner
-from llava_triton.model.step import LaunchedStep, Step
+from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.checkpoints import DEMO
 from tests.engine_harness import EngineHarness
-from tests.small_engine import PICTURES, Alone, Ask, Start, failure, long_ask
+from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, long_ask
 
 SCHEMA = {
     "type": "object",
@@ -84,20 +87,35 @@ def test_an_answer_that_is_cut_says_so(start: Start) -> None:
 
 
 def test_others_are_launched_ahead_as_before(
-    checkpoint: Path, alone: Alone, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a form is followed, which takes every second step."""
     harness = EngineHarness(checkpoint, steps_at_once=2)
-    launch = ModelRunner.launch
+    launch, land = ModelRunner.launch, Engine._land
     steps: list[dict[bool, int]] = []
     """Of each step how many parts' tokens were not known yet (True), and were."""
+    landed: list[Future[StepResult]] = []
+
+    def planned(engine: Engine) -> bool:
+        """Whether the engine has planned behind this step, if it can before this one is done."""
+        running = list(engine._running.values())
+        left = [each.max_tokens - each.answer_tokens for each in running if each.grammar is None]
+        can_plan = all(each.answer_tokens for each in running) and max(left, default=0) > 2
+        return len(landed) == len(steps) - 1 and (len(engine._under_way) == 2 or not can_plan)
 
     def watched(runner: ModelRunner, step: Step) -> LaunchedStep:
         steps.append(Counter(part.ids[0] < 0 for part in step.parts))
-        harness.on_engine(lambda _: None)  # it has planned meanwhile what it wanted to
+        given_up = time.monotonic() + HANG_SECONDS
+        while not harness.on_engine(planned):
+            assert time.monotonic() < given_up, "nothing was planned behind a step"
         return launch(runner, step)
 
+    def counted(engine: Engine, done: Future[StepResult]) -> None:
+        land(engine, done)
+        landed.append(done)
+
     monkeypatch.setattr(ModelRunner, "launch", watched)
+    monkeypatch.setattr(Engine, "_land", counted)
     endless = StructuredOutputs(regex="[a-z ]{400}")
     try:
         with harness.held_device():
@@ -105,12 +123,15 @@ def test_others_are_launched_ahead_as_before(
             formed = harness.submit(
                 "form", "What?", start=True, max_tokens=25, structured_outputs=endless
             )
-        assert plain.wait()[0] == alone(PLAIN)[0]
+            while not harness.on_engine(lambda engine: len(engine._running) == 2):
+                pass
+        _, final_of_plain = plain.wait()
         text, final = formed.wait()
     finally:
         harness.shutdown()
     assert re.fullmatch("[a-z ]+", text)
     assert (final.finish_reason, final.num_output_tokens) == ("length", 25)
+    assert final_of_plain.num_output_tokens == PLAIN.max_tokens
     # All but the first of the plain turn's tokens, or nearly all, while the other advanced, too.
     assert sum(step[True] for step in steps) >= PLAIN.max_tokens - 5
     assert sum(step[True] == step[False] == 1 for step in steps) >= 15
