@@ -67,9 +67,9 @@ ON_A_GPU = Sizes(
     baseline_turns=4,
 )
 TINY = Sizes(
-    context_tokens=200,
+    context_tokens=300,
     many_sessions=4,
-    answer_tokens=128,
+    answer_tokens=384,
     question_tokens=8,
     opening_text_tokens=8,
     repeats=2,

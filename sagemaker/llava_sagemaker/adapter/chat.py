@@ -162,8 +162,9 @@ async def _in_named_session(
     before, turns = (known.digest, known.turns) if known else (None, 0)
     if known is not None and known.opening:
         raise unavailable("another request is opening the session; try again later")
-    kept = None if before == past else _turns_before(known, past)
-    if not conversation.past or before == past or kept is not None:
+    goes_on = not conversation.past or before == past
+    kept = None if goes_on else _turns_before(known, past)
+    if goes_on or kept is not None:
         try:
             await check_open(session_id)
         except SessionError as error:
