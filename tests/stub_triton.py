@@ -25,6 +25,8 @@ class Seen:
     start: bool
     end: bool
     inputs: dict[str, list[bytes]] = field(default_factory=dict)
+    rewind: int | None = None
+    """How many turns it keeps."""
 
     @property
     def text(self) -> str:
@@ -78,6 +80,7 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             parameters["sequence_id"].string_param,
             parameters["sequence_start"].bool_param,
             parameters["sequence_end"].bool_param,
+            rewind=parameters["rewind"].int64_param if "rewind" in parameters else None,
         )
         for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True):
             seen.inputs[tensor.name] = list(_elements(data))

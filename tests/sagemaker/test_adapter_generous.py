@@ -343,6 +343,7 @@ def test_streamed_texts(stub_adapter: Adapter) -> None:
         ({"inputs": "a", "parameters": [1]}, "parameters"),
         ({"inputs": "a", "parameters": {"return_full_text": True}}, "return_full_text"),
         ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
     ],
 )
 def test_texts_that_cannot_be_followed(
@@ -364,6 +365,7 @@ def test_a_named_session_goes_on(stub_adapter: Adapter, stub_triton: StubTriton)
     assert [seen.start for seen in turns] == [True, False, False]
     assert len({seen.session for seen in turns}) == 1
     assert not any(seen.end for seen in turns)
+    assert [seen.rewind for seen in turns] == [None, None, None]
 
 
 def test_a_whole_conversation_in_a_named_session(
@@ -377,6 +379,13 @@ def test_a_whole_conversation_in_a_named_session(
         seen = stub_triton.seen[-1]
         assert (seen.text, seen.start) == (question, number == 0)
         assert ("image" in seen.inputs, past_of(seen)) == (number == 0, [])
+        assert seen.rewind is None
+    # The second question is asked otherwise.
+    assert ask(stub_adapter, {"messages": [*messages[:2], user("B")]}, X_Session_Id="whole").json[
+        "choices"
+    ]
+    seen = stub_triton.seen[-1]
+    assert (seen.text, seen.start, seen.rewind) == ("B", False, 1)
     # Something else was said, and the picture left out: the messages count.
     edited = [user("a"), said("x"), user("d")]
     assert ask(stub_adapter, {"messages": edited}, X_Session_Id="whole").status == 200

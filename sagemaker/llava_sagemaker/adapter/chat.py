@@ -85,8 +85,11 @@ async def chat_request(
     answer = ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
     if asked.end:  # no session: nothing to remember
         return Invocation("chat", asked, answer, stream)
-    if conversation.past and place.known is not None and place.known.turns != place.turns:
-        raise unavailable("another request used the session meanwhile; try again")
+    before = place.before
+    if place.known is not None and place.known.turns != place.turns:
+        if conversation.past:
+            raise unavailable("another request used the session meanwhile; try again")
+        before = None  # something else was said meanwhile
     return Invocation(
         "chat",
         asked,
@@ -94,7 +97,7 @@ async def chat_request(
         stream,
         opened=place.session_id if request.opens else None,
         session_turn=remembered.chat_begins(
-            place.session_id, place.before, conversation, asked.start, place.kept
+            place.session_id, before, conversation, asked.start, place.kept
         ),
     )
 

@@ -47,7 +47,8 @@ class Conversation:
     def history(self) -> list[PastTurn]:
         """The past as the engine takes it."""
         return [
-            PastTurn(said.text, said.answer, len(said.images), said.positions) for said in self.past
+            PastTurn(_whole(said.text), _whole(said.answer), len(said.images), said.positions)
+            for said in self.past
         ]
 
     @cached_property
@@ -73,6 +74,11 @@ class Conversation:
         """What a conversation is known by that was known by `before` and got the question."""
         past_images = len(self.picture_digests) - len(self.images)
         return _asked(before, self.text, self.picture_digests[past_images:], self.positions)
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, as a question loses them on its way."""
+    return text.encode(errors="replace").decode()
 
 
 NOTHING_SAID = b""

@@ -7,6 +7,8 @@ from typing import Any
 
 from llava_sagemaker.adapter.chat_parameters import TAKEN_ONLY
 from llava_triton.contract.sampling_parameters import (
+    MAX_LOGPROBS,
+    MAX_PENALTY,
     MAX_SEED,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -16,6 +18,7 @@ from llava_triton.contract.sampling_parameters import (
 Schema = dict[str, Any]
 
 _STOP: Schema = {"type": "string", "maxLength": MAX_STOP_CHARACTERS}
+_PENALTY: Schema = {"type": ["number", "null"], "minimum": -MAX_PENALTY, "maximum": MAX_PENALTY}
 _TOKENS: Schema = {"type": ["integer", "null"], "minimum": 1}
 _TAKEN: dict[str, Schema] = {
     "model": {"description": "Any: there is one."},
@@ -32,6 +35,17 @@ _TAKEN: dict[str, Schema] = {
     },
     "max_tokens": _TOKENS,
     "max_completion_tokens": _TOKENS,
+    "frequency_penalty": _PENALTY,
+    "presence_penalty": _PENALTY,
+    "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0},
+    "min_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "min_tokens": {"type": ["integer", "null"], "minimum": 0},
+    "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}},
+    "logit_bias": {"type": ["object", "null"]},
+    "logprobs": {"type": ["boolean", "null"]},
+    "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
+    "response_format": {"type": ["object", "null"]},
+    "structured_outputs": {"type": ["object", "null"]},
     "stream": {"type": ["boolean", "null"]},
     "stream_options": {"type": ["object", "null"]},
 }
@@ -121,9 +135,10 @@ _SCHEMAS: dict[str, Schema] = {
             "message": _object(
                 {"role": _constant("assistant"), "content": _TEXT}, "role", "content"
             ),
+            "logprobs": {"type": ["object", "null"]},
             "finish_reason": _constant("stop", "length"),
         },
-        *("index", "message", "finish_reason"),
+        *("index", "message", "logprobs", "finish_reason"),
     ),
     "Usage": _object(
         {

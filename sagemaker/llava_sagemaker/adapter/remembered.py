@@ -253,10 +253,10 @@ class Remembered:
         left: Said,
         question: Asked | None,
     ) -> SessionTurn | None:
-        known = self._known.get(session_id)
-        if known is not None and known.opening:
-            raise unavailable("another request is opening the session anew; try again later")
-        known = known or self.opening.get(session_id)
+        known = self._known.get(session_id) or self.opening.get(session_id)
+        # A second opening would close the first one's session, with its picture.
+        if known is not None and known.opening and (opens or session_id in self._known):
+            raise unavailable("another request is opening the session; try again later")
         if known is None:
             if not opens:
                 return None  # forgotten, or an ID that somebody made up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from http.client import HTTPException
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
@@ -35,7 +36,7 @@ def sagemaker_routes(
         """Triton's metrics and our own."""
         try:
             told = await asyncio.to_thread(_read, f"http://{triton_metrics}/metrics")
-        except OSError:
+        except (OSError, HTTPException):
             told = ""  # it is starting, or has failed; /ping tells
         return PlainTextResponse(told + counts.text())
 

@@ -21,7 +21,7 @@ from llava_sagemaker.adapter.invocation import (
 )
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
-from llava_sagemaker.adapter.openai_answers import TextCompletion
+from llava_sagemaker.adapter.openai_answers import TextCompletion, finish_reason
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.delta import Delta
@@ -45,6 +45,8 @@ async def text_request(request: Request, fields: dict[str, Any], pictures: Pictu
     if not isinstance(more, dict | None):
         raise invalid_request("parameters must be an object", "parameters")
     parameters = read_parameters({**fields, **(more or {})})
+    if "logprobs" in parameters.sampling:
+        raise invalid_request("logprobs is told of messages only; send the text as one", "logprobs")
     image = fields.get("image", [])
     images = await pictures.load(image if isinstance(image, list) else [image], request.take)
     asked = await off_loop(
@@ -74,7 +76,7 @@ class _GeneratedText(AnswerFormat):
         return _token(piece.text, None, None) if piece.text else b""
 
     def end(self, final: Delta) -> bytes:
-        reason = "eos_token" if final.finish_reason == "stop" else "length"
+        reason = "eos_token" if finish_reason(final) == "stop" else "length"
         details = {"finish_reason": reason, "generated_tokens": final.num_output_tokens}
         return _token("", "".join(self._text), details)
 
