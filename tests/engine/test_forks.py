@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.operations import Operation
+from llava_triton.contract.structured_outputs import StructuredOutputs
+from llava_triton.conversation.grammar import Grammar, Grammars
 from llava_triton.engine.session import SessionId
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure, on_host, resident
@@ -172,3 +176,33 @@ def test_what_cannot_be_forked_is_refused_and_nothing_changes(
     assert caught.value.code is code
     assert harness.engine.statistics().sessions_open == 1
     assert ONE_WAY.wait(harness, "s")[0] == alone(FIRST, SECOND, ONE_WAY)[-1]
+
+
+@pytest.mark.parametrize("meanwhile", ["a question", "a picture"])
+def test_a_fork_copies_its_source_as_it_is_then_whatever_form_is_asked_of_it(
+    start: Start, alone: Alone, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """A form is of an answer, and a fork has none: it does not wait for the compiler, while its
+    source would go on."""
+    may_go_on = threading.Event()
+    compile_now = Grammars.compile
+
+    def slow(grammars: Grammars, form: StructuredOutputs) -> Grammar:
+        assert may_go_on.wait(60)
+        return compile_now(grammars, form)
+
+    monkeypatch.setattr(Grammars, "compile", slow)
+    harness = start()
+    shown = Ask(None, (PICTURES[0],))
+    shown.wait(harness, "s", start=True)
+    form = StructuredOutputs(choice=("yes",))
+    other = harness.submit("other", "?", start=True, structured_outputs=form)
+    fork = harness.submit(
+        "fork", start=True, operation=Operation(fork="s"), structured_outputs=form
+    )
+    later = SECOND if meanwhile == "a question" else Ask(None, (PICTURES[1],))
+    later.wait(harness, "s")
+    may_go_on.set()
+    assert fork.wait()[1].finish_reason == "prefilled"
+    assert other.wait()[0] == "yes"
+    assert OTHER_WAY.wait(harness, "fork")[0] == alone(shown, OTHER_WAY)[-1]

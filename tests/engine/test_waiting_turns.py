@@ -116,11 +116,11 @@ def held_preparation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], N
     most = 50
     message, tried, may = ConversationRenderer.message, threading.Event(), threading.Event()
 
-    def held(renderer: ConversationRenderer, last: Any, text: str | None, images: Any) -> Prompt:
+    def held(renderer: ConversationRenderer, last: Any, text: str | None, *images: Any) -> Prompt:
         if len(text or "") > most:
             tried.set()
             assert may.wait(HANG_SECONDS)
-        return message(renderer, last, text, images)
+        return message(renderer, last, text, *images)
 
     def wait_until_tried() -> None:
         assert tried.wait(HANG_SECONDS)

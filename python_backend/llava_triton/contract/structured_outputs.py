@@ -45,11 +45,19 @@ def structured_outputs(value: Any) -> StructuredOutputs | None:
     if name == "json":
         schema = _schema(each)
         return None if schema is None else StructuredOutputs(json=schema)
-    if name == "regex" and isinstance(each, str) and 1 <= len(each) <= MAX_REGEX_CHARACTERS:
+    if name == "regex" and _is_text(each) and len(each) <= MAX_REGEX_CHARACTERS:
         return StructuredOutputs(regex=each)
     if name == "choice" and _are_choices(each):
         return StructuredOutputs(choice=tuple(each))
     return None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that is not empty and has no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _schema(value: Any) -> str | None:

@@ -375,17 +375,22 @@ class Engine:
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
-        if request.operation != NO_OPERATION and source is None:
-            session.go_back(mark)
-        session.images += pictures
-        session.append(prepared.past.prompt)
-        session.turns += prepared.past.turns
-        running.kept = session.replace_message(prepared.message)
-        self._memory.truncate(session, running.remembered)
-        running.cached_tokens = session.key_values.computed
-        if request.is_empty:
-            running.finish_reason = "closed" if request.end else "prefilled"
-            self._complete(running)
+        running.kept = mark.length
+        try:
+            if request.operation != NO_OPERATION and source is None:
+                session.go_back(mark)
+            session.images += pictures
+            session.append(prepared.past.prompt)
+            session.turns += prepared.past.turns
+            running.kept = session.replace_message(prepared.message)
+            self._memory.truncate(session, running.remembered)
+            running.cached_tokens = session.key_values.computed
+            if request.is_empty:
+                running.finish_reason = "closed" if request.end else "prefilled"
+                self._complete(running)
+        except Exception as error:  # a fault of ours; left running, it would never be computed
+            log.exception("a turn could not begin")
+            self._fail(running, as_session_error(error))
 
     def _source(self, request: TurnRequest) -> Session | None:
         """The session that a turn copies; None where it copies none.
@@ -636,7 +641,10 @@ class Engine:
                     text = running.read()  # of tokens that its listener has not heard of
                     running.finish_reason = running.finish_reason or "stopped"
                     self._complete(running, text)
-                told = running.delta("", "stopped")
+                told = Delta(
+                    *("", "stopped", running.prompt_tokens),
+                    *(running.answer_tokens, running.cached_tokens, 0.0),
+                )
             except Exception as error:
                 self._fail(running, as_session_error(error))
         listener(told)

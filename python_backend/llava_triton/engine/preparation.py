@@ -64,7 +64,7 @@ class TurnPreparation:
         return bool(
             request.image_features
             or request.history
-            or request.sampling.structured_outputs
+            or (request.is_asked and request.sampling.structured_outputs)
             or len(request.text or "") > SHORT_TEXT_CHARACTERS
         )
 
@@ -97,7 +97,9 @@ class TurnPreparation:
         positions = request.image_positions or ()
         if (message := again) is None:
             message = self._renderer.message(last_answer, request.text, images, positions)
-        form = request.sampling.structured_outputs
+        # A form is of an answer. And what has none, a fork for one, is prepared at once: the
+        # session that it copies does not wait for it.
+        form = request.sampling.structured_outputs if request.is_asked else None
         grammar = None if form is None else self._grammars.compile(form)
         return Prepared(past, message, self._digests(request), grammar)
 

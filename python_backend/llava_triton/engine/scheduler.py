@@ -200,6 +200,8 @@ class Scheduler:
         """
         rows = {work.running.turn.id: row for row, work in enumerate(under_way)}
         going = []
+        formed = 0
+        """Answers that this step leaves out and that wait for it."""
         for turn in turns:
             row = rows.get(turn.turn.id)
             if turn.finish_reason:
@@ -211,13 +213,14 @@ class Scheduler:
             elif under_way[row].count < turn.uncomputed:
                 going.append(_Next(turn, under_way[row]))
             elif turn.grammar is not None:  # its next token depends on the one in flight
-                continue
+                formed += 1
             elif turn.answer_tokens + 1 < turn.max_tokens:
                 going.append(_Next(turn, under_way[row], row))
         decoding = sum(each.decoding for each in going)
         if self._questions_alone and decoding < len(going):
             return []
-        works = self._works(going, self._room(going, decoding, self.interval, now), ahead=True)
+        room = self._room(going, decoding + formed, self.interval, now)
+        works = self._works(going, room, ahead=True)
         self._prompts_wait = self._has_short(works)
         return works
 
@@ -266,7 +269,7 @@ class Scheduler:
 
     def _room(self, going: Sequence[_Next], answers: int, seconds: float, now: float) -> _Room:
         most = self._chunk_tokens
-        if len(going) == answers:
+        if all(each.decoding for each in going):
             return _Room(0, 0, 0)
         held_back = self._prompts_wait and self._is_late(going, now)
         if not answers:
