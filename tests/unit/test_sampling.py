@@ -169,6 +169,7 @@ def test_values_at_the_limits_are_taken(name: str, value: Any, kept: Any) -> Non
         ('{"structured_outputs": {"json": [1]}}', "structured_outputs is"),
         ('{"structured_outputs": {"json": "{"}}', "structured_outputs is"),
         ('{"structured_outputs": {"regex": ""}}', "structured_outputs is"),
+        (r'{"structured_outputs": {"regex": "\ud800"}}', "structured_outputs is"),
         ('{"structured_outputs": {"choice": []}}', "structured_outputs is"),
         ('{"structured_outputs": {"choice": ["a", ""]}}', "structured_outputs is"),
         ('{"structured_outputs": {"json_object": false}}', "structured_outputs is"),
