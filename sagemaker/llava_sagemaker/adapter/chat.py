@@ -135,7 +135,9 @@ async def _in_session(
     before, turns = (known.digest, known.turns) if known else (None, 0)
     if not conversation.past or before == past:
         return _Place(session_id, before, {}, known, turns)
-    if (kept := _turns_before(known, past)) is not None:
+    kept = _turns_before(known, past)
+    # Several chats may use one session: none takes a picture back that it has not seen.
+    if known and kept is not None and known.said.shown_since(kept) <= conversation.pictures:
         return _Place(session_id, past, {}, known, turns, kept)
     await check_open(session_id)  # nobody but we makes IDs
     if known is None:

@@ -57,6 +57,11 @@ class Conversation:
         return tuple(_extended(b"", [image]) for image in self.all_images())
 
     @property
+    def question_digests(self) -> tuple[bytes, ...]:
+        """Of the question's pictures."""
+        return self.picture_digests[len(self.picture_digests) - len(self.images) :]
+
+    @property
     def pictures(self) -> frozenset[bytes]:
         """The same, in no order."""
         return frozenset(self.picture_digests)
@@ -72,8 +77,7 @@ class Conversation:
 
     def asked_digest(self, before: bytes) -> bytes:
         """What a conversation is known by that was known by `before` and got the question."""
-        past_images = len(self.picture_digests) - len(self.images)
-        return _asked(before, self.text, self.picture_digests[past_images:], self.positions)
+        return _asked(before, self.text, self.question_digests, self.positions)
 
 
 def _whole(text: str) -> str:

@@ -31,6 +31,8 @@ class Asked:
     """The digest of what was said before it; None where that is not known."""
     after: Callable[[str], bytes | None]
     """Gives the digest of what was said after an answer."""
+    pictures: frozenset[bytes] = frozenset()
+    """Digests of those that came with it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Said:
         nothing that was all that was said when a question came."""
         befores = [question.before for question in self.questions or ()]
         return befores.index(digest) if digest in befores else None
+
+    def shown_since(self, turns: int) -> frozenset[bytes]:
+        """Digests of the pictures that came with later questions than the first so many."""
+        later = (self.questions or ())[turns:]
+        return frozenset(picture for question in later for picture in question.pictures)
 
     def and_answered(self, question: Asked, answer: str) -> Said:
         """The same, a question and its answer."""
@@ -191,9 +198,9 @@ class Remembered:
         elif operation.regenerate:
             left = Said()
         if asks:
-            question = Asked(left.digest, _unknown)
+            question = Asked(left.digest, _unknown, pictures)
         elif shows and not turn.start:  # messages that continue it would show the picture
-            left = Said(None, left.questions)
+            left = Said()
         return self._begins(turn.session_id, turn.start, pictures, left, question)
 
     def chat_begins(
@@ -228,7 +235,9 @@ class Remembered:
             left = known.said if known is not None else Said()
             left = Said(before, (left if kept is None else left.before_question(kept)).questions)
         question = Asked(
-            before, lambda answer: None if digest is None else answered(digest, answer)
+            before,
+            lambda answer: None if digest is None else answered(digest, answer),
+            frozenset(asked.question_digests),
         )
         return self._begins(session_id, opens, asked.pictures, left, question)
 
