@@ -98,6 +98,7 @@ def test_a_fork_that_is_cancelled_is_ended(monkeypatch: pytest.MonkeyPatch) -> N
         server.may_open.clear()
         server.asked.clear()
         await cancelled(session.fork("second"), server)
+        assert not server.closed.is_set()
         server.may_open.set()
         await server.closed.wait()
         assert server.open == {"first"}
