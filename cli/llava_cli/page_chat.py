@@ -77,10 +77,11 @@ class PageChat:
         if self._busy.locked():
             raise CommandError(BUSY)
         turn = self._turn_of(message)
-        files = self._files[turn]
+        # The files may be gone by now: the chat has what was in them.
+        files, pictures = self._files[turn], self._chat.turns[turn].pictures
         self._on_thread(self._chat.rewind, turn)
         del self._files[turn:]
-        return self.ask(text, files)
+        return self._answered(turn, text, files, lambda: self._chat.ask(text, pictures))
 
     def stop(self) -> None:
         """Stop the answer that comes, if one does; what it has said is kept."""

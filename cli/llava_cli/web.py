@@ -22,7 +22,7 @@ CHATS_AT_ONCE = 64
 ENDED = "this chat has ended, because its page was not heard of for an hour; press New chat"
 UPLOADS = (3600, 2 * 86_400)
 """How often pictures that were dropped on a page are deleted, and at what age, in seconds: later
-than Gradio ends a chat that nobody uses. What is left is deleted when the command ends."""
+than Gradio ends a chat that nobody uses. What is left is deleted at Ctrl-C."""
 MAX_FILE_SIZE = "32mb"
 """The server's own limit of a picture, by default."""
 CSS = """

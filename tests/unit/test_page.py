@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,17 @@ def test_an_empty_question_changes_nothing(chat: PageChat) -> None:
         with pytest.raises(CommandError, match="the question is empty"):
             asked()
     assert chat.messages() == before
+
+
+def test_a_changed_question_keeps_pictures_whose_files_are_gone(
+    chat: PageChat, willing: Willing, tmp_path: Path
+) -> None:
+    file = tmp_path / "here.png"
+    file.write_bytes(b"a picture")
+    list(chat.ask("How many?", [str(file)]))
+    file.unlink()
+    list(chat.ask_instead(1, "Which?"))
+    assert [(turn.text, turn.pictures) for turn in willing.turns] == [("Which?", [b"a picture"])]
 
 
 def test_a_url_that_names_no_server_is_refused_before_the_page() -> None:
