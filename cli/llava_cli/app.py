@@ -135,10 +135,13 @@ def serve(
     """
     with told():
         needs("server", "onnx", "onnxruntime", "onnxscript", "uvicorn", "starlette", "uvloop")
+        from llava_sagemaker.adapter_process import api_key
+
         from llava_cli.serving import KeptAdapter, exported, settings_from
         from llava_triton.server import foreground
         from llava_triton.server.triton_server import TritonServer
 
+        api_key()  # a wrong one is told before an export, which takes minutes
         chosen = settings_from(settings, dtype=dtype, weights=weights, max_sessions=max_sessions)
         repository = exported(model, chosen)
         server = TritonServer(

@@ -94,7 +94,7 @@ def _different(path: Path, number: int) -> list[bytes]:
     """So many pictures that differ in their first pixel."""
     try:
         picture = Image.open(path).convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
         raise CommandError(f"{path} is no picture that can be read: {error}") from error
     encoded = []
     for index in range(number):

@@ -13,8 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_triton.client import SessionError
-
 AGAIN = {"temperature": 0.7}
 """How an answer is asked for again: the likeliest one would be the same."""
 
@@ -79,21 +77,23 @@ class Chat(ABC):
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):
             # Leaving a stream undoes the turn at the server, but not for the person who read it.
+            # A whole answer that nobody waits for is a turn at the server, but not here.
+            self._forget()
             if turn.answer:
-                self._forget()
                 self.turns.append(turn)
             raise
         self.turns.append(turn)
 
     def again(self) -> Generator[str, None, None]:
         """Another answer to the last question, in the place of the one it has; as `ask`."""
-        last = self.turns[-1]
-        self.rewind(len(self.turns) - 1)
+        number, last = len(self.turns), self.turns[-1]
         try:
+            self.rewind(number - 1)
             yield from self.ask(last.text, last.pictures, seed=random.getrandbits(31), **AGAIN)
-        except SessionError:
-            self._forget()
-            self.turns.append(last)
+        except BaseException:  # Ctrl-C too, where it came before the first piece
+            if len(self.turns) < number:
+                self._forget()
+                self.turns.append(last)
             raise
 
     def rewind(self, turns: int) -> None:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
+from http.client import HTTPException
 from typing import Any
 
 from llava_cli.conversation import Chat, Cost, Turn
@@ -16,6 +17,8 @@ from llava_triton.client import ErrorCode, SessionError
 
 WAIT_SECONDS = 300.0
 """Nothing comes for so long: nobody answers."""
+NOT_AS_AGREED = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an address, or an event of another form than OpenAI's, raises."""
 
 
 class OpenAIChat(Chat):
@@ -48,12 +51,16 @@ class OpenAIChat(Chat):
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         began = time.perf_counter()
         first: float | None = None
+        complete = False
         try:
             with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as response:
                 for line in response:
                     data = line.removeprefix(b"data:").strip()
-                    if not line.startswith(b"data:") or data == b"[DONE]":
+                    if not line.startswith(b"data:"):
                         continue
+                    if data == b"[DONE]":
+                        complete = True
+                        break
                     event = json.loads(data)
                     if "error" in event:
                         raise SessionError(ErrorCode.INTERNAL, _sentence(data))
@@ -63,13 +70,20 @@ class OpenAIChat(Chat):
                         if piece := choice["delta"].get("content"):
                             first = first or time.perf_counter() - began
                             yield piece
+                        complete = complete or choice.get("finish_reason") is not None
         except urllib.error.HTTPError as error:
             code = ErrorCode.UNAVAILABLE if error.code >= 500 else ErrorCode.INVALID_ARG
-            raise SessionError(code, _sentence(error.read())) from error
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise SessionError(code, _refusal(error)) from error
+        except (*NOT_AS_AGREED, OSError, HTTPException) as error:
             raise SessionError(
-                ErrorCode.UNAVAILABLE, f"no chat completions at {self._url} ({error})"
+                ErrorCode.UNAVAILABLE, f"no chat completions at {self._url} ({error!r})"
             ) from error
+        if not complete:
+            raise SessionError(
+                ErrorCode.UNAVAILABLE,
+                f"the answer from {self._url} has broken off: it ended without a finish_reason or "
+                "[DONE]; ask again",
+            )
 
 
 def _messages(turn: Turn) -> list[dict[str, Any]]:
@@ -98,9 +112,17 @@ def _cost(usage: dict[str, Any], first_token_seconds: float) -> Cost:
     )
 
 
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """What it says, if its body comes."""
+    try:
+        return _sentence(error.read())
+    except (OSError, HTTPException):
+        return f"the server answers with status {error.code}, and breaks off"
+
+
 def _sentence(body: bytes) -> str:
     """What an error's body says."""
     try:
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+    except NOT_AS_AGREED:
         return f"the server answers {body[:200]!r}"

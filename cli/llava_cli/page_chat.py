@@ -47,12 +47,14 @@ class PageChat:
             files: pictures, by their paths.
 
         Raises:
-            SessionError, CommandError: the turn was refused; the chat is as it was.
+            SessionError, CommandError: the turn was refused, or the question is empty; the chat is
+                as it was.
         """
 
         def pieces() -> Generator[str, None, None]:
             return self._chat.ask(text, [read_picture(file) for file in files])
 
+        text = _question_in(text)
         return self._answered(len(self._chat.turns), text, files, pieces)
 
     def again(self) -> Iterator[list[Message]]:
@@ -71,13 +73,15 @@ class PageChat:
             message: which of the page's messages was changed.
             text: the new question.
         """
+        text = _question_in(text)  # before what came after it is forgotten
         if self._busy.locked():
             raise CommandError(BUSY)
         turn = self._turn_of(message)
-        files = self._files[turn]
+        # The files may be gone by now: the chat has what was in them.
+        files, pictures = self._files[turn], self._chat.turns[turn].pictures
         self._on_thread(self._chat.rewind, turn)
         del self._files[turn:]
-        return self.ask(text, files)
+        return self._answered(turn, text, files, lambda: self._chat.ask(text, pictures))
 
     def stop(self) -> None:
         """Stop the answer that comes, if one does; what it has said is kept."""
@@ -137,6 +141,12 @@ class PageChat:
 
     def _turn_of(self, message: int) -> int:
         return [number for number, _ in self._numbered(None)][message]
+
+
+def _question_in(text: str) -> str:
+    if question := text.strip():
+        return question
+    raise CommandError("ask something about the picture: the question is empty")
 
 
 def _question(text: str, files: Sequence[str]) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from llava_triton.server.triton_server import TritonServer
 
 STOP_SECONDS = 2.0
 """So long the adapter may take to end running turns."""
+FIRST_PAUSE_SECONDS = 1.0
+"""Between the adapter's first death and its next start."""
 
 
 class KeptAdapter:
     """The session adapter in front of a Triton server, started again when it dies.
 
     Its sessions are Triton's, so they outlive it. What dies too often ends the server too.
+    Before it is started again there is a pause, which doubles: what it died of may pass.
 
     Args:
         host, port: where it listens.
@@ -39,6 +43,8 @@ class KeptAdapter:
         self._port = port
         self._server = server
         self._faults = Faults()
+        self._start_at: float | None = None
+        """On time.monotonic's clock, where it has died."""
         self._process = AdapterProcess(
             host,
             port,
@@ -72,13 +78,19 @@ class KeptAdapter:
         status = self._process.exit_status()
         if status is None:
             return
+        if self._start_at is not None:
+            if time.monotonic() >= self._start_at:
+                self._start_at = None
+                self._process.start()
+            return
         died = f"the session adapter has died (exit status {status})"
         times = self._faults.one_more()
         if times > RESTARTS:
             minutes = RESTARTS_SECONDS / 60
             raise ServerError(f"{died}, {times} times in {minutes:.0f} minutes; see above why")
-        print(f"{died}: starting it again; Triton's sessions go on", flush=True)
-        self._process.start()
+        pause = FIRST_PAUSE_SECONDS * 2 ** (times - 1)
+        self._start_at = time.monotonic() + pause
+        print(f"{died}: starting it again in {pause:.0f} s; Triton's sessions go on", flush=True)
 
     def stop(self) -> None:
         """End it."""
@@ -121,7 +133,9 @@ def exported(model: str, settings: Settings | None) -> Path:
         if settings is not None:
             raise CommandError(
                 f"{model} is an exported model repository and is served with the settings that it "
-                "was exported with; give them to `llava-triton export`, or name the checkpoint"
+                "was exported with; leave out --dtype, --weights, --max-sessions and --settings, "
+                "and the variables LLAVA_DTYPE, LLAVA_WEIGHTS, LLAVA_MAX_SESSIONS and "
+                "LLAVA_SETTINGS, or give them to `llava-triton export`, or name the checkpoint"
             )
         return Path(model)
     repository = repository_of(model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
-from urllib.parse import urlsplit
 
 from llava_cli.conversation import Chat, Cost, Turn
 from llava_triton.client import ErrorCode, PastTurn, Session, SessionError
+from llava_triton.client.opening import Address
 
 
 class SessionChat(Chat):
@@ -17,12 +17,15 @@ class SessionChat(Chat):
 
     Args:
         url: as for `Session.open`.
+
+    Raises:
+        SessionError: INVALID_ARG, the URL names no server.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
-        self._streams = urlsplit(url).scheme != "http"
+        self._streams = Address.of(url).scheme != "http"
         self._session: Session | None = None
 
     def close(self) -> None:

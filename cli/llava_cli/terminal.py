@@ -92,25 +92,35 @@ class Terminal:
             elif word.startswith("/"):
                 self._console.print(HELP, markup=False)
             else:
-                pictures, self._pictures = self._pictures, []
-                self._answer(self._chat.ask(line, pictures))
+                self._ask(line)
         except (SessionError, CommandError) as error:
             sentence = error.sentence if isinstance(error, SessionError) else str(error)
             self._console.print(f"[red]{escape(sentence)}[/]")
 
+    def _ask(self, text: str) -> None:
+        """Show the pictures with a question; they stay for the next one if it makes no turn."""
+        turns = len(self._chat.turns)
+        try:
+            self._answer(self._chat.ask(text, self._pictures))
+        finally:
+            if len(self._chat.turns) > turns:
+                self._pictures = []
+
     def _answer(self, pieces: Generator[str, None, None]) -> None:
+        stopped = False
         self._console.print("[bold green]LLaVA[/] ", end="")
         try:
             for piece in pieces:
                 self._console.print(piece, end="", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
+            stopped = True
             self._console.print(" [dim](stopped)[/]", end="")
         finally:
             pieces.close()
             self._console.print()
-        turns = self._chat.turns
-        if turns and turns[-1].cost is not None:
-            self._console.print(f"[dim]{turns[-1].cost}[/]")
+        cost = self._chat.turns[-1].cost if not stopped else None
+        if cost is not None:
+            self._console.print(f"[dim]{cost}[/]")
 
 
 def read_picture(path: str | Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +13,16 @@ import gradio as gr
 
 from llava_cli.errors import CommandError
 from llava_cli.files import SHARED, example_pictures
+from llava_cli.open_chat import open_chat
 from llava_cli.page_chat import Message, PageChat, sentence
 from llava_triton.client import SessionError
 
 QUESTIONS = ("How many shapes are there?", "Describe the picture.")
 CHATS_AT_ONCE = 64
+ENDED = "this chat has ended, because its page was not heard of for an hour; press New chat"
+UPLOADS = (3600, 2 * 86_400)
+"""How often pictures that were dropped on a page are deleted, and at what age, in seconds: later
+than Gradio ends a chat that nobody uses. What is left is deleted at Ctrl-C."""
 MAX_FILE_SIZE = "32mb"
 """The server's own limit of a picture, by default."""
 CSS = """
@@ -26,8 +32,10 @@ CSS = """
 footer { display: none !important }
 """
 
-Shown = tuple[Any, Any, Any, Any]
-"""New values of the chat, the input, the problem, the stop button."""
+Shown = tuple[Any, Any, Any, Any, Any]
+"""New values of the chat, the messages, the input, the problem, the stop button. The chat is the
+one there was: Gradio ends one that was not set for an hour, once the page's connection has broken
+off."""
 
 
 def make_page(url: str) -> gr.Blocks:
@@ -37,7 +45,9 @@ def make_page(url: str) -> gr.Blocks:
         url: see `open_chat`.
     """
     pictures = example_pictures()
-    with gr.Blocks(title="LLaVA on Triton", fill_height=True, analytics_enabled=False) as page:
+    with gr.Blocks(
+        title="LLaVA on Triton", fill_height=True, analytics_enabled=False, delete_cache=UPLOADS
+    ) as page:
         gr.Markdown(f"## LLaVA on Triton\n`{url}`")
         chat = gr.State(None, delete_callback=lambda ended: ended and ended.close())
         shown = gr.Chatbot(
@@ -76,7 +86,7 @@ def make_page(url: str) -> gr.Blocks:
             label="Pictures that the demo model understands",
         )
 
-        outputs = [shown, box, problem, stop]
+        outputs = [chat, shown, box, problem, stop]
         answers: dict[str, Any] = {
             "outputs": outputs,
             "concurrency_limit": CHATS_AT_ONCE,
@@ -88,13 +98,10 @@ def make_page(url: str) -> gr.Blocks:
         box.submit(_ask, [chat, box], **answers)
         again.click(_again, [chat], **answers)
         shown.edit(_ask_instead, [chat], **answers)
-        stop.click(lambda chat: chat.stop(), [chat], **plain)
+        stop.click(lambda chat: chat and chat.stop(), [chat], **plain)
         for begin_anew in (new.click, shown.clear):
-            begin_anew(lambda chat: chat.close(), [chat], **plain).then(
-                lambda: (PageChat(url), [], *_idle()),
-                None,
-                [chat, *outputs],
-                **plain,
+            begin_anew(lambda chat: chat and chat.close(), [chat], **plain).then(
+                lambda: (PageChat(url), [], *_idle()), None, outputs, **plain
             )
     return page
 
@@ -108,7 +115,9 @@ def run(url: str, host: str, port: int) -> None:
 
     Raises:
         OSError: the port is taken.
+        SessionError: INVALID_ARG, the URL names no server.
     """
+    open_chat(url)  # to refuse it here, and not on every page
     make_page(url).launch(
         server_name=host,
         server_port=port,
@@ -121,41 +130,48 @@ def run(url: str, host: str, port: int) -> None:
     )
 
 
-def _ask(chat: PageChat, question: dict[str, Any]) -> Iterator[Shown]:
-    text, files = question["text"].strip(), question["files"]
-    if not text:
-        yield _told(chat, question, "ask something about the picture: the question is empty")
-    else:
-        yield from _shown(chat, lambda: chat.ask(text, files), question)
+def _ask(chat: PageChat | None, question: dict[str, Any]) -> Iterator[Shown]:
+    yield from _shown(chat, lambda chat: chat.ask(question["text"], question["files"]), question)
 
 
-def _again(chat: PageChat) -> Iterator[Shown]:
-    yield from _shown(chat, chat.again, None)
+def _again(chat: PageChat | None) -> Iterator[Shown]:
+    yield from _shown(chat, lambda chat: chat.again(), None)
 
 
-def _ask_instead(chat: PageChat, edit: gr.EditData) -> Iterator[Shown]:
+def _ask_instead(chat: PageChat | None, edit: gr.EditData) -> Iterator[Shown]:
     index = edit.index[0] if isinstance(edit.index, list | tuple) else edit.index
-    yield from _shown(chat, lambda: chat.ask_instead(index, str(edit.value)), None)
+    yield from _shown(chat, lambda chat: chat.ask_instead(index, str(edit.value)), None)
 
 
 def _shown(
-    chat: PageChat, start: Callable[[], Iterator[list[Message]]], question: dict[str, Any] | None
+    chat: PageChat | None,
+    start: Callable[[PageChat], Iterator[list[Message]]],
+    question: dict[str, Any] | None,
 ) -> Iterator[Shown]:
     """What the page shows while an answer comes, and after it.
 
     Args:
-        question: is put back into the input where the server refuses it.
+        chat: None where it has ended.
+        question: is put back into the input where it gets no answer.
     """
+    if chat is None or chat.closed:
+        # Not over what may be in its place by now.
+        yield gr.skip(), gr.skip(), *_told(question, ENDED)
+        return
     try:
-        for messages in start():
+        for messages in start(chat):
             if chat.closed:
                 return
             box = gr.update(value=None, interactive=False)
-            yield messages, box, gr.update(visible=False), gr.update(interactive=True)
+            yield chat, messages, box, gr.update(visible=False), gr.update(interactive=True)
+        after = _idle()
     except (SessionError, CommandError) as error:
-        yield _told(chat, question, sentence(error))
-    else:
-        yield chat.messages(), *_idle()
+        after = _told(question, sentence(error))
+    except Exception:  # the page must be of use after any error
+        logging.exception("a chat's page has failed")
+        after = _told(question, "this page has made a mistake; its log says more. Ask again")
+    if not chat.closed:
+        yield chat, chat.messages(), *after
 
 
 def _idle() -> tuple[Any, Any, Any]:
@@ -164,10 +180,7 @@ def _idle() -> tuple[Any, Any, Any]:
     return gr.update(value=None, interactive=True), hidden, dead
 
 
-def _told(chat: PageChat, question: dict[str, Any] | None, problem: str) -> Shown:
-    return (
-        chat.messages(),
-        gr.update(value=question, interactive=True),
-        gr.update(value=problem, visible=True),
-        gr.update(interactive=False),
-    )
+def _told(question: dict[str, Any] | None, problem: str) -> tuple[Any, Any, Any]:
+    """The same three with a problem; the question is back in the input."""
+    shown, dead = gr.update(value=problem, visible=True), gr.update(interactive=False)
+    return gr.update(value=question, interactive=True), shown, dead

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from llava_triton.server.child import start_child
+from llava_triton.server.server_error import ServerError
+
+
+def api_key() -> str:
+    """What every request must bring: the variable LLAVA_API_KEY; empty: nothing. No option: those
+    are for everybody to see.
+
+    Raises:
+        ServerError: no header could carry it.
+    """
+    key = os.environ.get("LLAVA_API_KEY", "")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ServerError(
+            "LLAVA_API_KEY must be of printable ASCII without spaces: it is compared with a header"
+        )
+    return key
 
 
 class AdapterProcess:

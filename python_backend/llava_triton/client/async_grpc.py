@@ -10,7 +10,7 @@ import grpc
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from llava_triton.client.async_transport import AsyncTransport, each
+from llava_triton.client.async_transport import LET_GO_SECONDS, AsyncTransport, each
 from llava_triton.client.grpc import CHANNEL
 from llava_triton.client.transport import TurnMessage, delta_of, session_error
 from llava_triton.contract.delta import Delta
@@ -69,14 +69,15 @@ class AsyncGrpcTransport(AsyncTransport):
     async def _first(self) -> Any:
         """A turn's first response, a heartbeat if nothing else.
 
-        Cancelled, it is waited for all the same: where a turn is cancelled that Triton has not
-        handed on yet, Triton ends the whole session.
+        Cancelled, it is waited for all the same, for at most LET_GO_SECONDS: where a turn is
+        cancelled that Triton has not handed on yet, Triton ends the whole session.
         """
         reading = asyncio.ensure_future(anext(self._responses))
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
-            await asyncio.wait((reading,))
+            await asyncio.wait((reading,), timeout=LET_GO_SECONDS)
+            reading.cancel()
             raise
 
     async def close(self) -> None:

@@ -16,7 +16,11 @@ from collections.abc import (
 from typing import Any
 
 from llava_triton.client.answer import Answer, AnswerParts, StopOnce, whole_answer
-from llava_triton.client.async_transport import AsyncTransport, ThreadedTransport
+from llava_triton.client.async_transport import (
+    LET_GO_SECONDS,
+    AsyncTransport,
+    ThreadedTransport,
+)
 from llava_triton.client.opening import Address, opening_turn
 from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.transport import TurnMessage, regenerating, rewinding
@@ -106,7 +110,8 @@ class AsyncSession:
 
     One turn at a time, in the event loop that opened it. A task that is cancelled while it reads a
     stream cancels its turn. One that is cancelled in `ask` only waits no longer: the turn goes on,
-    and counts (`max_seconds` ends it in time).
+    and counts (`max_seconds` ends it in time). One that is cancelled in `open` or `fork` waits no
+    longer either: what it opened is ended in the background, as long as the event loop runs.
     """
 
     def __init__(self, transport: AsyncTransport, session_id: int | str) -> None:
@@ -129,9 +134,12 @@ class AsyncSession:
         A replay is not offered here; `history` opens a lost session again.
         """
         address = Address.of(url)
-        transport = _transport(address, tenant)
+        turn = opening_turn(address, image, session_id, history)
+        return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
+
+    @classmethod
+    async def _opened(cls, transport: AsyncTransport, turn: TurnMessage) -> AsyncSession:
         try:
-            turn = opening_turn(address, image, session_id, history)
             opened, _ = await transport.open(turn)
         except BaseException:
             await transport.close()
@@ -180,17 +188,23 @@ class AsyncSession:
     async def fork(self, session_id: int | str | None = None) -> AsyncSession:
         """Open another session that has all of this one so far; as `Session.fork`."""
         await self._leave_stream()
+        return await _opened_or_ended(self._forked(session_id))
+
+    async def _forked(self, session_id: int | str | None) -> AsyncSession:
         return AsyncSession(*await self._transport.fork(self.id, session_id))
 
     async def close(self) -> None:
         """End the session; the server frees all it held. Closing twice is fine."""
-        if self._open:
-            self._open = False
-            # It may have expired, or the server may be gone: then it is closed already.
-            with contextlib.suppress(SessionError):
-                await self._leave_stream()
-                await self._transport.ask(TurnMessage(self.id, end=True))
-        await self._transport.close()
+        try:
+            if self._open:
+                self._open = False
+                # It may have expired, or the server may be gone: then it is closed already.
+                with contextlib.suppress(SessionError, TimeoutError):
+                    async with asyncio.timeout(LET_GO_SECONDS):
+                        await self._leave_stream()
+                        await self._transport.ask(TurnMessage(self.id, end=True))
+        finally:
+            await self._transport.close()
 
     async def _ask(
         self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]
@@ -232,6 +246,29 @@ class AsyncSession:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+_ENDING: set[asyncio.Task[None]] = set()
+"""Tasks that end what nobody waits for. An event loop keeps none alive by itself."""
+
+
+async def _opened_or_ended(opening: Coroutine[Any, Any, AsyncSession]) -> AsyncSession:
+    """A session. Cancelled, it is opened all the same, and then ended: a server does not stop
+    opening a session because its client has gone, and would keep it until it expires."""
+    task = asyncio.ensure_future(opening)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        ending = asyncio.ensure_future(_end(task))
+        _ENDING.add(ending)
+        ending.add_done_callback(_ENDING.discard)
+        raise
+
+
+async def _end(opening: asyncio.Task[AsyncSession]) -> None:
+    with contextlib.suppress(SessionError):  # it was not opened
+        session = await opening
+        await session.close()
 
 
 def _transport(address: Address, tenant: str | None) -> AsyncTransport:

@@ -13,6 +13,9 @@ from llava_triton.contract import protocol
 from llava_triton.contract.delta import Delta
 
 Result = TypeVar("Result")
+LET_GO_SECONDS = 60.0
+"""So long a client that leaves waits for the server's word. A server that says nothing for so long
+has gone, or hangs."""
 
 
 class AsyncTransport(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.transport import TurnMessage
@@ -13,6 +13,18 @@ from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
 
 SCHEMES = ("grpc", "http", "sagemaker")
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL.
+
+    Raises:
+        SessionError: INVALID_ARG, it has none, as where a bracket is not closed.
+    """
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise invalid(f"the URL is {url!r}, which cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Address:
         Raises:
             SessionError: INVALID_ARG, it is none that names a server.
         """
-        parts = urlsplit(url)
+        parts = split_url(url)
         if parts.scheme not in SCHEMES or not parts.netloc:
             raise invalid(
                 f"the URL is {url!r}; give grpc://host:port or http://host:port or "

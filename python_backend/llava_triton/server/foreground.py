@@ -58,6 +58,8 @@ def _start(server: TritonServer, companion: Companion | None) -> None:
     started = time.monotonic()
     print(f"starting Triton on {server.repository} ...", flush=True)
     server.start()
+    if companion is not None:
+        companion.look()  # it may have died while Triton started
     print(f"ready after {time.monotonic() - started:.1f} s (process {server.pid})")
     print(f"  HTTP     {server.http_url}")
     print(f"  gRPC     {server.grpc_url}")

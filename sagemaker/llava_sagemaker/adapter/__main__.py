@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -16,8 +15,10 @@ import uvicorn
 
 from llava_sagemaker.adapter.app import make_app
 from llava_sagemaker.adapter.http_protocol import GuardedProtocol
+from llava_sagemaker.adapter_process import api_key
 from llava_triton.contract.settings import Settings
 from llava_triton.server.large_blocks import give_back_large_blocks
+from llava_triton.server.server_error import ServerError
 
 DRAIN_SECONDS = 25
 """After SIGTERM running turns may take so long."""
@@ -38,13 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {options.repository} has no settings that fit: {error}", file=sys.stderr)
         return 1
-    api_key = os.environ.get("LLAVA_API_KEY", "")  # no option: those are for everybody to see
-    if not re.fullmatch(r"[!-~]*", api_key):
-        print(
-            "error: LLAVA_API_KEY must be of printable ASCII without spaces: it is compared with "
-            "a header",
-            file=sys.stderr,
-        )
+    try:
+        key = api_key()
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     app = make_app(
         options.triton,
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         image_hosts=_listed("LLAVA_IMAGE_HOSTS"),
         image_buckets=_listed("LLAVA_IMAGE_BUCKETS"),
         cors_origins=_listed("LLAVA_CORS_ORIGINS"),
-        api_key=api_key,
+        api_key=key,
     )
     give_back_large_blocks()
     # A connection takes a file descriptor, and 1,024 is a common limit that may be raised.

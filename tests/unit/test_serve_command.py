@@ -1,0 +1,96 @@
+"""What `llava-triton serve` does about a session adapter that cannot serve."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_cli import serving
+from llava_cli.app import app
+from llava_cli.serving import KeptAdapter
+from llava_triton.server import foreground
+from llava_triton.server.restarts import RESTARTS
+from llava_triton.server.server_error import ServerError
+from llava_triton.server.triton_server import TritonServer, free_ports
+
+
+class Dying:
+    """An adapter that dies whenever it is started."""
+
+    def __init__(self, *_: object) -> None:
+        self.started: list[float] = []
+
+    def start(self) -> None:
+        self.started.append(time.monotonic())
+
+    def exit_status(self) -> int:
+        return 1
+
+    def stop(self, patience: float) -> None:
+        pass
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KeptAdapter:
+    monkeypatch.setattr(serving, "AdapterProcess", Dying)
+    port, *triton = free_ports(4)
+    return KeptAdapter("127.0.0.1", port, TritonServer(tmp_path, *triton))
+
+
+def test_a_dead_adapter_is_started_again_after_growing_pauses(
+    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    process = kept._process
+    assert isinstance(process, Dying)
+
+    def look_on() -> None:
+        nonlocal now
+        while now < 100.0:
+            kept.look()
+            now += 0.25
+
+    kept.start()
+    with pytest.raises(ServerError, match=rf"exit status 1\), {RESTARTS + 1} times in 10 minutes"):
+        look_on()
+    pauses = [after - before for before, after in itertools.pairwise(process.started)]
+    assert pauses == pytest.approx([1.0, 2.0, 4.0], abs=0.5)
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in foreground._SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_ready_is_not_said_of_a_dead_adapter(
+    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = kept._server
+    monkeypatch.setattr(server, "start", lambda: None)
+    monkeypatch.setattr(serving, "RESTARTS", 0)
+    assert foreground.serve(server, companion=kept) == 1
+    told = capsys.readouterr()
+    assert "error: the session adapter has died (exit status 1)" in told.err
+    assert "ready after" not in told.out
+
+
+def test_a_wrong_key_is_told_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_API_KEY", "two words")
+    done = CliRunner().invoke(app, ["serve", "no-such-model"])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: LLAVA_API_KEY must be of printable ASCII without spaces")
+
+
+def test_an_option_that_is_none_ends_with_2() -> None:
+    assert CliRunner().invoke(app, ["bench", "--sessions", "many"]).exit_code == 2
