@@ -49,8 +49,6 @@ LEFT_SECONDS = 60.0
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 """Before each element."""
-_PRIORITY = 1
-"""Before turns that come to Triton's own ports (2), where they queue for image_encoder."""
 _RAW_CONTENTS = bytes([7 << 3 | 2])
 """What comes before each of the message's `raw_input_contents`: field 7, so many bytes."""
 
@@ -93,7 +91,6 @@ class Turn:
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
-        request.parameters["priority"].int64_param = _PRIORITY
         if self.tenant:
             request.parameters[protocol.TENANT].string_param = self.tenant
         for name, value in self.parameters.items():
