@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import resource
 
@@ -29,12 +28,11 @@ def is_there(pages: torch.Tensor, block: int) -> bool:
 
 @pytest.fixture
 def pages() -> torch.Tensor:
-    """Blocks of a megabyte a layer, in small pages whatever the system prefers."""
-    made = torch.empty(LAYERS, BLOCKS, MIB, dtype=torch.uint8)
-    address = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = ctypes.c_size_t(made.nbytes - mmap.PAGESIZE)
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), size, mmap.MADV_NOHUGEPAGE)
-    return made
+    """Blocks of a megabyte a layer, in small pages whatever the system prefers. New from the
+    system: what torch gets may be memory that this process has used before, which is there."""
+    memory = mmap.mmap(-1, LAYERS * BLOCKS * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(LAYERS, BLOCKS, MIB)
 
 
 @pytest.fixture
