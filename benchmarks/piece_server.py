@@ -6,7 +6,6 @@ processes of a machine share.
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 import time
@@ -16,6 +15,9 @@ from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta, FinishReason
 
 PIECES = 200
 SECONDS_BETWEEN = 0.02
@@ -49,18 +51,11 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                     time.sleep(SECONDS_BETWEEN)
 
 
-def _piece(request_id: str, reason: str) -> Any:
+def _piece(request_id: str, reason: FinishReason) -> Any:
     response = service_pb2.ModelStreamInferResponse()
     response.infer_response.id = request_id
-    zero = struct.pack("<i", 0)
-    sent = f"{time.monotonic():.6f} ".encode()
-    values = {
-        "text_output": struct.pack("<I", len(sent)) + sent,
-        "finish_reason": struct.pack("<I", len(reason)) + reason.encode(),
-        **dict.fromkeys(("num_input_tokens", "num_output_tokens", "num_cached_tokens"), zero),
-        "first_token_ms": struct.pack("<f", 0.0),
-    }
-    for name, value in values.items():
+    piece = Delta(f"{time.monotonic():.6f} ", reason, 0, 0, 0, 0.0)
+    for name, value in ANSWER.to_raw(piece).items():
         response.infer_response.outputs.add().name = name
         response.infer_response.raw_output_contents.append(value)
     return response
