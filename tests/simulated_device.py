@@ -147,19 +147,30 @@ class SimulatedDevice:
         turn = Turn(TurnRequest("simulated"), lambda _: None, arrived_at=at)
         session = Session("simulated", opened_at=at, last_used_at=at)
         session.tokens = [random.Random(turn.id).randrange(1000) for _ in range(arrival.prompt)]
-        return RunningTurn(
-            turn=turn,
-            session=session,
-            prompt_tokens=arrival.prompt,
-            mark=session.mark(0),
-            max_tokens=arrival.answer,
-            draws=Draws(SamplingParameters()),
-            processors=cast(Any, None),
-            detokenizer=cast(Any, None),
-            token_texts=cast(Any, None),
-            grammar=None,
-            pending_images=0,
-        )
+        return running_turn(turn, session, arrival.prompt, arrival.answer)
+
+
+def running_turn(turn: Turn, session: Session, prompt: int, answer: int) -> RunningTurn:
+    """A turn whose tokens its session has, for tests that compute nothing.
+
+    Args:
+        turn, session: the turn and its session.
+        prompt: tokens of the conversation up to where the answer begins.
+        answer: of the answer at the most.
+    """
+    return RunningTurn(
+        turn=turn,
+        session=session,
+        prompt_tokens=prompt,
+        mark=session.mark(len(session.turns)),
+        max_tokens=answer,
+        draws=Draws(SamplingParameters()),
+        processors=cast(Any, None),
+        detokenizer=cast(Any, None),
+        token_texts=cast(Any, None),
+        grammar=None,
+        pending_images=0,
+    )
 
 
 class _NoPages:

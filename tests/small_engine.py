@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,33 @@ class Ask:
 
 Start = Callable[..., EngineHarness]
 Alone = Callable[..., list[str]]
+
+
+def check_hardships_change_nothing(
+    start: Start, quiet: EngineHarness, asked: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A failed step and blocks that are too few for all: each answer is what it is alone.
+
+    Args:
+        start: starts the engine that has both.
+        quiet: one that has neither.
+        asked: by session, its sampling parameters.
+    """
+    expected = {}
+    for name, sampling in asked.items():
+        quiet.restart()
+        expected[name] = quiet.ask(name, f"{name}?", start=True, **sampling)[0]
+    harness = start(blocks=30, prefill_chunk_tokens=16)
+    with harness.failing_step(turns=2) as step:
+        turns = {
+            name: harness.submit(name, f"{name}?", start=True, **sampling)
+            for name, sampling in asked.items()
+        }
+        assert {name: turn.wait()[0] for name, turn in turns.items()} == expected
+    assert step.turns >= 2
+    now = harness.engine.statistics()
+    assert now.turns_failed == 0
+    assert now.restored_from_host + now.restored_by_computing > 0
 
 
 def failure(pending: Pending) -> ErrorCode:

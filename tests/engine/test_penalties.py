@@ -17,7 +17,7 @@ from transformers import (
 from llava_triton.contract.errors import ErrorCode, SessionError
 from tests.engine_harness import EngineHarness
 from tests.reference import TransformersChat
-from tests.small_engine import PICTURES, Start, failure
+from tests.small_engine import PICTURES, Start, check_hardships_change_nothing, failure
 
 TURNS = (("What is it?", (PICTURES[0],)), ("Go on, go on.", ()))
 ASKED: dict[str, dict[str, Any]] = {
@@ -107,21 +107,7 @@ def test_a_turn_goes_on_as_it_was_after_a_failed_step_and_where_it_is_put_back(
         name: {"max_tokens": 150, "ignore_eos": True, **more}
         for name, more in {"plain": {}, **ASKED}.items()
     }
-    expected = {}
-    for name, sampling in asked.items():
-        quiet.restart()
-        expected[name] = quiet.ask(name, f"{name}?", start=True, **sampling)[0]
-    harness = start(blocks=30, prefill_chunk_tokens=16)
-    with harness.failing_step(turns=2) as step:
-        turns = {
-            name: harness.submit(name, f"{name}?", start=True, **sampling)
-            for name, sampling in asked.items()
-        }
-        assert {name: turn.wait()[0] for name, turn in turns.items()} == expected
-    assert step.turns >= 2
-    now = harness.engine.statistics()
-    assert now.turns_failed == 0
-    assert now.restored_from_host + now.restored_by_computing > 0
+    check_hardships_change_nothing(start, quiet, asked)
 
 
 def test_an_undone_turn_leaves_no_penalty_behind(start: Start, quiet: EngineHarness) -> None:

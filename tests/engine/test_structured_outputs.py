@@ -26,7 +26,16 @@ from llava_triton.model.runner import ModelRunner
 from llava_triton.model.step import LaunchedStep, Step, StepResult
 from tests.checkpoints import DEMO
 from tests.engine_harness import EngineHarness
-from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, long_ask
+from tests.small_engine import (
+    HANG_SECONDS,
+    PICTURES,
+    Alone,
+    Ask,
+    Start,
+    check_hardships_change_nothing,
+    failure,
+    long_ask,
+)
 
 SCHEMA = {
     "type": "object",
@@ -152,21 +161,7 @@ def test_a_form_goes_on_as_it_was_after_a_failed_step_and_where_it_is_put_back(
             for number in range(3)
         },
     }
-    expected = {}
-    for name, sampling in asked.items():
-        quiet.restart()
-        expected[name] = quiet.ask(name, f"{name}?", start=True, **sampling)[0]
-    harness = start(blocks=30, prefill_chunk_tokens=16)
-    with harness.failing_step(turns=2) as step:
-        turns = {
-            name: harness.submit(name, f"{name}?", start=True, **sampling)
-            for name, sampling in asked.items()
-        }
-        assert {name: turn.wait()[0] for name, turn in turns.items()} == expected
-    assert step.turns >= 2
-    now = harness.engine.statistics()
-    assert now.turns_failed == 0
-    assert now.restored_from_host + now.restored_by_computing > 0
+    check_hardships_change_nothing(start, quiet, asked)
 
 
 def test_a_form_that_cannot_be_followed_is_refused_and_changes_nothing(

@@ -24,8 +24,8 @@ from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
 from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
-from llava_triton.model.sampling import Draws, SamplingParameters
 from llava_triton.model.step import Choice
+from tests.simulated_device import running_turn
 
 SHORT, LONG = 320, 3520
 """Tokens of a conversation, whole blocks."""
@@ -181,16 +181,5 @@ def test_a_turn_begins_at_the_same_cost_however_much_was_said() -> None:
 
 def running(session: Session, prompt: int) -> RunningTurn:
     """A turn of a session that has all its tokens."""
-    return RunningTurn(
-        turn=Turn(TurnRequest(session.id), lambda _: None),
-        session=session,
-        prompt_tokens=prompt,
-        mark=session.mark(len(session.turns)),
-        max_tokens=100,
-        draws=Draws(SamplingParameters()),
-        processors=cast(Any, None),
-        detokenizer=cast(Any, None),
-        token_texts=cast(Any, None),
-        grammar=None,
-        pending_images=0,
-    )
+    turn = Turn(TurnRequest(session.id), lambda _: None)
+    return running_turn(turn, session, prompt, answer=100)

@@ -39,7 +39,9 @@ class AsyncGrpcTransport(AsyncTransport):
     async def ask(self, turn: TurnMessage) -> Delta:
         """One call, one answer."""
         try:
-            return delta_of(await self._client.infer("llava", **self._request(turn)))
+            return delta_of(
+                await self._client.infer("llava", **turn.request(triton, self.parameters))
+            )
         except InferenceServerException as error:
             raise session_error(error, self._address) from error
 
@@ -50,7 +52,8 @@ class AsyncGrpcTransport(AsyncTransport):
             if self._responses is None:
                 self._turns = asyncio.Queue()
                 self._responses = self._client.stream_infer(each(self._turns))
-            self._turns.put_nowait({"model_name": "llava_stream", **self._request(turn)})
+            request = turn.request(triton, self.parameters)
+            self._turns.put_nowait({"model_name": "llava_stream", **request})
             while not ended:
                 result, error = await (anext(self._responses) if begun else self._first())
                 begun = True
@@ -84,15 +87,6 @@ class AsyncGrpcTransport(AsyncTransport):
         """Let the stream and the connection go."""
         self._break_stream()
         await self._client.close()
-
-    def _request(self, turn: TurnMessage) -> dict[str, Any]:
-        return {
-            "inputs": turn.inputs(triton),
-            "sequence_id": turn.session_id,
-            "sequence_start": turn.start,
-            "sequence_end": turn.end,
-            "parameters": self.parameters | turn.parameters,
-        }
 
     def _told(self, error: Exception) -> SessionError:
         if isinstance(error, grpc.aio.AioRpcError):

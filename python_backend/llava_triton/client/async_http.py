@@ -34,14 +34,7 @@ class AsyncHttpTransport(AsyncTransport):
     async def ask(self, turn: TurnMessage) -> Delta:
         """One request, one answer."""
         try:
-            result = await self._client.infer(
-                "llava",
-                turn.inputs(triton),
-                sequence_id=turn.session_id,
-                sequence_start=turn.start,
-                sequence_end=turn.end,
-                parameters=self.parameters | turn.parameters,
-            )
+            result = await self._client.infer("llava", **turn.request(triton, self.parameters))
         except aiohttp.ClientError as error:
             raise session_error(ConnectionError(str(error)), self._address) from error
         except (TimeoutError, InferenceServerException, OSError) as error:

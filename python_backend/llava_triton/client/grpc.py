@@ -49,14 +49,7 @@ class GrpcTransport(Transport):
     def ask(self, turn: TurnMessage) -> Delta:
         """One call, one answer."""
         try:
-            result = self._client.infer(
-                "llava",
-                turn.inputs(triton),
-                sequence_id=turn.session_id,
-                sequence_start=turn.start,
-                sequence_end=turn.end,
-                parameters=self.parameters | turn.parameters,
-            )
+            result = self._client.infer("llava", **turn.request(triton, self.parameters))
         except InferenceServerException as error:
             raise self._told(error) from error
         return delta_of(result)
@@ -66,14 +59,8 @@ class GrpcTransport(Transport):
         ended = False
         try:
             arrived = self._open_stream()
-            self._client.async_stream_infer(
-                "llava_stream",
-                turn.inputs(triton),
-                sequence_id=turn.session_id,
-                sequence_start=turn.start,
-                sequence_end=turn.end,
-                parameters=self.parameters | turn.parameters,
-            )
+            request = turn.request(triton, self.parameters)
+            self._client.async_stream_infer("llava_stream", **request)
             while not ended:
                 result, error = arrived.get()
                 if error is not None:

@@ -44,14 +44,7 @@ class HttpTransport(Transport):
     def ask(self, turn: TurnMessage) -> Delta:
         """One request, one answer."""
         try:
-            result = self._client.infer(
-                "llava",
-                turn.inputs(triton),
-                sequence_id=turn.session_id,
-                sequence_start=turn.start,
-                sequence_end=turn.end,
-                parameters=self.parameters | turn.parameters,
-            )
+            result = self._client.infer("llava", **turn.request(triton, self.parameters))
         except (InferenceServerException, OSError, HTTPException) as error:
             raise session_error(error, self._address) from error
         return delta_of(result)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from types import ModuleType
@@ -55,6 +55,22 @@ class TurnMessage:
         """Request parameters that say what the inputs do not."""
         stop = {} if self.stop_answer is None else {STOP_ANSWER: self.stop_answer}
         return self.operation.to_parameters() | stop
+
+    def request(self, triton: ModuleType, common: Mapping[str, Any]) -> dict[str, Any]:
+        """What `infer` and its like of `tritonclient.grpc` or `tritonclient.http` take, besides the
+        model's name.
+
+        Args:
+            triton: that module.
+            common: parameters of every request of a transport.
+        """
+        return {
+            "inputs": self.inputs(triton),
+            "sequence_id": self.session_id,
+            "sequence_start": self.start,
+            "sequence_end": self.end,
+            "parameters": {**common, **self.parameters},
+        }
 
     def inputs(self, triton: ModuleType) -> list[Any]:
         """The input tensors, of `tritonclient.grpc` or `tritonclient.http`."""
