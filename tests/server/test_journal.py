@@ -102,74 +102,74 @@ def lossy(demo_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     running.stop()
 
 
-def hold(url: str, streamed: bool, before: dict[int, Callable[[], None]] | None = None) -> Any:
-    """A conversation; before some of its questions something happens."""
-    answers = []
-    with Session.open(url, image=PICTURES[0]) as session:
-        for index, question in enumerate(QUESTIONS):
-            (before or {}).get(index, lambda: None)()
-            image = PICTURES[1] if index == 2 else None
-            if streamed:
-                answers.append("".join(session.stream(question, image, **LIMIT)))
-            else:
-                answers.append(session.ask(question, image, **LIMIT).text)
+def talks(lossy: Server, runner: asyncio.Runner) -> dict[str, tuple[Any, Callable[..., str]]]:
+    """A session of each kind of client, and how it asks."""
+
+    def asks(session: Session) -> Callable[..., str]:
+        return lambda *turn: session.ask(*turn, **LIMIT).text
+
+    def streams(session: Session) -> Callable[..., str]:
+        return lambda *turn: "".join(session.stream(*turn, **LIMIT))
+
+    def awaits(session: AsyncSession) -> Callable[..., str]:
+        return lambda *turn: runner.run(session.ask(*turn, **LIMIT)).text
+
+    async def gathered(session: AsyncSession, *turn: Any) -> str:
+        return "".join([piece async for piece in session.stream(*turn, **LIMIT)])
+
+    picture = PICTURES[0]
+    whole, over_http = (Session.open(url, picture) for url in (lossy.grpc_url, lossy.http_url))
+    streamed = Session.open(lossy.grpc_url, picture)
+    alices = runner.run(AsyncSession.open(lossy.http_url, picture, tenant="alice"))
+    pieces = runner.run(AsyncSession.open(lossy.grpc_url, picture))
+    return {
+        "grpc": (whole, asks(whole)),
+        "http": (over_http, asks(over_http)),
+        "grpc stream": (streamed, streams(streamed)),
+        "asyncio, http": (alices, awaits(alices)),
+        "asyncio, grpc stream": (pieces, lambda *turn: runner.run(gathered(pieces, *turn))),
+    }
+
+
+def test_clients_go_on_when_their_server_was_killed(lossy: Server, server: TritonServer) -> None:
+    with Session.open(server.grpc_url, PICTURES[0]) as session:
+        turns = [(each,) for each in QUESTIONS]
+        turns[2] = (QUESTIONS[2], PICTURES[1])  # type: ignore[assignment]
+        expected = [session.ask(*turn, **LIMIT).text for turn in turns]
         session.rewind(3)
-        answers.append(session.ask("And now?", **LIMIT).text)
-    return answers
-
-
-@pytest.mark.parametrize("way", ["grpc", "http", "grpc stream"])
-def test_a_client_goes_on_when_its_server_was_killed(
-    lossy: Server, server: TritonServer, way: str
-) -> None:
-    streamed = way == "grpc stream"
-    expected = hold(server.http_url if way == "http" else server.grpc_url, streamed)
-    resumed = lossy.metric("llava_sessions_resumed_total")
-
-    def lose(records: int) -> Callable[[], None]:
-        def kill() -> None:
-            lossy.wait_until_written(records)
-            lossy.kill()
-
-        return kill
-
-    url = lossy.http_url if way == "http" else lossy.grpc_url
-    # One record for the opening, and one for each question.
-    assert hold(url, streamed, {1: lose(2), 3: lose(4)}) == expected
-    wait_until(lambda: lossy.metric("llava_sessions_resumed_total") >= 1)
-    assert resumed >= 0
-    wait_until(lambda: not lossy.files())  # its end deletes all that was written of it
-
-
-def test_asyncio_clients_and_those_of_another_process_go_on(lossy: Server) -> None:
-    async def begin() -> str:
-        session = await AsyncSession.open(lossy.grpc_url, image=PICTURES[2], tenant="alice")
-        await session.ask(QUESTIONS[0], **LIMIT)
-        return str(session.id)
-
-    async def go_on(session_id: str) -> tuple[str, str]:
-        opened = await AsyncSession.open(lossy.grpc_url, resume=session_id, tenant="alice")
-        async with opened as session:
-            first = (await session.ask(QUESTIONS[1], **LIMIT)).text
-            lossy.wait_until_written(3)
-            lossy.kill()
-            fork = await session.fork()
-            pieces = [piece async for piece in session.stream(QUESTIONS[2], **LIMIT)]
-            await fork.close()
-        return first, "".join(pieces)
-
-    session_id = asyncio.run(begin())
-    lossy.wait_until_written(2)
-    lossy.kill()
-    for tenant in (None, "bob"):
-        with pytest.raises(SessionError) as caught:
-            Session.open(lossy.grpc_url, resume=session_id, tenant=tenant)
-        assert caught.value.code is ErrorCode.NOT_FOUND
-    resumed = asyncio.run(go_on(session_id))
-    with Session.open(lossy.grpc_url, image=PICTURES[2]) as session:
-        session.ask(QUESTIONS[0], **LIMIT)
-        assert resumed == tuple(session.ask(each, **LIMIT).text for each in QUESTIONS[1:3])
-    wait_until(lambda: not lossy.files())
+        expected_again = session.ask("And now?", **LIMIT).text
+    with asyncio.Runner() as runner:
+        open_now = talks(lossy, runner)
+        for index, turn in enumerate(turns):
+            if index in (1, 3):
+                # A record for each opening, and one for each question.
+                lossy.wait_until_written(len(open_now) * (1 + index))
+                lossy.kill()
+            for way, (_, ask_it) in open_now.items():
+                assert ask_it(*turn) == expected[index], (way, index)
+        alices = open_now["asyncio, http"][0]
+        for tenant in (None, "bob"):
+            with pytest.raises(SessionError) as caught:
+                Session.open(lossy.grpc_url, resume=alices.id, tenant=tenant)
+            assert caught.value.code is ErrorCode.NOT_FOUND
+        # Another process goes on by the ID alone.
+        with Session.open(lossy.grpc_url, resume=alices.id, tenant="alice") as alice:
+            alice.rewind(3)
+            assert alice.ask("And now?", **LIMIT).text == expected_again
+        # What a client asks of a session besides turns brings it back, too: there is room for
+        # three.
+        fork = open_now["grpc"][0].fork()
+        open_now["http"][0].rewind(3)
+        assert open_now["http"][1]("And now?") == expected_again
+        fork.rewind(3)
+        assert fork.ask("And now?", **LIMIT).text == expected_again
+        fork.close()
+        for session, _ in open_now.values():
+            closing = session.close()
+            if closing is not None:
+                runner.run(closing)
+    wait_until(lambda: lossy.metric("llava_sessions_resumed_total") > 0)
+    wait_until(lambda: not lossy.files())  # their end deletes all that was written of them
 
 
 def test_what_was_never_there_is_not_found(lossy: Server, server: TritonServer) -> None:
