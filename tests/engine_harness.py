@@ -130,6 +130,7 @@ class EngineHarness:
         history: Sequence[PastTurn] = (),
         tenant: str = NO_TENANT,
         operation: Operation = NO_OPERATION,
+        request_id: str = "",
         listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
@@ -145,6 +146,7 @@ class EngineHarness:
             history=tuple(history),
             tenant=tenant,
             operation=operation,
+            request_id=request_id,
             sampling=SamplingParameters(**sampling),
         )
 

@@ -94,14 +94,19 @@ class Request:
         flags: int = 0,
         parameters: dict[str, Any] | None = None,
         cancelled: bool = False,
+        request_id: str = "",
     ) -> None:
         self.tensors = {name: Tensor(name, array) for name, array in (arrays or {}).items()}
         self.sender = Sender()
         self._session, self._flags, self._cancelled = session, flags, cancelled
         self._parameters = json.dumps(parameters or {})
+        self._request_id = request_id
 
     def inputs(self) -> list[Tensor]:
         return list(self.tensors.values())
+
+    def request_id(self) -> str:
+        return self._request_id
 
     def correlation_id(self) -> int | str:
         return self._session

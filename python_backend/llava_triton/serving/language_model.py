@@ -30,9 +30,8 @@ from llava_triton.contract.models import (
 )
 from llava_triton.contract.operations import (
     NO_OPERATION,
-    STOP_ANSWER,
+    Ending,
     Operation,
-    check_session_id,
 )
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device, work_beside
@@ -114,15 +113,19 @@ class LanguageModel:
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
-            stopped = _session_to_stop(turn, parameters)
+            ending = _ending(turn, parameters)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
         else:
-            if stopped is not None:
-                self._engine.stop_answer(stopped, turn.tenant, listener)
-            else:
+            if ending is None:
                 stream.turn_id = self._engine.submit(turn, listener)
+            elif ending.cancelled is None:
+                self._engine.stop_answer(ending.session_id, turn.tenant, listener)
+            else:
+                self._engine.cancel_answer(
+                    ending.session_id, turn.tenant, ending.cancelled, listener
+                )
         if whole:  # the call that brought it ends here; the answer goes another way
             sender.send(flags=self._backend.final)
 
@@ -205,6 +208,7 @@ class LanguageModel:
             sampling=sampling,
             tenant=protocol.parse_tenant(parameters),
             operation=Operation.from_parameters(parameters),
+            request_id=request.request_id(),
         )
 
     def _features(self, request: Any) -> tuple[torch.Tensor, ...]:
@@ -233,22 +237,22 @@ class LanguageModel:
         return bool(flags & self._backend.start), bool(flags & self._backend.end)
 
 
-def _session_to_stop(turn: TurnRequest, parameters: dict[str, Any]) -> int | str | None:
-    """The session whose running answer a request stops; None where it stops none.
+def _ending(turn: TurnRequest, parameters: dict[str, Any]) -> Ending | None:
+    """The end of another request's answer that a request asks for; None where it asks for none.
 
     Raises:
         SessionError: INVALID_ARG, it does more than that.
     """
-    if STOP_ANSWER not in parameters:
+    ending = Ending.from_parameters(parameters)
+    if ending is None:
         return None
-    stopped = check_session_id(STOP_ANSWER, parameters[STOP_ANSWER])
-    alone = turn.start and turn.end and stopped != turn.session_id
+    alone = turn.start and turn.end and ending.session_id != turn.session_id
     if not alone or turn.has_message or turn.operation != NO_OPERATION:
         raise invalid(
-            f"{STOP_ANSWER} came with a turn, which would wait for the answer it stops; send it "
+            f"{ending.name} came with a turn, which would wait for the answer it ends; send it "
             "alone, with the sequence start and end flags and a sequence ID of its own"
         )
-    return stopped
+    return ending
 
 
 class Responder:

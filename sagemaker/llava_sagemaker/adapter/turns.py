@@ -31,6 +31,7 @@ from llava_triton.contract.models import (
     SAMPLING_PARAMETERS,
     TEXT_INPUT,
 )
+from llava_triton.contract.operations import CANCEL_ANSWER, Ending
 from llava_triton.contract.positions import Positions
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -45,7 +46,7 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 LEFT_SECONDS = 60.0
-"""A turn whose client has gone is cancelled after so long even if it has not begun."""
+"""A turn whose client has gone, and that cannot be undone in so long, has its call cancelled."""
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 """Before each element."""
@@ -108,14 +109,14 @@ class Turn:
             described.shape.append(tensor.elements)
         return request
 
-    def written(self, turn_id: str) -> bytes:
+    def written(self, request_id: str) -> bytes:
         """The message as it goes over the wire.
 
         Args:
-            turn_id: comes back with each piece of the answer.
+            request_id: comes back with each piece of the answer.
         """
         message = self.message()
-        message.id = turn_id
+        message.id = request_id
         # Fields of a message may follow one another in any order. So the contents, which may be
         # large, are copied once only, and joining bytes lets the interpreter's lock go meanwhile.
         parts = [message.SerializeToString()]
@@ -208,57 +209,90 @@ class Triton:
         )
         self._idle: list[Any] = []
         """Calls whose last turn has ended."""
-        self._left: set[asyncio.Task[Any]] = set()
-        """Turns that nobody waits for and that have not begun."""
+        self._left: set[asyncio.Task[None]] = set()
+        """What undoes turns that nobody waits for."""
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer as they come, the last one final.
 
-        Closing the generator early cancels the turn. (Turns side by side have calls of their own:
-        Triton cancels calls, not turns. One whose turn has ended serves the next turn.)
+        Closing the generator early undoes the turn. (Turns side by side have calls of their own:
+        what a call brings, it brings in order. One whose turn has ended serves the next turn.)
 
         Raises:
             SessionError: the engine or Triton refused the turn, or it failed.
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
-        turn_id, opens = uuid.uuid4().hex, turn.start
-        message = await off_loop(turn.size, turn.written, turn_id)
-        call = self._call()
-        begins = asyncio.create_task(_begin(call, message, turn_id))
+        answer = _Answer(turn.session_id, turn.tenant)
+        undone = CANCEL_ANSWER not in turn.parameters
+        message = await off_loop(turn.size, turn.written, answer.request_id)
+        reading = asyncio.create_task(self._read(self._call(), message, answer))
         del message, turn  # with their pictures: the answer may take long
-        ended = False
         try:
-            # An opening that is left has no session to lose.
-            response = await (begins if opens else asyncio.shield(begins))
-            while response is not None:
-                piece = _delta(response.infer_response)
-                ended = piece.is_final
+            ended = False
+            while not ended:
+                piece = await answer.arrived.get()
+                ended = _is_last(piece)
+                if isinstance(piece, Exception):
+                    try:
+                        raise piece
+                    finally:  # it would keep this frame, and this frame it
+                        del piece
                 yield piece
-                response = None if ended else await _response(call, turn_id)
         finally:
-            if ended:
+            if undone and answer.is_sent and not reading.done():
+                self._leave(answer, reading)
+            elif not ended:
+                reading.cancel()
+
+    async def _read(self, call: Any, message: bytes, answer: _Answer) -> None:
+        """Send a turn and read its answer to the end."""
+        usable = False
+        try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
+                await call.write(message)
+            del message  # with its pictures
+            answer.is_sent = True
+            last = False
+            while not last and (response := await _response(call, answer.request_id)) is not None:
+                piece = _piece(response)
+                last = _is_last(piece)
+                # An error without an ID may be the call's own.
+                usable = last and response.infer_response.id == answer.request_id
+                answer.arrived.put_nowait(piece)
+        except Exception as error:
+            answer.arrived.put_nowait(error.with_traceback(None))
+        finally:
+            if usable:
                 self._idle.append(call)
-            elif begins.done():
-                call.cancel()
             else:
-                self._leave(call, begins)
-            # With an exception in it, it would keep this frame, and this frame it.
-            del begins
+                call.cancel()
+                answer.arrived.put_nowait(SessionError(ErrorCode.INTERNAL, "the answer broke off"))
 
-    def _leave(self, call: Any, begins: asyncio.Task[Any]) -> None:
-        """Cancel a turn whose client has gone, as soon as it begins. Not earlier: where a cancelled
-        turn waits for others of its session, Triton 2.51 ends the whole sequence."""
-        late = asyncio.get_running_loop().call_later(LEFT_SECONDS, call.cancel)
+    def _leave(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
+        leaving = asyncio.create_task(self._undo(answer, reading))
+        self._left.add(leaving)
+        leaving.add_done_callback(self._left.discard)
 
-        def cancel(begins: asyncio.Task[Any]) -> None:
-            self._left.discard(begins)
-            if not begins.cancelled():
-                begins.exception()  # nobody is there to hear of it
-            late.cancel()
-            call.cancel()
-
-        self._left.add(begins)
-        begins.add_done_callback(cancel)
+    async def _undo(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
+        """Undo a turn whose client has gone, by a request. A call that is cancelled costs Triton
+        2.51 memory that never comes back, and ends the whole sequence where its turn waits for
+        another one."""
+        undoing = Turn(
+            uuid.uuid4().hex,
+            start=True,
+            end=True,
+            tenant=answer.tenant,
+            parameters=Ending(answer.session_id, answer.request_id).to_parameters(),
+        )
+        try:
+            async with asyncio.timeout(LEFT_SECONDS):
+                last = False
+                while not last:
+                    await self.whole(undoing)
+                    # Else the turn had not reached the engine: with its next piece, it has.
+                    last = await answer.goes_on()
+        except Exception:  # Triton is gone or silent: the connection tells it, if anything does
+            reading.cancel()
 
     def _call(self) -> Any:
         while self._idle:
@@ -269,37 +303,50 @@ class Triton:
 
     async def whole(self, turn: Turn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
-        pieces = [piece async for piece in self.pieces(turn)]
-        if not pieces or not pieces[-1].is_final:
-            raise SessionError(ErrorCode.INTERNAL, "the answer broke off")
-        return ANSWER.joined(pieces)
+        return ANSWER.joined([piece async for piece in self.pieces(turn)])
 
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
         await self._channel.close()
 
 
-async def _begin(call: Any, message: bytes, turn_id: str) -> Any:
-    """Send a turn and wait for the first response to it; as `_response`."""
-    with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
-        await call.write(message)
-    del message  # with its pictures: the answer may take long
-    return await _response(call, turn_id)
+@dataclass
+class _Answer:
+    """An answer on its way."""
+
+    session_id: str
+    tenant: str
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    arrived: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    """What nobody has taken yet."""
+    is_sent: bool = False
+    """Whether its turn is on its way to the engine."""
+
+    async def goes_on(self) -> bool:
+        """Forget what has come, and wait for the next piece; whether the answer has ended."""
+        last = False
+        while not (last or self.arrived.empty()):
+            last = _is_last(self.arrived.get_nowait())
+        return last or _is_last(await self.arrived.get())
 
 
-async def _response(call: Any, turn_id: str) -> Any:
-    """The next response to a turn; None where the call has ended.
+def _is_last(piece: Delta | Exception) -> bool:
+    return isinstance(piece, Exception) or piece.is_final
 
-    Raises:
-        SessionError: it is an error.
-    """
+
+async def _response(call: Any, request_id: str) -> Any:
+    """The next response to a turn, which may be an error; None where the call has ended."""
     while (response := await call.read()) is not grpc.aio.EOF:
-        if response.infer_response.id not in (turn_id, ""):
-            continue  # an earlier turn's of this call: nobody else may see it
-        if response.error_message:
-            raise error_from_text(response.error_message)
-        return response
+        if response.infer_response.id in (request_id, ""):
+            return response
+        # An earlier turn's of this call: nobody else may see it.
     return None
+
+
+def _piece(response: Any) -> Delta | Exception:
+    if response.error_message:
+        return error_from_text(response.error_message)
+    return _delta(response.infer_response)
 
 
 def _delta(response: Any) -> Delta:
