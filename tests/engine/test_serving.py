@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,39 +274,6 @@ def test_pictures_that_cannot_be_encoded_are_refused(
         (response,) = encoded(image_encoder(backend), request)
         assert refusal(response)[0] == code
         assert text in refusal(response)[1]
-
-
-def test_a_session_s_surplus_turns_go_no_further(
-    image_encoder: Callable[..., ImageEncoder],
-) -> None:
-    """While the next models have not taken in those before; a bare END always goes on."""
-    go_on = threading.Event()
-
-    def takes_in(_: Any) -> list[InferenceResponse]:
-        assert go_on.wait(PATIENCE_SECONDS)
-        return []
-
-    collector = [InferenceResponse()]
-    backend = PythonBackend(language_model=takes_in, answer_collector=lambda _: collector)
-    model = image_encoder(backend)
-
-    def is_refused(session: str, flags: int = 0) -> bool:
-        response: InferenceResponse
-        (response,) = model.execute([Request(session=session, flags=flags)])
-        if not response.has_error():
-            return False
-        assert refusal(response)[0] == TritonError.UNAVAILABLE
-        assert "turns of this session are waiting" in refusal(response)[1]
-        return True
-
-    most = Settings().max_queued_turns_per_session
-    assert not any(is_refused("a") for _ in range(most))
-    assert is_refused("a")
-    assert is_refused("a", BOTH)
-    assert not is_refused("a", END)
-    assert not is_refused("b")
-    go_on.set()
-    wait_for(lambda: not is_refused("a"))
 
 
 # language_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -29,7 +28,7 @@ def passing(backlog: BoundedBacklog, requests: int) -> threading.Thread:
 
     def run() -> None:
         for _ in range(requests):
-            backlog.pass_one(object())
+            backlog.pass_one()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -86,26 +85,3 @@ def test_stop_lets_go_of_those_who_wait() -> None:
     model.taken_in.release(3)
     stopping.join(SECONDS)
     assert not stopping.is_alive()
-
-
-def test_one_lane_is_full_and_others_are_not() -> None:
-    """Until the next models have taken in what there is of it, for which they are asked at once."""
-    model = NextModel()
-    backlog = BoundedBacklog(model.reach)
-    for _ in range(3):
-        backlog.pass_one("a")
-    assert not backlog.is_full("a", 4)
-    assert not model.asked.acquire(blocking=False)
-    assert backlog.is_full("a", 3)
-    assert not backlog.is_full("b", 3)
-    assert model.asked.acquire(timeout=SECONDS)
-    backlog.pass_one("a")  # behind the question
-    assert backlog.is_full("a", 3)
-    assert not model.asked.acquire(blocking=False), "it is asked already"
-    model.taken_in.release()
-    deadline = time.monotonic() + SECONDS
-    while backlog.is_full("a", 3):
-        assert time.monotonic() < deadline
-    assert backlog.is_full("a", 1)
-    model.taken_in.release()
-    backlog.stop()

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.contract import protocol
-from llava_triton.contract.errors import SessionError, invalid, unavailable
+from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import (
     ENCODED,
     ENCODED_PICTURES,
@@ -107,30 +107,22 @@ class ImageEncoder:
         self._metrics.stop()
 
     def _submit(self, request: Any, reply: Reply) -> None:
-        session, flags = request.correlation_id(), request.flags()
-        tenant = protocol.parse_tenant(self._backend.parameters(request))
-        # A turn without a picture must not overtake an earlier one of its session with a picture.
-        # 0 is no session: such requests have nothing to do with one another.
-        lane = (tenant, session) if session else object()
-        most = self._settings.max_queued_turns_per_session
-        if flags != self._backend.end and self._backlog.is_full(lane, most):
-            raise unavailable(
-                f"{most} turns of this session are waiting already; wait for their answers"
-            )
+        session = request.correlation_id()
         items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
+        parameters = self._backend.parameters(request)
         self._pictures.submit(
-            lane,
+            # A turn without a picture must not overtake an earlier one of its session with a
+            # picture. 0 is no session: such requests have nothing to do with one another.
+            session or object(),
             items,
-            partial(self._answer, reply, lane),
-            tenant=tenant,
-            opening=session if session and flags & self._backend.start else None,
+            partial(self._answer, reply),
+            tenant=protocol.parse_tenant(parameters),
+            opening=session if session and request.flags() & self._backend.start else None,
         )
 
-    def _answer(
-        self, reply: Reply, lane: Hashable, outcome: Sequence[Tensor] | SessionError
-    ) -> None:
+    def _answer(self, reply: Reply, outcome: Sequence[Tensor] | SessionError) -> None:
         if not isinstance(outcome, SessionError):  # an error goes no further
-            self._backlog.pass_one(lane)
+            self._backlog.pass_one()
         reply.send(self._response(outcome))
 
     def _encode(self, pixels: np.ndarray) -> Tensor:
