@@ -27,6 +27,7 @@ class Seen:
     inputs: dict[str, list[bytes]] = field(default_factory=dict)
     rewind: int | None = None
     """How many turns it keeps."""
+    model: str = ""
 
     @property
     def text(self) -> str:
@@ -96,6 +97,7 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             parameters["sequence_start"].bool_param,
             parameters["sequence_end"].bool_param,
             rewind=parameters["rewind"].int64_param if "rewind" in parameters else None,
+            model=request.model_name,
         )
         for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True):
             seen.inputs[tensor.name] = list(_elements(data))

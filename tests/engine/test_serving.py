@@ -329,6 +329,24 @@ def test_an_answer_is_streamed_with_every_output(served: Served) -> None:
     assert again[-1].value("num_cached_tokens") >= responses[-1].value("num_input_tokens")
 
 
+def test_a_client_that_calls_it_itself_is_looked_after_here(served: Served) -> None:
+    """Who does not ask for the turn's ID has no disconnect_watch."""
+    outputs = [spec.name for spec in ANSWER.outputs]
+    endless = {"sampling_parameters": strings('{"max_tokens": 900, "ignore_eos": true}')}
+    request = Request(
+        {"text_input": strings("What is it?"), **endless},
+        session="a",
+        flags=BOTH,
+        outputs=outputs,
+    )
+    served.model.execute([request])
+    wait_for(lambda: bool(request.sender.responses))
+    request.sender.cancelled = True
+    *pieces, last = request.sender.wait()
+    assert refusal(last)[0] == TritonError.CANCELLED
+    assert all(set(piece.tensors) == set(outputs) for piece in pieces)
+
+
 def test_an_answer_that_is_wanted_whole_leaves_an_empty_response(served: Served) -> None:
     collector_backend = PythonBackend(
         language_model=lambda call: served.send(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from llava_sagemaker.adapter import turns
 from llava_sagemaker.adapter.turns import Triton, turn
 
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from tests.stub_triton import StubTriton
 
@@ -120,6 +122,53 @@ def test_a_refused_turn_costs_no_call(stub: StubTriton) -> None:
         assert caught.value.code is ErrorCode.NOT_FOUND
         assert (await triton.whole(turn("s", text="And?"))).text == "And?"
         assert stub.calls_ended == 0
+        await triton.close()
+
+    asyncio.run(ask())
+
+
+def test_which_turns_go_past_the_ensemble(
+    stub: StubTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those without pictures that overtake none of their session, and few at a time."""
+    monkeypatch.setattr(turns, "MOST_UNHEARD", 2)
+    past, through = "language_model", "llava_stream"
+
+    async def ask() -> None:
+        triton = Triton(stub.grpc_address)
+
+        def send(session: str, **message: Any) -> asyncio.Task[Delta]:
+            return asyncio.create_task(triton.whole(turn(session, text="?", **message)))
+
+        async def models(*answers: asyncio.Task[Delta]) -> list[str]:
+            """Of these turns, in the order in which they came."""
+            await until(lambda: len(stub.seen) == len(answers))
+            stub.may_answer.set()
+            await asyncio.gather(*answers)
+            told = [seen.model for seen in stub.seen]
+            stub.seen.clear()
+            stub.may_answer.clear()
+            return told
+
+        async def one_by_one(*messages: tuple[str, dict[str, Any]]) -> list[str]:
+            answers = []
+            for session, message in messages:
+                answers.append(send(session, **message))
+                await until(lambda: len(stub.seen) == len(answers))
+            return await models(*answers)
+
+        stub.may_answer.clear()
+        picture = {"images": [b"picture"]}
+        assert await one_by_one(("s", {}), ("s", picture), ("s", {})) == [past, through, through]
+        assert await one_by_one(("s", picture), ("other", {})) == [through, past]
+        assert await one_by_one(("s", {}), ("s", {}), ("other", {})) == [past, past, through]
+        assert await one_by_one(("s", {})) == [past]  # nothing is left of all that
+        stub.may_answer.set()
+        with pytest.raises(SessionError):
+            await triton.whole(turn("unknown", text="?", images=[b"picture"]))
+        stub.seen.clear()
+        stub.may_answer.clear()
+        assert await one_by_one(("s", {}), ("other", {})) == [past, past]
         await triton.close()
 
     asyncio.run(ask())

@@ -103,7 +103,9 @@ class LanguageModel:
     def _take(self, request: Any, parameters: dict[str, Any]) -> None:
         """Hand a turn to the engine, or tell why not."""
         sender, whole = request.get_response_sender(), protocol.WHOLE_ANSWER in parameters
-        stream = Responder(self._backend, sender, self._responses)
+        stream = Responder(
+            self._backend, sender, self._responses, self._engine.cancel, _is_watched(request)
+        )
         tell: Listener = stream.put
         if whole:
             tell = partial(self._outbox.send, str(parameters[protocol.WHOLE_ANSWER]))
@@ -255,6 +257,12 @@ def _ending(turn: TurnRequest, parameters: dict[str, Any]) -> Ending | None:
     return ending
 
 
+def _is_watched(request: Any) -> bool:
+    """Whether disconnect_watch looks after a request's client: it takes the turn's ID for that. A
+    client that calls this model itself has no need of it."""
+    return TURN_ID.name in request.requested_output_names()
+
+
 class Responder:
     """Turns the events of a streamed turn into Triton responses.
 
@@ -262,12 +270,23 @@ class Responder:
         backend: Triton.
         sender: Triton's response sender of the request.
         responses: the thread that sends.
+        cancel: cancels a turn by its ID.
+        watched: whether disconnect_watch asks for the client; else this does.
     """
 
-    def __init__(self, backend: Backend, sender: Any, responses: ResponseThread) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        sender: Any,
+        responses: ResponseThread,
+        cancel: Callable[[str], None],
+        watched: bool,
+    ) -> None:
         self._backend = backend
         self._sender = sender
         self._responses = responses
+        self._cancel = cancel
+        self._watched = watched
         self._watched_at = time.monotonic()
         self.turn_id = ""
 
@@ -280,8 +299,14 @@ class Responder:
         if isinstance(event, SessionError):
             self._backend.refuse(self._sender, event)
             return
-        turn_id = TURN_ID.to_array(self._turn_to_watch(event))
-        response = self._backend.response(ANSWER.to_arrays(event) | {TURN_ID.name: turn_id})
+        arrays = ANSWER.to_arrays(event)
+        looked_after = self._turn_to_watch(event)
+        if self._watched:
+            arrays[TURN_ID.name] = TURN_ID.to_array(looked_after)
+        # Before the last response, behind which the sender may not be asked.
+        elif looked_after and self._sender.is_cancelled():
+            self._cancel(looked_after)
+        response = self._backend.response(arrays)
         self._sender.send(response, flags=self._backend.final if event.is_final else 0)
 
     def give_up(self) -> None:

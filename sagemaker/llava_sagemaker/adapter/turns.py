@@ -11,7 +11,8 @@ import contextlib
 import json
 import struct
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,7 +36,9 @@ from llava_triton.contract.operations import CANCEL_ANSWER, Ending
 from llava_triton.contract.positions import Positions
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-_MODEL = "llava_stream"
+MOST_UNHEARD = 128
+"""So many turns at most are on their way to language_model past the ensemble, which bounds the
+others; many more that wait there would end Triton (`llava_triton.serving.bounded_backlog`)."""
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -86,9 +89,18 @@ class Turn:
         """Bytes of its tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
-    def message(self) -> Any:
-        """The protocol's message, all but the contents of its tensors."""
-        request = service_pb2.ModelInferRequest(model_name=_MODEL)
+    def message(self, direct: bool) -> Any:
+        """The protocol's message, all but the contents of its tensors.
+
+        Args:
+            direct: whether it goes to language_model, or else through the ensemble.
+        """
+        request = service_pb2.ModelInferRequest(model_name="llava_stream")
+        if direct:
+            request.model_name = "language_model"
+            # Not all: who does not ask for the turn's ID is looked after by language_model itself.
+            for output in ANSWER.outputs:
+                request.outputs.add(name=output.name)
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
@@ -109,13 +121,14 @@ class Turn:
             described.shape.append(tensor.elements)
         return request
 
-    def written(self, request_id: str) -> bytes:
+    def written(self, request_id: str, direct: bool) -> bytes:
         """The message as it goes over the wire.
 
         Args:
             request_id: comes back with each piece of the answer.
+            direct: see `message`.
         """
-        message = self.message()
+        message = self.message(direct)
         message.id = request_id
         # Fields of a message may follow one another in any order. So the contents, which may be
         # large, are copied once only, and joining bytes lets the interpreter's lock go meanwhile.
@@ -209,6 +222,7 @@ class Triton:
         )
         self._idle: list[Any] = []
         """Calls whose last turn has ended."""
+        self._ways = _Ways()
         self._left: set[asyncio.Task[None]] = set()
         """What undoes turns that nobody waits for."""
 
@@ -224,9 +238,8 @@ class Triton:
         """
         answer = _Answer(turn.session_id, turn.tenant)
         undone = CANCEL_ANSWER not in turn.parameters
-        message = await off_loop(turn.size, turn.written, answer.request_id)
-        reading = asyncio.create_task(self._read(self._call(), message, answer))
-        del message, turn  # with their pictures: the answer may take long
+        reading = asyncio.create_task(self._read(turn, answer))
+        del turn  # with its pictures: the answer may take long
         try:
             ended = False
             while not ended:
@@ -244,28 +257,34 @@ class Triton:
             elif not ended:
                 reading.cancel()
 
-    async def _read(self, call: Any, message: bytes, answer: _Answer) -> None:
+    async def _read(self, turn: Turn, answer: _Answer) -> None:
         """Send a turn and read its answer to the end."""
-        usable = False
+        call, usable = None, False
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
-                await call.write(message)
-            del message  # with its pictures
-            answer.is_sent = True
-            last = False
-            while not last and (response := await _response(call, answer.request_id)) is not None:
-                piece = _piece(response)
-                last = _is_last(piece)
-                # An error without an ID may be the call's own.
-                usable = last and response.infer_response.id == answer.request_id
-                answer.arrived.put_nowait(piece)
+            with self._ways.of(turn) as way:
+                message = await off_loop(turn.size, turn.written, answer.request_id, way.direct)
+                del turn  # with its pictures: the answer may take long
+                call = self._call()
+                with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
+                    await call.write(message)
+                del message
+                answer.is_sent = True
+                last = False
+                while not last and (response := await _response(call, answer.request_id)):
+                    way.heard()
+                    piece = _piece(response)
+                    last = _is_last(piece)
+                    # An error without an ID may be the call's own.
+                    usable = last and response.infer_response.id == answer.request_id
+                    answer.arrived.put_nowait(piece)
         except Exception as error:
             answer.arrived.put_nowait(error.with_traceback(None))
         finally:
             if usable:
                 self._idle.append(call)
             else:
-                call.cancel()
+                if call is not None:
+                    call.cancel()
                 answer.arrived.put_nowait(SessionError(ErrorCode.INTERNAL, "the answer broke off"))
 
     def _leave(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
@@ -308,6 +327,57 @@ class Triton:
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
         await self._channel.close()
+
+
+class _Ways:
+    """Which turns go through the ensemble, and which past it to language_model.
+
+    Past it a turn costs Triton half as much, each piece of its answer too. It must have no picture,
+    must not overtake an earlier turn of its session, and must not be one of too many that wait.
+    """
+
+    def __init__(self) -> None:
+        self._in_ensemble: Counter[str] = Counter()
+        """Turns there, by session."""
+        self._unheard = 0
+        """Turns past it that have not begun."""
+
+    @contextlib.contextmanager
+    def of(self, turn: Turn) -> Iterator[_Way]:
+        """The way of a turn, until its answer has been read."""
+        session_id = turn.session_id
+        free = session_id not in self._in_ensemble and self._unheard < MOST_UNHEARD
+        way = _Way(free and IMAGE.name not in turn.tensors, self._heard)
+        if way.direct:
+            self._unheard += 1
+        else:
+            self._in_ensemble[session_id] += 1
+        try:
+            yield way
+        finally:
+            way.heard()
+            if not way.direct:
+                self._in_ensemble[session_id] -= 1
+                if not self._in_ensemble[session_id]:
+                    del self._in_ensemble[session_id]
+
+    def _heard(self) -> None:
+        self._unheard -= 1
+
+
+@dataclass
+class _Way:
+    direct: bool
+    """Past the ensemble."""
+    tell: Callable[[], None]
+    """Is told once that a direct turn has begun, or has ended."""
+    is_heard: bool = False
+
+    def heard(self) -> None:
+        """Triton has answered."""
+        if self.direct and not self.is_heard:
+            self.is_heard = True
+            self.tell()
 
 
 @dataclass
