@@ -33,12 +33,12 @@ INTERPRETER_SECONDS = 300.0
 if ON_GPU or INTERPRETED:
     from llava_triton.kernels.gpu.attention import (
         MAX_SPLITS,
-        MIN_SPLIT_TOKENS,
         GpuAttention,
         add_rms_norm,
         int8_product,
         silu_multiply,
     )
+    from llava_triton.kernels.gpu.parameters import Parameters
 
 runs_kernels = pytest.mark.skipif(
     not (ON_GPU or INTERPRETED), reason="runs within test_by_the_interpreter"
@@ -101,17 +101,24 @@ def make_step(
     return Step(
         rows,
         step.qkv.to(DEVICE),
-        step.keys.to(DEVICE),
+        step.keys.mT.contiguous().to(DEVICE),  # as values lie
         step.values.to(DEVICE),
         (angles * 6.3).cos().to(DEVICE),
         (angles * 6.3).sin().to(DEVICE),
     )
 
 
+def run_reference(shape: AttentionGeometry, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Step.run`; the reference has a block's tokens side by side."""
+    turned = replace(step, keys=step.keys.mT.contiguous())
+    keys, values, result = turned.run(ReferenceAttention(shape))
+    return keys.mT, values, result
+
+
 def check(shape: AttentionGeometry, step: Step, tolerance: float | None = None) -> None:
     """The step's pages and result are those of the reference."""
     keys, values, result = step.run(GpuAttention(shape))
-    slow_keys, slow_values, slow_result = step.run(ReferenceAttention(shape))
+    slow_keys, slow_values, slow_result = run_reference(shape, step)
     if tolerance is None:
         tolerance = TOLERANCES[step.qkv.dtype]
     # Slots that hold nothing are NaN before and after.
@@ -153,7 +160,35 @@ def test_more_sequences_than_are_searched_at_once() -> None:
 @runs_kernels
 def test_splits_grow_with_a_context_that_needs_more_than_there_are() -> None:
     shape = geometry(2, 1, 16)
-    check(shape, make_step(shape, [(MAX_SPLITS * MIN_SPLIT_TOKENS + 1, 1), (130, 1)]))
+    check(shape, make_step(shape, [(MAX_SPLITS * Parameters().min_split_tokens + 1, 1), (130, 1)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("window", [None, 150])
+def test_few_rows_share_the_keys_of_a_long_context(window: int | None) -> None:
+    # More splits than there may be; two tiles of rows; one that is not split beside it.
+    shape = geometry(2, 1, 16, window)
+    few = [(600, 35), (5, 3), (300, 1), (0, 40)]
+    check(shape, make_step(shape, few))
+    check(shape, make_step(shape, few[:1]))
+
+
+@runs_kernels
+def test_many_rows_are_enough_without_splits() -> None:
+    shape = geometry(2, 1, 16)
+    rows = Parameters().prompt_split_rows
+    check(shape, make_step(shape, [(300, rows + 1), (300, 2)]))
+
+
+@runs_kernels
+def test_few_programs_do_the_work_of_many_sequences() -> None:
+    shape = geometry(2, 2, 16)
+    sequences = [(300, 1), (5, 1), (20, 2), (0, 1), (129, 1)]
+    step = make_step(shape, sequences)
+    check(shape, step)
+    one = replace(Parameters(), decode_programs=1)
+    together = step.run(GpuAttention(shape))[2]
+    assert torch.equal(step.run(GpuAttention(shape, one))[2], together)
 
 
 @runs_kernels
@@ -182,7 +217,7 @@ def test_large_scores(size: float) -> None:
     # Scores in the ten thousands are themselves known to some 0.01 only in float32.
     tolerance = 1e-4 if size < 100 else 0.1
     _, _, result = step.run(GpuAttention(shape))
-    _, _, expected = step.run(ReferenceAttention(shape))
+    _, _, expected = run_reference(shape, step)
     torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 
 

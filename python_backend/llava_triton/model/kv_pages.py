@@ -31,6 +31,7 @@ class Pages:
         geometry: of its attention.
         dtype: of keys and values.
         device: where they live.
+        keys_by_token: how keys lie in them, see `Kernels`.
     """
 
     def __init__(
@@ -40,18 +41,22 @@ class Pages:
         geometry: AttentionGeometry,
         dtype: torch.dtype,
         device: torch.device,
+        keys_by_token: bool = False,
     ) -> None:
         kv_heads, width = geometry.kv_heads, geometry.head_dim
+        by_token, by_number = (BLOCK_TOKENS, width), (width, BLOCK_TOKENS)
         self.blocks = blocks
         self.spare = blocks
         """A block behind those, for what nobody will read."""
         # Not zeroed: on a CPU, pages that no session has used take no memory then.
         self.keys = torch.empty(
-            (layers, blocks + 1, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, *(by_token if keys_by_token else by_number)),
+            dtype=dtype,
+            device=device,
         )
-        """[layers, blocks + 1, G, D, BLOCK_TOKENS]"""
+        """[layers, blocks + 1, G, D, BLOCK_TOKENS] or, by token, [..., BLOCK_TOKENS, D]"""
         self.values = torch.empty(
-            (layers, blocks + 1, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, *by_token), dtype=dtype, device=device
         )
         """[layers, blocks + 1, G, BLOCK_TOKENS, D]"""
 
