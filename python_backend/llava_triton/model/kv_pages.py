@@ -76,6 +76,19 @@ class Pages:
             for part in index.split(CHUNK_BLOCKS)
         ]
 
+    def pin_host_memory(self, most: int) -> None:
+        """Let the host's driver pin memory for copies now, rather than amid answers, which wait for
+        it: some 100 ms for a session. torch keeps it for `to_host`.
+
+        Args:
+            most: bytes.
+        """
+        shapes = [(CHUNK_BLOCKS, *each[:, 0].shape) for each in (self.keys, self.values)]
+        kept, left = [], most
+        while left >= (piece := self.host_bytes(CHUNK_BLOCKS)):
+            kept += [_host_memory(shape, self.keys.dtype) for shape in shapes]
+            left -= piece
+
     def host_bytes(self, blocks: int) -> int:
         """Bytes of host memory that copies of so many blocks take."""
         device = self.keys.device
@@ -109,9 +122,13 @@ def _to_host(pages: Tensor, index: Tensor) -> Tensor:
     copied = pages.transpose(0, 1)[index].contiguous()
     if pages.device.type != "cuda":
         return copied
-    host = torch.empty((CHUNK_BLOCKS, *copied.shape[1:]), dtype=copied.dtype, pin_memory=True)
+    host = _host_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
     host[: len(copied)].copy_(copied, non_blocking=True)
     return host
+
+
+def _host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:

@@ -44,8 +44,11 @@ class Tiles:
     """Queries of a program of `attend_one`: at least the query heads of a kv head."""
     many_queries: int
     """Likewise of `attend_many`."""
-    tokens: int
-    """Keys and values taken at a time; a multiple of BLOCK_TOKENS."""
+    one_tokens: int
+    """Keys and values that a program of `attend_one` takes at a time; a multiple of BLOCK_TOKENS.
+    """
+    many_tokens: int
+    """Likewise of `attend_many`: twice as many would not fit an A10G's registers."""
 
     @staticmethod
     def of(geometry: AttentionGeometry, dtype: torch.dtype) -> Tiles:
@@ -57,7 +60,8 @@ class Tiles:
         return Tiles(
             one_queries=max(16, group),
             many_queries=max(16 if exact else 64, group),
-            tokens=min(64, max(BLOCK_TOKENS, tokens)),
+            one_tokens=min(64, max(BLOCK_TOKENS, tokens)),
+            many_tokens=min(64, max(BLOCK_TOKENS, tokens // 2)),
         )
 
 
@@ -129,13 +133,13 @@ class GpuAttention:
         geometry, chosen = self._geometry, self._chosen
         sequences, table_width = rows.block_tables.shape
         tile_rows = tiles.many_queries // (geometry.heads // geometry.kv_heads)
-        splits = self._split_bound(table_width, tiles, chosen.prompt_splits, tile_rows)
+        splits = self._split_bound(table_width, tiles.many_tokens, chosen.prompt_splits, tile_rows)
         if sequences == 1 and len(qkv) > chosen.prompt_split_rows:
             splits = 1  # else the longest prompt is not known
         partial, largest_scores, weight_sums = self._kept(qkv, len(qkv), splits)
         cut = {
-            "N": tiles.tokens,
-            "MIN_TILES": chosen.min_split_tokens // tiles.tokens,
+            "N": tiles.many_tokens,
+            "MIN_TILES": chosen.min_split_tokens // tiles.many_tokens,
             "MAX_SPLITS": chosen.prompt_splits,
             "SPLIT_ROWS": chosen.prompt_split_rows,
             "WINDOW": geometry.window or 0,
@@ -187,11 +191,11 @@ class GpuAttention:
         """Fill in the rows of the sequences that have a single one."""
         geometry, chosen = self._geometry, self._chosen
         sequences, table_width = rows.block_tables.shape
-        splits = self._split_bound(table_width, tiles, MAX_SPLITS, 1)
+        splits = self._split_bound(table_width, tiles.one_tokens, MAX_SPLITS, 1)
         partial, largest_scores, weight_sums = self._kept(qkv, sequences, splits)
         cut = {
-            "N": tiles.tokens,
-            "MIN_TILES": chosen.min_split_tokens // tiles.tokens,
+            "N": tiles.one_tokens,
+            "MIN_TILES": chosen.min_split_tokens // tiles.one_tokens,
             "MAX_SPLITS": MAX_SPLITS,
             "WINDOW": geometry.window or 0,
         }
@@ -243,14 +247,15 @@ class GpuAttention:
         largest_scores = like.new_empty(kept, dtype=torch.float32)
         return partial, largest_scores, torch.empty_like(largest_scores)
 
-    def _split_bound(self, table_width: int, tiles: Tiles, most: int, rows: int) -> int:
-        """At least the splits of any tile of so many rows whose blocks fit the tables."""
-        count = _ceil_div(table_width * BLOCK_TOKENS, tiles.tokens)
+    def _split_bound(self, table_width: int, tokens: int, most: int, rows: int) -> int:
+        """At least the splits of any tile of so many rows, where so many tokens are taken at a
+        time."""
+        count = _ceil_div(table_width * BLOCK_TOKENS, tokens)
         if self._geometry.window is not None:
             # Its first token may be the last one of a tile.
             seen = self._geometry.window + rows - 1
-            count = min(count, _ceil_div(seen - 1, tiles.tokens) + 1)
-        return min(most, _ceil_div(count, self._chosen.min_split_tokens // tiles.tokens))
+            count = min(count, _ceil_div(seen - 1, tokens) + 1)
+        return min(most, _ceil_div(count, self._chosen.min_split_tokens // tokens))
 
     def _check(self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> None:
         """What would otherwise read or write past a tensor."""
