@@ -178,6 +178,7 @@ def launch_everything() -> None:
         int8_product,
         silu_multiply,
     )
+    from llava_triton.kernels.gpu.sampling import draw_tokens
 
     for name, geometry in GEOMETRIES.items():
         for dtype in (torch.bfloat16, torch.float32)[: 2 if name == "llava-1.5-7b" else 1]:
@@ -191,6 +192,9 @@ def launch_everything() -> None:
             x = torch.zeros(rows_of_x, 4096, dtype=dtype)
             weight = torch.zeros(64, 4096, dtype=torch.int8)
             int8_product(x, weight, torch.zeros(64), None)
+    for vocabulary in (32064, 152_000):
+        logits = torch.zeros(2, vocabulary)
+        draw_tokens(logits, logits[:, 0].clone(), torch.zeros(1, 6), torch.zeros(2).long())
     x = torch.zeros(2, 4096, dtype=torch.bfloat16)
     add_rms_norm(x, x, x[0].clone(), 1e-5)
     silu_multiply(torch.zeros(2, 22016, dtype=torch.bfloat16))

@@ -35,6 +35,8 @@ def prepare(options: Options) -> None:
 
     def write(name: str) -> None:
         target = checkpoint_folder(folder, name)
+        if (target / "config.json").exists():
+            return  # by the step before
         target.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(target, geometry_of(name, cpu=cpu), place.dtype, place.device)
         size = sum(file.stat().st_size for file in target.glob("*.safetensors"))

@@ -23,6 +23,7 @@ from llava_triton.kernels import gpu, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Rows
 from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.reference import ReferenceAttention
+from llava_triton.model.sampling import Draw, gpu_draws, next_tokens
 from tests.unit.test_paged_attention import Step
 
 ON_GPU = torch.cuda.is_available()
@@ -39,6 +40,7 @@ if ON_GPU or INTERPRETED:
         silu_multiply,
     )
     from llava_triton.kernels.gpu.parameters import Parameters
+    from llava_triton.kernels.gpu.sampling import draw_tokens
 
 runs_kernels = pytest.mark.skipif(
     not (ON_GPU or INTERPRETED), reason="runs within test_by_the_interpreter"
@@ -270,6 +272,67 @@ def test_int8_product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
         result = int8_product(x, weight.integers, weight.scales, shift)
         expected = (exact if shift is None else exact + shift.double()).to(dtype)
         torch.testing.assert_close(result, expected, atol=tolerance * 10, rtol=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"top_k": 7},
+        {"top_p": 0.6003},
+        {"min_p": 0.05},
+        {"top_k": 40, "top_p": 0.9007, "min_p": 0.01},
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"temperature": 1e-300},
+        {"temperature": 5.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocabulary", [1100, 50])
+def test_tokens_are_drawn_as_with_a_sort(vocabulary: int, limits: dict[str, Any]) -> None:
+    # (No limit here falls between two tokens: float32 would choose the other one.)
+    torch.manual_seed(vocabulary)
+    # Rounded: of a model in a half type, many logits are equal.
+    logits = (torch.randn(3, vocabulary) * 3).bfloat16().float()
+    logits[1, ::3] = -torch.inf
+    logits[2] = 1.5
+    numbers = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    numbers[0, 0] = 0.0
+    for number in numbers.T.tolist():
+        draws = [
+            Draw(**({"temperature": 0.8, "top_k": 0, "top_p": 1.0} | limits), number=each)
+            for each in number
+        ]
+        expected = next_tokens(logits, draws)
+        largest, tokens = logits.to(DEVICE).max(-1)
+        table = torch.from_numpy(gpu_draws(list(enumerate(draws))))
+        draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+        assert tokens.tolist() == expected.tolist()
+
+
+@runs_kernels
+def test_the_largest_number_draws_a_token_that_may_come() -> None:
+    logits = torch.randn(1, 300) * 9
+    logits[0, 7:] = -torch.inf
+    largest, tokens = logits.to(DEVICE).max(-1)
+    for top_k in (0, 5):
+        table = torch.from_numpy(gpu_draws([(0, Draw(1.0, top_k, 1.0, 1.0 - 2.0**-53))]))
+        draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+        assert int(tokens[0]) < 7
+
+
+@runs_kernels
+def test_rows_that_are_not_drawn_stay_and_broken_ones_stay_inside() -> None:
+    logits = torch.randn(3, 60)
+    logits[1, 5] = torch.nan
+    largest, tokens = logits.to(DEVICE).max(-1)
+    before = tokens.tolist()
+    table = torch.from_numpy(gpu_draws([(1, Draw(1.0, 5, 0.5, 0.3))]))
+    draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+    assert [tokens[0], tokens[2]] == [before[0], before[2]]
+    assert 0 <= int(tokens[1]) < 60
 
 
 @needs_gpu
