@@ -73,6 +73,7 @@ STEPS: dict[int, tuple[Stage, ...]] = {
     3: (
         Stage("prepare", "checkpoint and repositories, if missing", "prepare", 240, SEVEN),
         Stage("agreement", "answers beside transformers'", "agreement", 160, SEVEN),
+        Stage("engine-tests", "tests of the engine on the device", "engine_tests", 120),
         Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
         Stage("rows-int8", f"8-bit weights, {SEVEN}", "rows_int8", 60, SEVEN),
         Stage("rows-again", f"the engine's speed once more, {SEVEN}", "rows", 80, SEVEN),
