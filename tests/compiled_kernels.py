@@ -47,7 +47,6 @@ class Compiled:
     """Of a thread."""
     stack: int
     """Bytes of a thread in the GPU's memory: above 0 where registers are spilled."""
-    threads: int
 
 
 class _Utils:
@@ -72,7 +71,7 @@ class _Utils:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
         assert found is not None, done.stdout + done.stderr
-        self.compiled.append(Compiled(name, shared, int(found[1]), int(found[2]), 0))
+        self.compiled.append(Compiled(name, shared, int(found[1]), int(found[2])))
         return 1, 1, int(found[1]), 0, 1024
 
 
@@ -170,8 +169,9 @@ def attention_step(
     return qkv, torch.zeros(16, geometry.head_dim // 2), pages, pages.clone(), rows
 
 
-def launch_everything() -> None:
-    """Every kernel, in the shapes of the models that are served."""
+def launch_everything(capability: int) -> None:
+    """Every kernel, in the shapes of the models that are served; those of benchmarks, too."""
+    from benchmarks.gpu_check.candidates import few_row_product, nothing
     from llava_triton.kernels.gpu.attention import (
         GpuAttention,
         add_rms_norm,
@@ -195,6 +195,11 @@ def launch_everything() -> None:
     for vocabulary in (32064, 152_000):
         logits = torch.zeros(2, vocabulary)
         draw_tokens(logits, logits[:, 0].clone(), torch.zeros(1, 6), torch.zeros(2).long())
+    for dependent in (False, True)[: 2 if capability >= 90 else 1]:
+        nothing(torch.zeros(1), dependent=dependent)
+        for rows_of_x in (1, 2, 4, 8):
+            x = torch.zeros(rows_of_x, 4096, dtype=torch.bfloat16)
+            few_row_product(x, torch.zeros(64, 4096, dtype=torch.bfloat16), dependent=dependent)
     x = torch.zeros(2, 4096, dtype=torch.bfloat16)
     add_rms_norm(x, x, x[0].clone(), 1e-5)
     silu_multiply(torch.zeros(2, 22016, dtype=torch.bfloat16))
@@ -254,9 +259,10 @@ def launches_of_a_step(rows: int) -> dict[str, int]:
 def main() -> None:
     """The command."""
     torch.set_num_threads(1)
-    driver = installed(int(sys.argv[1]))
+    capability = int(sys.argv[1])
+    driver = installed(capability)
     with torch.inference_mode():
-        launch_everything()
+        launch_everything(capability)
         compiled = [asdict(each) for each in driver.utils.compiled]
         told = launches_of_a_step(4)
     json.dump({"kernels": compiled, "launches": told}, sys.stdout)

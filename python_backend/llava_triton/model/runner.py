@@ -31,7 +31,7 @@ from llava_triton.model.memory_size import (
     memory_budget,
 )
 from llava_triton.model.prefault import Prefault
-from llava_triton.model.sampling import next_tokens
+from llava_triton.model.sampling import Draw, next_tokens
 from llava_triton.model.step import LaunchedStep, Step, StepPart, StepResult, TransferError
 from llava_triton.model.text_model import TextModel
 
@@ -137,7 +137,8 @@ class ModelRunner:
                     blocks = [self.pages.spare] * -(-tokens // BLOCK_TOKENS)
                     parts = [StepPart([0] * tokens, 0, blocks)]
                     last = to_device(np.array([tokens - 1]), self.device)
-                    self._logits(self._embeddings(parts), self._rows(parts), last)
+                    logits = self._logits(self._embeddings(parts), self._rows(parts), last)
+                    next_tokens(logits, [Draw(1.0, 2, 0.5, 0.5)])
         except Exception as error:  # Triton's are of many classes
             raise RuntimeError(f"the kernels do not run on {self.device}: {error}") from error
 
