@@ -164,7 +164,7 @@ def draw(
     token = place * 0
     before = place * 0
     for first in range(0, VOCABULARY, CHUNK):
-        key, _, inside = _chunk(row, first, VOCABULARY, largest, factor, least)
+        key, _weight, inside = _chunk(row, first, VOCABULARY, largest, factor, least)
         same = (inside & (key == drawn)).to(tl.int32)
         hit = (same == 1) & (before + tl.cumsum(same, axis=0) - 1 == place)
         token += tl.sum(tl.where(hit, first + tl.arange(0, CHUNK), 0), axis=0)
