@@ -33,6 +33,8 @@ SECONDS = 560.0
 """For a step: ten minutes less what starting and copying the results take."""
 LEAST_SECONDS = 15.0
 """A stage that has less left is not begun."""
+CPU_PATIENCE = 4.0
+"""Times a stage's limit, where there is no GPU: nothing is to be learned from how long it takes."""
 TAIL_LINES = 40
 """Of a failed stage's output, in the report."""
 NO_DEVICE_CODE = 2
@@ -62,7 +64,7 @@ STEPS: dict[int, tuple[Stage, ...]] = {
     ),
     # With wheels; the checkpoint is written once, and stays for step 3.
     2: (
-        Stage("prepare", "checkpoint and repositories", "prepare", 240, SEVEN),
+        Stage("prepare", "checkpoint and repository", "prepare", 240, SEVEN),
         Stage("rows", f"the engine's speed, {SEVEN}", "rows", 100, SEVEN),
         Stage("triton", f"through Triton, {SEVEN}", "through_triton", 150, SEVEN, on_server=True),
         Stage("openings", f"openings on pictures, {SEVEN}", "openings", 60, SEVEN),
@@ -71,7 +73,7 @@ STEPS: dict[int, tuple[Stage, ...]] = {
         ),
     ),
     3: (
-        Stage("prepare", "checkpoint and repositories, if missing", "prepare", 240, SEVEN),
+        Stage("prepare", "checkpoint, if it is missing", "prepare_again", 200, SEVEN),
         Stage("agreement", "answers beside transformers'", "agreement", 160, SEVEN),
         Stage("engine-tests", "tests of the engine on the device", "engine_tests", 120),
         Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
@@ -143,7 +145,7 @@ class Check:
             why = "the time of the whole check was used up"
             self._report.add(replace(outcome, why=why))
             return
-        limit = min(stage.seconds, left)
+        limit = min(stage.seconds * (CPU_PATIENCE if self._cpu else 1.0), left)
         print(f"--- {stage.name}: {stage.title} (at most {limit:.0f} s)", flush=True)
         findings = self._folder / f"findings-{stage.name}.json"
         findings.unlink(missing_ok=True)  # of an earlier run in this folder
@@ -296,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [
         stage
         for stage in stages
-        if not options.stages or stage.name in options.stages or stage.module == "prepare"
+        if not options.stages or stage.name in options.stages or stage.name.startswith("prepare")
     ]
     earlier = options.output / FILE_NAME.format(step=options.step)
     if len(chosen) < len(stages) and earlier.exists():

@@ -60,7 +60,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_runs_without_a_gpu_and_says_so(step: int, shared: Path) -> None:
     output = shared / "results"
     given = ["--cpu", "--step", str(step), "--output", str(output), "--wheels", str(shared / "no")]
-    done = run(*given, "--scratch", str(shared / "scratch"))
+    done = run(*given, "--scratch", str(shared / "scratch"), "--seconds", "2000")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
     values = json.loads((output / f"gpu-check-{step}.json").read_text())
     text = (output / f"gpu-check-{step}.txt").read_text()
@@ -213,7 +213,7 @@ def test_a_stage_that_breaks_or_hangs_does_not_stop_the_others(
 ) -> None:
     # No checkpoint was prepared: the rows break in the middle, the findings before stay.
     rows = Stage("rows", "rows", "rows", 60, "llava-1.5-7b")
-    hangs = Stage("tests", "hangs", "device_tests", 0.2)
+    hangs = Stage("tests", "hangs", "device_tests", 0.05)
     served = Stage("triton", "served", "triton", 60, on_server=True)
     missing = Stage("memory", "missing", "no_such_stage", 60)
     report = check(tmp_path, pythons, rows, hangs, served, missing)
