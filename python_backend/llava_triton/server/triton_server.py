@@ -293,7 +293,7 @@ class TritonServer:
             connection.close()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Stop the server and everything it started, within 6 seconds and usually 2; twice does no
+        """Stop the server and everything it started, within 9 seconds and usually 2; twice does no
         harm.
 
         Args:

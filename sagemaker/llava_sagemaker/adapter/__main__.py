@@ -20,7 +20,7 @@ from llava_triton.contract.settings import Settings
 from llava_triton.server.large_blocks import give_back_large_blocks
 from llava_triton.server.server_error import ServerError
 
-DRAIN_SECONDS = 21
+DRAIN_SECONDS = 19
 """After SIGTERM running turns may take so long. (The container has 30 s, and its engines need some
 of them.)"""
 

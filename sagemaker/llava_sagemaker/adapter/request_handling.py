@@ -37,7 +37,12 @@ from llava_sagemaker.adapter.request_reading import (
 )
 from llava_sagemaker.adapter.sample_requests import sample_request
 from llava_sagemaker.adapter.session_ids import closed_header, opened_header
-from llava_sagemaker.adapter.session_requests import empty_session, raw_picture, session_request
+from llava_sagemaker.adapter.session_requests import (
+    empty_session,
+    raw_picture,
+    resumed_session,
+    session_request,
+)
 from llava_sagemaker.adapter.text_requests import text_request
 from llava_sagemaker.adapter.triton_format import (
     BINARY_CONTENT_TYPE,
@@ -45,6 +50,7 @@ from llava_sagemaker.adapter.triton_format import (
     triton_request,
 )
 from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn, limited
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import TEXTS
 from llava_triton.contract.settings import Settings
@@ -58,6 +64,9 @@ JSON_TYPES = ("", "application/json", "application/octet-stream", "binary/octet-
 SPARE_REQUESTS = 64
 """More than there may be turns, for the engine to refuse. Above that the adapter does, once a body
 has come; and only here, so that /ping is answered however many requests there are."""
+
+_NOTHING = Delta("", "stop", 0, 0, 0, 0.0)
+"""The answer to a turn that asks for nothing."""
 
 Result = TypeVar("Result")
 _Understand = Callable[[HttpRequest, Request, BodyShare], Awaitable[Invocation]]
@@ -120,6 +129,8 @@ class RequestHandler:
             invocation = await understand(http, request, share)
             turn = replace(invocation.turn, tenant=request.tenant)
             invocation, kind = replace(invocation, turn=turn), invocation.kind
+            if request.resumes:
+                invocation = replace(invocation, opened=request.session)
             if kind != "chat":
                 begun = self._remembered.other_turn_begins(invocation.turn)
                 invocation = replace(invocation, session_turn=begun)
@@ -177,8 +188,11 @@ class RequestHandler:
         binary = request.content_type == BINARY_CONTENT_TYPE
         if not binary and request.content_type not in JSON_TYPES:
             raise unknown_content_type(request.content_type)
-        if not binary and request.opens and not request.body:
-            return empty_session(request)
+        if not binary and not request.body:
+            if request.opens:
+                return empty_session(request)
+            if request.resumes:
+                return resumed_session(request)
         size = json_size(request) if binary else len(request.body)
         outline = await self._json.outline(request.body[:size])
         with share.parsed(outline.parsed_bytes):
@@ -229,6 +243,11 @@ class RequestHandler:
                 )
 
     async def _whole(self, http: HttpRequest, invocation: Invocation, began: float) -> Response:
+        if invocation.only_resumes:
+            asked = invocation.turn
+            await self._check_open(http, asked.tenant, asked.session_id)
+            body = invocation.format.whole(_NOTHING)
+            return Response(body.content, 200, self._headers(invocation), body.content_type)
         left = WHOLE_SECONDS - (time.monotonic() - began)
         async with asyncio.timeout(left + GRACE_SECONDS):
             size = invocation.turn.size

@@ -25,7 +25,7 @@ __all__ = ["RESTARTS", "Supervisor", "check_port"]
 
 START_SECONDS = 1800.0
 """How long Triton may load: as long as SageMaker is told to wait for the first /ping."""
-DRAIN_SECONDS = 22.0
+DRAIN_SECONDS = 20.0
 """After SIGTERM the adapter ends running turns within about so long. SageMaker kills us after 30 s,
 and the engines need some of them to write what the journal has not."""
 
