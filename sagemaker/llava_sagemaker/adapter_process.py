@@ -91,7 +91,7 @@ class KeptAdapter:
     def __init__(
         self, host: str, port: int, engines: Sequence[TritonServer], restarts: int = RESTARTS
     ) -> None:
-        self._host = host
+        self.host = host
         self._port = port
         self._engines = engines
         self._restarts = restarts
@@ -103,7 +103,7 @@ class KeptAdapter:
     @property
     def url(self) -> str:
         """For OpenAI's clients."""
-        host = "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return f"http://{host}:{self._port}/v1"
 
     def start(self) -> None:
@@ -113,8 +113,8 @@ class KeptAdapter:
             PortError: its port is taken, or is one of an engine's.
         """
         for engine in self._engines:
-            same = engine.ports if self._host == engine.host else {}
-            check_ports(self._host, {**same, "openai": self._port})
+            same = engine.ports if self.host == engine.host else {}
+            check_ports(self.host, {**same, "openai": self._port})
         self._process.start()
 
     def look(self) -> None:

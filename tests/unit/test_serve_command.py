@@ -86,6 +86,23 @@ def test_ready_is_not_said_of_a_dead_adapter(
     assert "ready after" not in told.out
 
 
+@pytest.mark.usefixtures("own_signals")
+def test_what_is_open_to_others_is_told(
+    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (server,) = kept._engines
+    monkeypatch.setattr(kept, "_restarts", 0)
+    monkeypatch.setattr(server, "start", lambda *_, **__: None)
+    monkeypatch.setattr(server, "fault", lambda: None)
+    foreground.serve([server], companion=kept)
+    assert "open to others" not in capsys.readouterr().out
+    kept.host = "0.0.0.0"
+    foreground.serve([server], companion=kept)
+    told = capsys.readouterr()
+    assert "OpenAI's port is open to others at 0.0.0.0" in told.out
+    assert "Triton's own ports are for trusted networks only" in told.out
+
+
 def test_a_wrong_key_is_told_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_API_KEY", "two words")
     done = CliRunner().invoke(app, ["serve", "no-such-model"])

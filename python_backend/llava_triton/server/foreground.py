@@ -31,6 +31,10 @@ class Companion(Protocol):
         """For the list of what listens where."""
 
     @property
+    def host(self) -> str:
+        """The address that it listens on."""
+
+    @property
     def url(self) -> str:
         """Where it listens."""
 
@@ -73,6 +77,11 @@ warning: Triton's ports are open to others at {host}. Whoever reaches them can u
   with limits in front: docs/triton-ports.md"""
 
 
+OPEN_COMPANION = """\
+{name}'s port is open to others at {host}: it limits what they send, and asks for a key where
+  LLAVA_API_KEY is set. Triton's own ports are for trusted networks only: docs/triton-ports.md"""
+
+
 def serve(
     servers: Sequence[TritonServer],
     *,
@@ -95,6 +104,8 @@ def serve(
         signal.signal(number, _interrupt)
     if not is_loopback(servers[0].host):
         print(OPEN_PORTS.format(host=servers[0].host), file=sys.stderr, flush=True)
+    if companion is not None and not is_loopback(companion.host):
+        _say(OPEN_COMPANION.format(name=companion.name, host=companion.host))
     engines = Engines(servers, _say, restarts=restarts)
     try:
         if companion is not None:
