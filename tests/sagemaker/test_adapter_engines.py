@@ -169,7 +169,7 @@ def test_a_dead_engine_takes_its_own_sessions_only(pair: Pair) -> None:
     assert pair.engine_of(pair.open()) == 0
     pair.lose(0)
     pair.lose(1)
-    assert pair.adapter.ping() == 503
+    pair.adapter.wait_until(lambda: pair.adapter.ping() == 503)
 
 
 def test_sessions_of_a_dead_engine_are_resumed_on_another(with_journal: Pair) -> None:
