@@ -17,7 +17,7 @@ import psutil
 
 from llava_triton.server.triton_server import free_ports
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 SESSION = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION = "X-Amzn-SageMaker-New-Session-Id"
 CLOSED_SESSION = "X-Amzn-SageMaker-Closed-Session-Id"
