@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from llava_triton.contract.settings import Settings
 from llava_triton.server import server_guard
 from llava_triton.server.crash_handler import CrashHandler
 from llava_triton.server.installation import CPU_ENVIRONMENT, Installation, find_installation
@@ -37,7 +38,9 @@ START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
 _GPU_POOL_BYTES = 512 * 1024 * 1024
 _EXIT_SECONDS = 1
-"""Triton's own wait, at its end, for open sequences and running requests."""
+"""Triton's own wait, at its end, for open sequences, running requests and the ends of models."""
+_WRITING_SECONDS = 7
+"""The same, where models have a journal to write. Triton ends earlier where they are done."""
 
 _RESTRICT = ("http-restricted-api", "grpc-restricted-protocol")
 _CONTROL = ("model-repository", "trace", "logging")
@@ -55,6 +58,14 @@ def _closed(*protocols: str) -> str:
     the case that it could.
     """
     return f"{','.join(protocols)}:(closed: by this server)={secrets.token_urlsafe(32)}"
+
+
+def keeps_journal(repository: Path) -> bool:
+    """Whether the models of a repository write their sessions down."""
+    try:
+        return bool(Settings.of_repository(repository).journal)
+    except (OSError, ValueError, TypeError):  # its models will say so
+        return False
 
 
 class TritonServer:
@@ -232,7 +243,9 @@ class TritonServer:
             "model-repository": link,
             "backend-directory": installation.backend_directory(run_folder),
             "backend-config": f"python,shm-region-prefix-name={run_folder.name}-",
-            "exit-timeout-secs": _EXIT_SECONDS,
+            "exit-timeout-secs": (
+                _WRITING_SECONDS if keeps_journal(self.repository) else _EXIT_SECONDS
+            ),
             # Image features go from model to model in it: of pictures that are opened together.
             "cuda-memory-pool-byte-size": f"0:{_GPU_POOL_BYTES}",
             **{option: _closed(*self._closed_protocols) for option in _RESTRICT},
