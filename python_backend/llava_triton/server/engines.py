@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_triton.server.installation import find_installation
 from llava_triton.server.machine import Share
-from llava_triton.server.restarts import RESTARTS, keep_serving
+from llava_triton.server.restarts import POLL_SECONDS, RESTARTS, keep_serving
 from llava_triton.server.server_error import ServerError
 from llava_triton.server.triton_server import START_SECONDS, TritonServer, keeps_journal
 
 PORTS = 3
 """Of each engine."""
+WRITING_SECONDS = 8.0
+"""So long, at the end, an engine may take to write what its journal has not."""
+METRICS_SECONDS = 0.6
+"""Its metrics are no older."""
+_WAITING = re.compile(r"^llava_journal_records_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past any proxy that the environment names: what it reads is on this machine."""
 
 
 def servers_on(
@@ -56,6 +65,22 @@ def servers_on(
     return servers
 
 
+def _wait_until_written(server: TritonServer) -> None:
+    """Return when the journal has all turns. Triton does not end its models in order where
+    sessions are open, so they cannot write at their end."""
+    deadline = time.monotonic() + WRITING_SECONDS
+    time.sleep(METRICS_SECONDS)
+    while server.alive and time.monotonic() < deadline:
+        try:
+            with _DIRECT.open(server.metrics_url, timeout=1.0) as page:
+                waiting = _WAITING.findall(page.read().decode())
+        except OSError:
+            return
+        if not sum(map(float, waiting)):
+            return
+        time.sleep(POLL_SECONDS)
+
+
 class Engines:
     """Keeps servers serving, each from a thread of its own: one that dies takes nobody along.
 
@@ -78,10 +103,10 @@ class Engines:
         self._say = say
         self._restarts = restarts
         self._start_seconds = start_seconds
-        has_journal = keeps_journal(servers[0].repository)
-        self._lost = (
-            "its sessions go on from the journal" if has_journal else "its sessions are lost"
-        )
+        self._has_journal = keeps_journal(servers[0].repository)
+        self._lost = "its sessions are lost"
+        if self._has_journal:
+            self._lost = "its sessions go on from the journal"
         self._stopping = threading.Event()
         self._starts = [0] * len(servers)
         """How often each has become ready."""
@@ -150,6 +175,9 @@ class Engines:
             if isinstance(error, ServerError) and error.args:
                 error.args = (self._named(number, str(error.args[0])), *error.args[1:])
             self._failures.append(error)
+        else:
+            if self._has_journal:
+                _wait_until_written(server)
         finally:
             server.stop()
 

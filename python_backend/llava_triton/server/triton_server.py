@@ -38,9 +38,8 @@ START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
 _GPU_POOL_BYTES = 512 * 1024 * 1024
 _EXIT_SECONDS = 1
-"""Triton's own wait, at its end, for open sequences, running requests and the ends of models."""
-_WRITING_SECONDS = 7
-"""The same, where models have a journal to write. Triton ends earlier where they are done."""
+"""Triton's own wait, at its end, for open sequences and running requests. Where there are any then,
+it ends without ending its models."""
 
 _RESTRICT = ("http-restricted-api", "grpc-restricted-protocol")
 _CONTROL = ("model-repository", "trace", "logging")
@@ -243,9 +242,7 @@ class TritonServer:
             "model-repository": link,
             "backend-directory": installation.backend_directory(run_folder),
             "backend-config": f"python,shm-region-prefix-name={run_folder.name}-",
-            "exit-timeout-secs": (
-                _WRITING_SECONDS if keeps_journal(self.repository) else _EXIT_SECONDS
-            ),
+            "exit-timeout-secs": _EXIT_SECONDS,
             # Image features go from model to model in it: of pictures that are opened together.
             "cuda-memory-pool-byte-size": f"0:{_GPU_POOL_BYTES}",
             **{option: _closed(*self._closed_protocols) for option in _RESTRICT},
@@ -306,8 +303,7 @@ class TritonServer:
             connection.close()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Stop the server and everything it started, within 9 seconds and usually 2; twice does no
-        harm.
+        """Stop the server and everything it started, within 3 seconds; twice does no harm.
 
         Args:
             at_once: kill it. Triton's own end waits for answers under way, which may never come.
