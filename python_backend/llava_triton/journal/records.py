@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llava_triton.conversation.prompt import CompletedTurn, Span
@@ -230,10 +230,8 @@ def _record(values: dict[str, Any], key: str, number: int) -> Record:
 
 
 def _turn(values: dict[str, Any]) -> CompletedTurn:
-    names = [each.name for each in fields(CompletedTurn) if each.name != "answer"]
-    return CompletedTurn(
-        **{name: _number(values[name]) for name in names}, answer=_text(values["answer"])
-    )
+    numbers = {name: _number(values[name]) for name in ("asked", "end", "images", "pending")}
+    return CompletedTurn(**numbers, answer=_text(values["answer"]))
 
 
 def _list(value: Any) -> list[Any]:
