@@ -42,7 +42,7 @@ class Settings:
     answered to its end."""
     default_max_tokens: int = 256
     """Length of an answer, in tokens, when the client names none."""
-    target_between_tokens_ms: float = 50.0
+    target_between_tokens_ms: float = 80.0
     """While prompts are computed, running answers get a token about this often, and prompts the
     time that is left. Where answers alone take more than half of it, it is twice their time."""
     target_first_token_ms: float = 1000.0
