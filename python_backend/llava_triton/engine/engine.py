@@ -187,6 +187,19 @@ class Engine:
         """
         self._command(lambda: self._stop_answer(session_id, tenant, listener))
 
+    def cancel_answer(
+        self, session_id: SessionId, tenant: str, request_id: str, listener: Listener
+    ) -> None:
+        """Undo a turn of a session, as `cancel`. Where there is none such, nothing happens.
+
+        Args:
+            session_id: whose turn.
+            tenant: whose session.
+            request_id: of the turn.
+            listener: gets one final piece without text.
+        """
+        self._command(lambda: self._cancel_answer(session_id, tenant, request_id, listener))
+
     def close(self, session_id: SessionId) -> None:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
         self._command(lambda: self._close_now(session_id))
@@ -801,6 +814,14 @@ class Engine:
             except Exception as error:
                 self._fail(running, as_session_error(error))
         listener(told)
+
+    def _cancel_answer(
+        self, session_id: SessionId, tenant: str, request_id: str, listener: Listener
+    ) -> None:
+        for turn in self._lanes.of_session(session_id):
+            if (turn.request.tenant, turn.request.request_id) == (tenant, request_id):
+                self._cancel(turn.id)
+        listener(Delta("", "stopped", 0, 0, 0, 0.0))
 
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")
