@@ -261,7 +261,7 @@ class Triton:
         """Send a turn and read its answer to the end."""
         call, usable = None, False
         try:
-            with self._ways.of(turn) as way:
+            with self._ways.of(turn.session_id, IMAGE.name in turn.tensors) as way:
                 message = await off_loop(turn.size, turn.written, answer.request_id, way.direct)
                 del turn  # with its pictures: the answer may take long
                 call = self._call()
@@ -270,7 +270,10 @@ class Triton:
                 del message
                 answer.is_sent = True
                 last = False
-                while not last and (response := await _response(call, answer.request_id)):
+                while not last:
+                    response = await _response(call, answer.request_id)
+                    if response is None:
+                        break
                     way.heard()
                     piece = _piece(response)
                     last = _is_last(piece)
@@ -343,11 +346,15 @@ class _Ways:
         """Turns past it that have not begun."""
 
     @contextlib.contextmanager
-    def of(self, turn: Turn) -> Iterator[_Way]:
-        """The way of a turn, until its answer has been read."""
-        session_id = turn.session_id
+    def of(self, session_id: str, shows: bool) -> Iterator[_Way]:
+        """The way of a turn, until its answer has been read.
+
+        Args:
+            session_id: of its session.
+            shows: whether it has pictures.
+        """
         free = session_id not in self._in_ensemble and self._unheard < MOST_UNHEARD
-        way = _Way(free and IMAGE.name not in turn.tensors, self._heard)
+        way = _Way(free and not shows, self._heard)
         if way.direct:
             self._unheard += 1
         else:
