@@ -121,7 +121,7 @@ class GrpcTransport(Transport):
 
     def _cancel(self, turn: TurnMessage) -> bool:
         """Cancel a turn that has begun, and read the stream to its answer's end; whether that was
-        possible. Breaking the stream off would cancel it, too, but cost Triton memory."""
+        possible. Breaking the stream off would cancel it later, and cost a new stream."""
         assert self._arrived is not None
         request = cancelling(turn).request(triton, self.parameters)
         try:
