@@ -59,6 +59,12 @@ class ModelRunner:
         config = model.config
         self._threads = cpu_threads(model)
         self.image_token_id = int(config.image_token_id)
+        video = getattr(config, "video_token_id", None)
+        words = int(model.lm_head.weight.shape[0])
+        self._placeholders = [
+            each for each in (self.image_token_id, video) if each is not None and each < words
+        ]
+        """Tokens that stand for pictures and videos."""
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
         # What is left refers to the text model only: the vision tower's memory goes free.
         model.model.vision_tower = None
@@ -207,7 +213,7 @@ class ModelRunner:
         hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
         logits = self._text_model.logits(hidden if last is None else hidden[last])
         # Spoken by the model it would stand for a picture that does not exist.
-        logits[:, self.image_token_id] = -torch.inf
+        logits[:, self._placeholders] = -torch.inf
         return logits
 
     def _known(self, ids: Tensor) -> Tensor:
