@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -49,7 +50,7 @@ def clip(
     file = io.BytesIO()
     codec, layout = CODECS[container]
     with av.open(file, "w", format="webm" if container == "vp8" else container) as output:
-        stream = output.add_stream(codec, rate=rate)
+        stream: Any = output.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = layout
         base = Fraction(1, 1000)
@@ -68,7 +69,7 @@ def sound() -> bytes:
     """An MP4 file with sound alone."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=16_000)
+        stream: Any = output.add_stream("aac", rate=16_000)
         frame = av.AudioFrame.from_ndarray(
             np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
         )

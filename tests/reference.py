@@ -64,9 +64,16 @@ class TransformersChat:
         self._ids += answer
         return answer
 
-    def say(self, text: str, images: Sequence[Image] = (), *, answer: str) -> None:
+    def say(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        *,
+        answer: str,
+        videos: Sequence[Frames] = (),
+    ) -> None:
         """Add a turn whose answer was `answer`."""
-        self._listen(text, images)
+        self._listen(text, images, videos=videos)
         self._ids += self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
 
     def _listen(

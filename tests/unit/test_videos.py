@@ -82,7 +82,7 @@ def test_frames_are_counted_where_they_come_at_uneven_times(decoder: VideoDecode
 def test_frames_are_those_that_transformers_reads(decoder: VideoDecoder) -> None:
     """As its `read_video_pyav` does, whose own number of frames is the header's."""
     file = clips.clip(clips.noise(9))
-    with av.open(io.BytesIO(file)) as container:
+    with av.open(io.BytesIO(file), "r") as container:
         assert container.streams.video[0].frames == 9
         frames = [each.to_ndarray(format="rgb24") for each in container.decode(video=0)]
     indices = default_sample_indices_fn(VideoMetadata(total_num_frames=9), num_frames=4)
@@ -498,7 +498,8 @@ MADE = {
 def ramp(height: int, width: int) -> np.ndarray:
     """A frame of slopes and edges."""
     rows, columns = np.mgrid[:height, :width]
-    return np.stack([rows * 7 + columns * 3, rows * columns, columns * 31], -1).astype(np.uint8)
+    slopes: np.ndarray = np.stack([rows * 7 + columns * 3, rows * columns, columns * 31], -1)
+    return slopes.astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.pictures import Picture, Video, shown
 from llava_triton.client.transport import TurnMessage
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
@@ -67,6 +67,8 @@ def opening_turn(
     image: Picture | Iterable[Picture] | None,
     session_id: int | str | None,
     history: Sequence[PastTurn],
+    video: Video | None = None,
+    num_frames: int | None = None,
 ) -> TurnMessage:
     """The turn that opens a session; see `Session.open`.
 
@@ -78,6 +80,6 @@ def opening_turn(
     return TurnMessage(
         uuid.uuid4().hex if session_id is None else session_id,
         start=True,
-        images=encoded_pictures(image),
+        images=shown(image, video, num_frames),
         history=history,
     )

@@ -26,8 +26,15 @@ from llava_triton.contract.errors import (
     invalid,
 )
 from llava_triton.contract.history import PastTurn, history_to_json
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE,
+    IMAGE_POSITIONS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+)
 from llava_triton.contract.operations import NO_OPERATION, REWIND, STOP_ANSWER, Operation
+from llava_triton.contract.positions import Positions
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -40,7 +47,7 @@ class TurnMessage:
     end: bool = False
     text: str | None = None
     images: Sequence[bytes] = ()
-    """Encoded picture files."""
+    """Encoded pictures, and videos as elements of the input `image` hold them."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """See `llava_triton.model.sampling.SamplingParameters`."""
     history: Sequence[PastTurn] = ()
@@ -49,6 +56,8 @@ class TurnMessage:
     """What is done to the session first."""
     stop_answer: int | str | None = None
     """The ID of a session whose answer is to end as it is; the message has no other meaning."""
+    positions: Positions = None
+    """Of the pictures and videos in the text."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -79,6 +88,8 @@ class TurnMessage:
             strings[TEXT_INPUT] = [_utf8(self.text)]
         if self.images:
             strings[IMAGE] = self.images
+        if self.positions is not None:
+            strings[IMAGE_POSITIONS] = [json.dumps(self.positions).encode()]
         if self.sampling:
             strings[SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
         if self.history:

@@ -6,7 +6,7 @@ import binascii
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import IMAGE, VIDEO, VIDEO_MARK
@@ -75,8 +75,10 @@ def video_of(item: bytes, settings: Settings) -> Video:
         return Video(frames=tuple(_split(item)))
     if not _is_marked(item):
         return _file(item, None, settings)
-    end = item.find(_BASE64_ENDS, 0, _HEADER_BYTES)  # a comma may be before it: codecs=vp8,opus
-    is_base64 = end >= 0
+    # A comma may be in it: codecs=vp8,opus.
+    end = item.find(_BASE64_ENDS, 0, _HEADER_BYTES)
+    inner = item.find(b",data:", 0, _HEADER_BYTES)
+    is_base64 = end >= 0 and not 0 <= inner < end
     begin = end + len(_BASE64_ENDS) if is_base64 else item.find(b",", 0, _HEADER_BYTES) + 1
     header = _HEADER.match(item[: max(0, begin)])
     if not begin or header is None:
@@ -89,6 +91,11 @@ def video_of(item: bytes, settings: Settings) -> Video:
         return Video(frames=tuple(item[begin:].split(b",")))
     if not is_base64:
         content = item[begin:]
+        if _is_marked(content):  # in one that only says how many frames
+            video = video_of(content, settings)
+            return replace(video, num_frames=wanted or video.num_frames)
+        if content[:5].lower() == b"data:":  # of another type, such as image/gif
+            content = content[content.find(b",", 0, _HEADER_BYTES) + 1 :]
         # Of the input `video`, where base64 text needs no data URI.
         is_base64 = container_of(content) is None and _begins_as_base64(content) is not None
         return _file(_decoded(content) if is_base64 else content, wanted, settings)

@@ -1,0 +1,248 @@
+"""Videos through the real server: whole conversations token for token those of transformers, and
+what is no video."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http
+import tritonclient.utils
+from PIL import Image
+
+from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.families import family_of
+from llava_triton.contract.settings import Settings
+from llava_triton.pictures.video_decoder import VideoDecoder
+from llava_triton.server.triton_server import TritonServer, free_ports
+from tests import clips
+from tests.checkpoints import tiny_llava
+from tests.reference import TransformersChat
+from tests.triton import Answer, ask
+from tests.unit.test_videos import HOSTILE
+
+QUESTIONS = (
+    "How many shapes are there?",
+    "Describe the picture.",
+    "Is there a red circle?",
+    "And what about it?",
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "OneVision": {
+        "family": "llava_onevision",
+        "vision": "siglip",
+        "text": "qwen2",
+        "kv_heads": 1,
+        "seed": 2,
+    },
+    "NeXT-Video": {"family": "llava_next_video", "kv_heads": 2, "seed": 3},
+    "NeXT-Video, the largest of 4": {
+        "family": "llava_next_video",
+        "text": "mistral",
+        "spatial_pool_mode": "max",
+        "seed": 4,
+    },
+}
+FRAMES = 16
+"""Of a video, where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A server, and what its answers are compared with."""
+
+    client: Any
+    reference: TransformersChat
+    family: Any
+
+    def ask(self, text: str | None = None, *, session: str, **turn: Any) -> Answer:
+        return ask(self.client, text, session=session, parameters={"max_tokens": 32}, **turn)
+
+    def tiles(self) -> int:
+        """That the vision encoder has encoded."""
+        found = self.client.get_inference_statistics("vision_encoder")["model_stats"][0]
+        return int(found["inference_count"])
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def stand(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stand]:
+    folder = tmp_path_factory.mktemp("videos")
+    checkpoint = tiny_llava(folder / "checkpoint", **SHAPES[request.param])
+    repository = folder / "repository"
+    subprocess.run(
+        [sys.executable, "-m", "llava_export", "--model", checkpoint, "--output", repository],
+        check=True,
+    )
+    with (
+        TritonServer(repository, *free_ports(3)) as server,
+        tritonclient.http.InferenceServerClient(server.http_address) as client,
+    ):
+        family = family_of(llava_config(checkpoint))
+        yield Stand(client, TransformersChat(checkpoint), family)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[VideoDecoder]:
+    decoder = VideoDecoder(Settings())
+    yield decoder
+    decoder.close()
+
+
+def picture(width: int = 90, height: int = 60) -> bytes:
+    (frame,) = clips.noise(1, width, height)
+    return png(frame)
+
+
+def png(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return file.getvalue()
+
+
+def load(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+@pytest.mark.parametrize("container", ["mp4", "webm", "gif"])
+def test_a_conversation_about_a_video_and_a_picture(
+    stand: Stand, decoder: VideoDecoder, container: str
+) -> None:
+    file = clips.clip(clips.noise(20, 64, 48 + 2 * len(container)), container)
+    frames = decoder.frames(file, FRAMES, np.copy)
+    stand.reference.restart()
+    session, seen, before = uuid.uuid4().hex, 0, stand.tiles()
+    for number, question in enumerate(QUESTIONS):
+        images = [picture()] if number == 2 else []
+        videos = [file] if number == 0 else []
+        expected = stand.reference.answer(
+            question, [load(each) for each in images], videos=[frames] if videos else ()
+        )
+        answer = stand.ask(
+            question,
+            session=session,
+            start=number == 0,
+            images=images or None,
+            videos=videos or None,
+        )
+        assert answer.text == expected
+        assert answer.num_input_tokens + answer.num_output_tokens == stand.reference.num_tokens
+        # The answer's last token was said and not computed with.
+        assert answer.num_cached_tokens >= seen - 1
+        seen = stand.reference.num_tokens
+    tiles = FRAMES + stand.family.num_tiles(60, 90)
+    if container == "mp4":
+        assert stand.tiles() == before + tiles
+    # Another session, and nothing is encoded again.
+    before = stand.tiles()
+    again = stand.ask(QUESTIONS[0], session=uuid.uuid4().hex, start=True, end=True, videos=[file])
+    assert stand.tiles() == before
+    assert again.num_cached_tokens > 0
+
+
+def test_frames_are_added_turn_by_turn(stand: Stand) -> None:
+    """A camera: each frame adds its own tokens, and nothing before is computed again."""
+    stand.reference.restart()
+    session, tokens, start = uuid.uuid4().hex, 0, True
+    frames = clips.noise(6, 70, 50)
+    before = stand.tiles()
+    for number, frame in enumerate(frames):
+        answer = stand.ask(session=session, start=start, videos=[png(frame)])
+        assert answer.finish_reason == "prefilled"
+        added = answer.num_input_tokens - tokens
+        assert answer.num_cached_tokens >= tokens - 1
+        assert added >= stand.family.num_video_tokens(1, tile_tokens(stand))
+        start, tokens = False, answer.num_input_tokens
+        assert stand.tiles() == before + number + 1
+    answer = stand.ask(QUESTIONS[0], session=session)
+    shown = [[each] for each in frames]
+    assert answer.text == stand.reference.answer(QUESTIONS[0], videos=shown)
+    assert answer.num_cached_tokens >= tokens - 1
+    seen = stand.reference.num_tokens
+    assert stand.ask(session=session, videos=[png(frames[0])]).num_cached_tokens >= seen - 1
+    answer = stand.ask(QUESTIONS[1], session=session)
+    assert answer.text == stand.reference.answer(QUESTIONS[1], videos=[shown[0]])
+    assert stand.tiles() == before + len(frames)
+
+
+def tile_tokens(stand: Stand) -> int:
+    metadata = stand.client.get_model_metadata("vision_encoder")
+    return int(metadata["outputs"][0]["shape"][1])
+
+
+def test_pictures_are_before_videos_and_both_where_the_client_puts_them(stand: Stand) -> None:
+    image, frames = picture(), clips.noise(3)
+    elements = [png(each) for each in frames]
+    for positions in (None, [4, 9], [0, 26]):
+        stand.reference.restart()
+        expected = stand.reference.answer(
+            QUESTIONS[0], [load(image)], positions=positions, videos=[frames]
+        )
+        answer = stand.ask(
+            QUESTIONS[0],
+            session=uuid.uuid4().hex,
+            start=True,
+            end=True,
+            images=[image],
+            videos=elements,
+            positions=positions,
+        )
+        assert answer.text == expected
+
+
+def test_a_video_may_stand_among_pictures_and_in_a_history(
+    stand: Stand, decoder: VideoDecoder
+) -> None:
+    file = clips.clip(clips.noise(8), "webm")
+    frames = decoder.frames(file, 4, np.copy)
+    marked = b"data:video/webm;num_frames=4," + file
+    stand.reference.restart()
+    stand.reference.say(QUESTIONS[0], answer="two red stars", videos=[frames])
+    expected = stand.reference.answer(QUESTIONS[1])
+    answer = stand.ask(
+        QUESTIONS[1],
+        session=uuid.uuid4().hex,
+        start=True,
+        end=True,
+        images=[marked],
+        history=[{"text": QUESTIONS[0], "answer": "two red stars", "images": 1}],
+    )
+    assert answer.text == expected
+
+
+def test_what_is_no_video_costs_its_own_turn_only(stand: Stand) -> None:
+    stand.reference.restart()
+    session = uuid.uuid4().hex
+    expected = stand.reference.answer(QUESTIONS[0], [load(picture())])
+    answer = stand.ask(QUESTIONS[0], session=session, start=True, images=[picture()])
+    assert answer.text == expected
+    hostile: dict[str, tuple[bytes, str]] = HOSTILE | {
+        "a text": (b"This is a text, whatever its name.mp4", "is no video"),
+        "nothing": (b"data:video/mp4,", "is empty"),
+    }
+    for file, said in hostile.values():
+        with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+            stand.ask("What is this?", session=session, videos=[file])
+        assert f"INVALID_ARG: video {said}" in str(caught.value)
+    second = stand.ask(QUESTIONS[1], session=session)
+    assert second.text == stand.reference.answer(QUESTIONS[1])
+
+
+def test_of_several_one_is_named(stand: Stand) -> None:
+    def refuse(videos: Sequence[bytes]) -> str:
+        with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+            stand.ask("?", session=uuid.uuid4().hex, start=True, images=[picture()], videos=videos)
+        return str(caught.value)
+
+    assert "video 3 of 3 has no video stream" in refuse([clips.clip(clips.noise(2)), clips.sound()])
+    long = clips.clip(clips.noise(64))
+    many = [b"data:video/mp4;num_frames=64," + long] * 5
+    assert "tokens and the model's context is 1024" in refuse(many)
