@@ -3,12 +3,14 @@ what is no video."""
 
 from __future__ import annotations
 
+import base64
 import io
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,13 @@ from PIL import Image
 
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.families import family_of
+from llava_triton.client import Session
+from llava_triton.client.replay import ReplayTransport
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.video_decoder import VideoDecoder
 from llava_triton.server.triton_server import TritonServer, free_ports
 from tests import clips
+from tests.adapter_process import Adapter
 from tests.checkpoints import tiny_llava
 from tests.reference import TransformersChat
 from tests.triton import Answer, ask
@@ -58,6 +63,8 @@ FRAMES = 16
 class Stand:
     """A server, and what its answers are compared with."""
 
+    server: TritonServer
+    repository: Path
     client: Any
     reference: TransformersChat
     family: Any
@@ -87,7 +94,7 @@ def stand(
         tritonclient.http.InferenceServerClient(server.http_address) as client,
     ):
         family = family_of(llava_config(checkpoint))
-        yield Stand(client, TransformersChat(checkpoint), family)
+        yield Stand(server, repository, client, TransformersChat(checkpoint), family)
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +253,109 @@ def test_of_several_one_is_named(stand: Stand) -> None:
     long = clips.clip(clips.noise(64))
     many = [b"data:video/mp4;num_frames=64," + long] * 5
     assert "tokens and the model's context is 1024" in refuse(many)
+
+
+# Through the client and the adapter.
+
+
+@pytest.fixture(scope="module")
+def adapter(stand: Stand) -> Iterator[Adapter]:
+    adapter = Adapter(stand.server, stand.repository)
+    try:
+        adapter.wait_until(lambda: adapter.ping() == 200)
+        yield adapter
+    finally:
+        adapter.stop()
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_the_client_shows_videos(
+    stand: Stand, decoder: VideoDecoder, scheme: str, tmp_path: Path
+) -> None:
+    place = stand.server.grpc_address if scheme == "grpc" else stand.server.http_address
+    file = clips.clip(clips.noise(9), "gif")
+    (tmp_path / "clip.gif").write_bytes(file)
+    frames = clips.noise(2, 40, 50)
+    limit = {"max_tokens": 32}
+    stand.reference.restart()
+    with Session.open(f"{scheme}://{place}", video=tmp_path / "clip.gif", num_frames=2) as session:
+        shown = decoder.frames(file, 2, np.copy)
+        expected = stand.reference.answer(QUESTIONS[0], videos=[shown])
+        assert session.ask(QUESTIONS[0], **limit).text == expected
+        session.add_video([Image.fromarray(each) for each in frames])
+        expected = stand.reference.answer(QUESTIONS[1], videos=[frames])
+        assert session.ask(QUESTIONS[1], **limit).text == expected
+        expected = stand.reference.answer(
+            QUESTIONS[2], [load(picture())], positions=[5, 9], videos=[frames]
+        )
+        found = session.ask(
+            QUESTIONS[2],
+            image=picture(),
+            video=[png(each) for each in frames],
+            image_positions=[5, 9],
+            **limit,
+        )
+        assert found.text == expected
+
+
+def test_a_replay_shows_videos_where_they_were(stand: Stand) -> None:
+    """With pictures in the text, and others that came before without one."""
+    url = f"grpc://{stand.server.grpc_address}"
+    file, image, limit = clips.clip(clips.noise(4)), picture(), {"max_tokens": 8}
+    answers = []
+    for lost in (False, True):
+        # Answers of text that is tokenized as it was said: random models say nothing such.
+        chosen = {"structured_outputs": {"choice": ["two red stars"]}, "max_tokens": 32}
+        with Session.open(url, replay=True, video=file, num_frames=2) as session:
+            session.ask(QUESTIONS[0], image=image, image_positions=[8], **chosen)
+            if lost:
+                assert isinstance(session._transport, ReplayTransport)
+                here = session._transport._session_id
+                stand.client.infer("llava", [], sequence_id=here, sequence_end=True)
+            answers.append(session.ask(QUESTIONS[1], **limit))
+    first, second = answers
+    assert first.text == second.text
+    assert first.num_input_tokens == second.num_input_tokens
+
+
+def test_the_adapter_shows_videos(stand: Stand, decoder: VideoDecoder, adapter: Adapter) -> None:
+    file = clips.clip(clips.noise(6), "gif")
+    frames = decoder.frames(file, 3, np.copy)
+    text = base64.b64encode(file).decode()
+
+    def chat(*parts: Any, **fields: Any) -> Any:
+        messages = [{"role": "user", "content": list(parts)}]
+        answer = adapter.invoke({"messages": messages, "max_tokens": 32, **fields})
+        assert answer.status == 200, answer.body
+        return answer.json["choices"][0]["message"]["content"]
+
+    def part(url: str) -> dict[str, Any]:
+        return {"type": "video_url", "video_url": {"url": url}}
+
+    question = {"type": "text", "text": QUESTIONS[0]}
+    three = {"media_io_kwargs": {"video": {"num_frames": 3}}}
+    stand.reference.restart()
+    expected = stand.reference.answer(QUESTIONS[0], videos=[frames])
+    for kind in ("video/gif", "image/gif"):
+        assert chat(part(f"data:{kind};base64,{text}"), question, **three) == expected
+    themselves = ",".join(base64.b64encode(png(each)).decode() for each in frames)
+    assert chat(part(f"data:video/jpeg;base64,{themselves}"), question) == expected
+    stand.reference.restart()
+    expected = stand.reference.answer("Here it is.", positions=[5], videos=[frames])
+    content = (
+        {"type": "text", "text": "Here "},
+        part(f"data:video/gif;base64,{text}"),
+        {"type": "text", "text": "it is."},
+    )
+    assert chat(*content, **three) == expected
+    asked = {"prompt": QUESTIONS[0], "video": text, "max_tokens": 32}
+    stand.reference.restart()
+    expected = stand.reference.answer(QUESTIONS[0], videos=[decoder.frames(file, 16, np.copy)])
+    assert adapter.invoke(asked).json["choices"][0]["text"] == expected
+    opened = adapter.invoke(file, "NEW_SESSION", "video/gif")
+    assert opened.status == 200
+    again = adapter.invoke({"prompt": QUESTIONS[0], "max_tokens": 32}, opened.new_session)
+    assert again.json["choices"][0]["text"] == expected
+    refused = adapter.invoke(b"a text", "NEW_SESSION", "video/mp4")
+    assert (refused.status, refused.code) == (400, "video_invalid")
+    assert "video is no video that is decoded here" in refused.json["error"]["message"]

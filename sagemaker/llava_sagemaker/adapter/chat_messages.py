@@ -251,8 +251,8 @@ def _parts(
                 raise AdapterError(
                     400,
                     f"{field}_invalid",
-                    f"{name} has an {field}_url that is no URL; give a data URI, an https:// or an "
-                    "s3:// URL",
+                    f"{name} has {'an' if field == 'image' else 'a'} {field}_url that is no URL; "
+                    "give a data URI, an https:// or an s3:// URL",
                     "messages",
                 )
             yield field, url
