@@ -48,12 +48,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "seed": 2,
     },
     "NeXT-Video": {"family": "llava_next_video", "kv_heads": 2, "seed": 3},
-    "NeXT-Video, the largest of 4": {
-        "family": "llava_next_video",
-        "text": "mistral",
-        "spatial_pool_mode": "max",
-        "seed": 4,
-    },
 }
 FRAMES = 16
 """Of a video, where nobody says how many."""

@@ -279,8 +279,10 @@ class PictureEncoding:
         return more and self._has_space()
 
     def _has_space(self) -> bool:
-        # Pixel values are made no faster than they are encoded.
-        return sum(each.left for each in self._decoded) < 2 * self._max_batch
+        # Pixel values are made no faster than they are encoded. A single picture of many tiles, or
+        # a video, leaves room for another: its first tile goes into the next batch.
+        most = self._max_batch
+        return sum(min(each.left, most) for each in self._decoded) < 2 * most
 
     def _next_large(self) -> tuple[_Turn, bytes, Picture] | None:
         if self._large_is_decoded or not self._large:

@@ -114,12 +114,13 @@ class ImageEncoder:
             protocol.image_items(self._backend.array(request, spec), self._settings, spec)
             for spec in (IMAGE, VIDEO)
         )
+        items = turn_items(images, videos, self._settings)
         parameters = self._backend.parameters(request)
         self._pictures.submit(
             # A turn without a picture must not overtake an earlier one of its session with a
             # picture. 0 is no session: such requests have nothing to do with one another.
             session or object(),
-            turn_items(images, videos, self._settings),
+            items,
             partial(self._answer, sender),
             tenant=protocol.parse_tenant(parameters),
             opening=session if session and request.flags() & self._backend.start else None,
