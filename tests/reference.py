@@ -55,7 +55,7 @@ class TransformersChat:
         Args:
             text, images: the message.
             max_tokens: of the answer.
-            positions: of the images in the text; None: before it.
+            positions: of the last images and videos in the text; the others are before it.
             videos: behind the images; those of a conversation have equally many frames.
             **generate: more arguments of transformers' `generate`.
         """
@@ -70,10 +70,11 @@ class TransformersChat:
         images: Sequence[Image] = (),
         *,
         answer: str,
+        positions: Sequence[int] | None = None,
         videos: Sequence[Frames] = (),
     ) -> None:
         """Add a turn whose answer was `answer`."""
-        self._listen(text, images, videos=videos)
+        self._listen(text, images, positions, videos)
         self._ids += self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
 
     def _listen(
@@ -91,12 +92,11 @@ class TransformersChat:
             self._videos.append(pixels)
             lengths.append(len(video_features(self.model, pixels)))
         placeholders = ["<image>" * length for length in lengths]
-        shown = ""
-        if positions is None:
-            shown = "".join(f"{each}\n" for each in placeholders)
-        else:
-            for each, position in reversed(list(zip(placeholders, positions, strict=True))):
-                text = text[:position] + each + text[position:]
+        inside = list(positions or ())
+        before = len(placeholders) - len(inside)
+        shown = "".join(f"{each}\n" for each in placeholders[:before])
+        for each, position in reversed(list(zip(placeholders[before:], inside, strict=True))):
+            text = text[:position] + each + text[position:]
         message = f"{opening}USER: {shown}{text} ASSISTANT:"
         self._images.extend(images)
         ids = self.tokenizer(message, add_special_tokens=False)["input_ids"]

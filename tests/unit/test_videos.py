@@ -121,6 +121,10 @@ HOSTILE = {
         clips.with_large_frames(clips.clip(clips.shades(2), "vp8"), 16_000, 16_000),
         "has frames of 16000 x 16000 pixels; the limit is 9437184",
     ),
+    "a GIF of 65535 x 65535": (
+        GIF[:6] + b"\xff\xff\xff\xff" + GIF[10:],
+        "is damaged or cut off (Invalid argument)",
+    ),
     "an hour long": (
         clips.clip(clips.shades(3), times=[0, 1, 4000]),
         "is 4000 s long; the limit is 300 s",
@@ -174,6 +178,17 @@ def test_a_decoder_that_dies_is_replaced() -> None:
     decoder.close()
 
 
+def test_a_decoder_knows_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "of the server's")
+    decoder = VideoDecoder(SETTINGS)
+    assert shown(decoder, MP4, 1) == [0]
+    assert decoder._child is not None
+    environment = Path(f"/proc/{decoder._child.pid}/environ").read_bytes()
+    assert b"PATH=" in environment
+    assert b"A_SECRET" not in environment
+    decoder.close()
+
+
 def test_what_fails_with_a_frame_leaves_nothing_in_the_way(decoder: VideoDecoder) -> None:
     with pytest.raises(ZeroDivisionError):
         decoder.frames(MP4, 8, lambda frame: 1 / 0)
@@ -187,7 +202,8 @@ def test_what_is_a_video() -> None:
     assert is_video(MP4)
     assert is_video(clips.clip(clips.shades(1), "webm"))
     assert is_video(b"DATA:video/gif;base64,R0lG")
-    for picture in (GIF, png(clips.noise(1)[0]), base64.b64encode(MP4), b"", b"text"):
+    assert is_video(b"\0\0\0\x08wide\0\0\0\x08mdat")
+    for picture in (GIF, png(clips.noise(1)[0]), base64.b64encode(MP4), b"", b"text", b"QkAAfree"):
         assert not is_video(picture)
 
 

@@ -79,7 +79,9 @@ def container_of(data: bytes) -> str | None:
     """FFmpeg's name of a video file's container, by its first bytes; None: it is none of
     `VIDEOS`."""
     kind = format_of(data)
-    if kind == _VIDEO or data[4:8] in _QUICKTIME_ATOMS:
+    # Before its name is an atom's size; no base64 text begins with so small a byte.
+    old = data[4:8] in _QUICKTIME_ATOMS and data[0] < ord("\t")
+    if kind == _VIDEO or old:
         return "mov"
     return {"Matroska": "matroska", "GIF": "gif"}.get(kind or "")
 

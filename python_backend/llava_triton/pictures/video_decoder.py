@@ -26,6 +26,8 @@ Made = TypeVar("Made")
 CHILD = ("-m", "llava_triton.pictures.video_child")
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """The child computes nothing; each thread of these libraries takes address space."""
+_KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
+"""Of our own environment, whose other variables may be secrets."""
 
 
 class VideoDecoder:
@@ -140,7 +142,7 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | _ENVIRONMENT,
+        env={name: os.environ[name] for name in _KEPT if name in os.environ} | _ENVIRONMENT,
     )
 
 
