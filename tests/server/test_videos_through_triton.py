@@ -3,6 +3,7 @@ what is no video."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import subprocess
@@ -21,7 +22,7 @@ from PIL import Image
 
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.families import family_of
-from llava_triton.client import Session
+from llava_triton.client import AsyncSession, Session
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.video_decoder import VideoDecoder
 from llava_triton.server.triton_server import TritonServer, free_ports
@@ -269,7 +270,7 @@ def test_the_client_shows_videos(
     file = clips.clip(clips.noise(9), "gif")
     (tmp_path / "clip.gif").write_bytes(file)
     frames = clips.noise(2, 40, 50)
-    limit = {"max_tokens": 32}
+    limit: dict[str, Any] = {"max_tokens": 32}
     stand.reference.restart()
     with Session.open(f"{scheme}://{place}", video=tmp_path / "clip.gif", num_frames=2) as session:
         shown = decoder.frames(file, 2, np.copy)
@@ -291,6 +292,24 @@ def test_the_client_shows_videos(
         assert found.text == expected
 
 
+def test_the_asyncio_client_shows_videos(stand: Stand) -> None:
+    frames = [png(each) for each in clips.noise(2, 40, 50)]
+
+    async def answers() -> list[str]:
+        url = f"grpc://{stand.server.grpc_address}"
+        async with await AsyncSession.open(url, video=frames) as session:
+            first = await session.ask(QUESTIONS[0], max_tokens=32)
+            await session.add_video(frames[::-1])
+            return [first.text, (await session.ask(QUESTIONS[1], max_tokens=32)).text]
+
+    stand.reference.restart()
+    shown = [np.array(load(each)) for each in frames]
+    assert asyncio.run(answers()) == [
+        stand.reference.answer(QUESTIONS[0], videos=[shown]),
+        stand.reference.answer(QUESTIONS[1], videos=[shown[::-1]]),
+    ]
+
+
 def test_a_replay_shows_videos_where_they_were(stand: Stand, decoder: VideoDecoder) -> None:
     """With a video in the text, and a picture that came before, without one."""
     file, said = clips.clip(clips.noise(4)), "two red stars"
@@ -304,8 +323,8 @@ def test_a_replay_shows_videos_where_they_were(stand: Stand, decoder: VideoDecod
     )
     url = f"grpc://{stand.server.grpc_address}"
     with Session.open(url, replay=True, image=picture()) as session:
-        chosen = {"structured_outputs": {"choice": [said]}}
-        shown = {"video": file, "num_frames": 2, "image_positions": [8]}
+        chosen: dict[str, Any] = {"structured_outputs": {"choice": [said]}}
+        shown: dict[str, Any] = {"video": file, "num_frames": 2, "image_positions": [8]}
         assert session.ask(QUESTIONS[0], **shown, **chosen).text == said
         stand.client.infer("llava", [], sequence_id=session.id, sequence_end=True)
         expected = stand.reference.answer(QUESTIONS[1])

@@ -245,6 +245,16 @@ def test_frames_may_come_themselves() -> None:
     assert video_of(said, SETTINGS).frames == tuple(texts)
 
 
+def test_many_frames_are_not_even_taken_apart() -> None:
+    commas = b"data:video/jpeg;base64," + b"," * 10_000_000
+    assert len(video_of(commas, SETTINGS).frames) == SETTINGS.max_video_frames + 1
+    joined = b"data:video/x-frames," + b"\0" * 10_000_000
+    assert len(video_of(joined, SETTINGS).frames) == SETTINGS.max_video_frames + 1
+    narrow = replace(SETTINGS, max_video_bytes=100)
+    said = refused(lambda: turn_items([], [png(clips.noise(1)[0])] * 2, narrow))
+    assert "bytes of frames; the limit is 100" in said
+
+
 def test_videos_are_behind_pictures() -> None:
     picture = png(clips.noise(1)[0])
     items = turn_items([picture, MP4], [GIF, MP4], SETTINGS)
@@ -600,7 +610,11 @@ def test_a_video_as_its_family_sees_it(checkpoint: Path) -> None:
         )
         few = replace(SETTINGS, max_video_frames=2)
         fewer = PictureAssembly(checkpoint, checkpoint, few)
-        assert "has 3 frames; the limit is 2" in refused(lambda: fewer.look(item))
+        assert "has more than 2 frames" in refused(lambda: fewer.look(item))
+        narrow = PictureAssembly(
+            checkpoint, checkpoint, replace(SETTINGS, max_video_pixels=64 * 48 - 1)
+        )
+        assert "has a frame 1 that has 64 x 48" in refused(lambda: narrow.look(item))
         (item,) = turn_items([], [png(frames[0]), png(frames[0])[:50]], SETTINGS)
         said = refused(lambda: assembly.look(item).decode())
         assert said.startswith("has a frame 2 that is damaged or cut off")

@@ -8,7 +8,7 @@ to family: see `llava_triton.checkpoint.families`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +145,9 @@ class _VideoFrames:
     def __init__(self, processor: Path, settings: Settings) -> None:
         numbers = load_video_processor(processor)
         self._settings = settings
+        pixels = min(settings.max_image_pixels, settings.max_video_pixels)
+        self._of_frames = replace(settings, max_image_pixels=pixels)
+        """Limits of frames that come as pictures: nothing ends their decoding."""
         self._pixels = FramePixels(numbers)
         wanted = settings.video_frames or numbers.num_frames or VIDEO_FRAMES
         self._wanted = min(wanted, settings.max_video_frames)
@@ -155,13 +158,11 @@ class _VideoFrames:
         video = video_of(item, self._settings)
         most = self._settings.max_video_frames
         if len(video.frames) > most:
-            raise invalid(
-                f"has {len(video.frames)} frames; the limit is {most}: leave some out", VIDEO.name
-            )
+            raise invalid(f"has more than {most} frames; leave some out", VIDEO.name)
         frames = []
         for number, frame in enumerate(video.frames, 1):
             try:
-                frames.append(open_picture(frame, self._settings))
+                frames.append(open_picture(frame, self._of_frames))
             except SessionError as error:
                 raise _of_frame(error, number) from error
         return OpenVideo(video, frames)

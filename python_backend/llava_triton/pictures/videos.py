@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import IMAGE, VIDEO, VIDEO_MARK
@@ -32,7 +33,8 @@ class Video:
     file: bytes = b""
     """Encoded; empty where the frames came themselves."""
     frames: tuple[bytes, ...] = ()
-    """Encoded pictures, in order, as the input `image` takes them."""
+    """Encoded pictures, in order, as the input `image` takes them. Of more than may be, one more is
+    here."""
     num_frames: int | None = None
     """How many of a file's frames the client wants to be shown; None: it does not say."""
 
@@ -48,7 +50,7 @@ def turn_items(images: Sequence[bytes], videos: Sequence[bytes], settings: Setti
     Raises:
         SessionError: INVALID_ARG, there are too many, or `video` mixes pictures with videos.
     """
-    items = [*images, *_marked(videos)]
+    items = [*images, *_marked(videos, settings)]
     if len(items) > settings.max_images_per_turn:
         raise invalid(
             f"image and video hold {len(items)} pictures and videos; a turn takes at most "
@@ -72,7 +74,7 @@ def video_of(item: bytes, settings: Settings) -> Video:
     if len(item) > 2 * settings.max_video_bytes:  # base64 with line breaks takes less
         raise _too_long(len(item), settings)
     if item.startswith(_JOINED):
-        return Video(frames=tuple(_split(item)))
+        return Video(frames=tuple(islice(_split(item), settings.max_video_frames + 1)))
     if not _is_marked(item):
         return _file(item, None, settings)
     # A comma may be in it: codecs=vp8,opus.
@@ -88,7 +90,8 @@ def video_of(item: bytes, settings: Settings) -> Video:
         )
     wanted = _wanted(item[:begin], settings)
     if header[1].lower() in _FRAMES:
-        return Video(frames=tuple(item[begin:].split(b",")))
+        frames = item[begin:].split(b",", settings.max_video_frames + 1)
+        return Video(frames=tuple(frames[: settings.max_video_frames + 1]))
     if not is_base64:
         content = item[begin:]
         if _is_marked(content):  # in one that only says how many frames
@@ -132,10 +135,17 @@ def _wanted(header: bytes, settings: Settings) -> int | None:
     return number
 
 
-def _marked(videos: Sequence[bytes]) -> list[bytes]:
+def _marked(videos: Sequence[bytes], settings: Settings) -> list[bytes]:
     """The elements of the input `video` as items that say what they are."""
     are_frames = [_is_frame(each) for each in videos]
     if videos and all(are_frames):
+        size = sum(map(len, videos))
+        if size > 2 * settings.max_video_bytes:  # as of an item
+            raise invalid(
+                f"video holds {size} bytes of frames; the limit is {settings.max_video_bytes}: "
+                "scale them down",
+                VIDEO.name,
+            )
         parts = [part for each in videos for part in (_LENGTH.pack(len(each)), each)]
         return [b"".join([_JOINED, *parts])]
     if any(are_frames):
