@@ -149,19 +149,19 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
 .venv/runtime: .venv/checkout pyproject.toml constraints.txt
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker)
 	touch $@
 
 .venv/web: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)web)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)web)
 	touch $@
 
 .venv/bench: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)bench)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)bench)
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
