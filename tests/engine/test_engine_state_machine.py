@@ -50,6 +50,7 @@ from tests.session_rules import (
     gone_back,
     submit,
     talks,
+    talks_of,
 )
 
 EXAMPLES = 35
@@ -466,12 +467,14 @@ class EngineMachine(RuleBasedStateMachine):
         talk, source = flight.talk, flight.operation.fork
         session = self._sessions.get(flight.session_id if source is None else source)
         new = flight.start and source is None
-        before = () if new or session is None else session.conversation
+        if new or session is None:
+            return (talk.opening if talk.says_nothing else talk,)
+        before = session.conversation
         left = gone_back(before, flight.operation)
         if left is None:
             return None
         if flight.operation.regenerate:
-            question = before[len(left)]
+            question = talks_of(before)[len(talks_of(left))]
             return (*left, replace(talk, text=question.text, pictures=question.pictures))
         return left if talk.says_nothing else (*left, talk)
 
@@ -482,7 +485,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert isinstance(flight.result, Reply)
         new = flight.start and flight.operation.fork is None
         length = 0 if new else flight.result.num_input_tokens
-        return Reply("", "closed" if flight.end else "prefilled", length, 0)
+        forgotten = 0 if new else flight.result.num_forgotten_turns
+        return Reply("", "closed" if flight.end else "prefilled", length, 0, forgotten)
 
 
 @pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])

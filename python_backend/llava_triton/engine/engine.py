@@ -371,19 +371,27 @@ class Engine:
             self._memory.share(source, session)
             self._images.hold_again(session.images)
         if request.start:
+            session.truncation = request.sampling.truncation or session.truncation
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
-        running.kept = mark.length
+        running.kept = running.kept_mark.length
         try:
-            if request.operation != NO_OPERATION and source is None:
+            if running.forgets:
+                self._images.hold_again(session.images[running.kept_mark.images : mark.images])
+                session.forget(running.forgets, mark)
+                self._memory.truncate(session, running.kept)
+            elif request.operation != NO_OPERATION and source is None:
                 session.go_back(mark)
             session.images += pictures
             session.append(prepared.past.prompt)
             session.turns += prepared.past.turns
-            running.kept = session.replace_message(prepared.message)
-            self._memory.truncate(session, running.remembered)
+            session.forgotten += prepared.past.forgotten
+            same = session.replace_message(prepared.message)
+            if not running.forgets:
+                running.kept = same
+                self._memory.truncate(session, running.remembered)
             running.cached_tokens = session.key_values.computed
             if request.is_empty:
                 running.finish_reason = "closed" if request.end else "prefilled"
@@ -602,7 +610,7 @@ class Engine:
         else:
             session.truncate(running.kept)
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
-            self._sessions.forget_images(session, running.mark.images)
+            self._sessions.forget_images(session, running.kept_mark.images)
             session.come_back()
             self._sessions.used(session.id, session.tenant)
         self._tell(turn, error)
@@ -629,7 +637,8 @@ class Engine:
             self._fail(running, _too_late(running.turn))
 
     def _stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
-        if self._sessions.look(session_id, tenant) is None:
+        session = self._sessions.look(session_id, tenant)
+        if session is None:
             listener(unknown(session_id))
             return
         told = Delta("", "stopped", 0, 0, 0, 0.0)
@@ -644,6 +653,7 @@ class Engine:
                 told = Delta(
                     *("", "stopped", running.prompt_tokens),
                     *(running.answer_tokens, running.cached_tokens, 0.0),
+                    num_forgotten_turns=session.forgotten,
                 )
             except Exception as error:
                 self._fail(running, as_session_error(error))
