@@ -38,10 +38,12 @@ class Operation:
     rewind: int | None = None
     """Keep so many completed turns, and forget the others."""
     regenerate: bool = False
-    """Forget the last answer, and answer its question again; the request has no message."""
+    """Forget the last answer, and answer its question again; the request has no message. With
+    `fork` the answer may be one that its source is giving."""
     fork: int | str | None = None
     """Open the session as a copy of the open one of this ID, up to its last completed turn, or up
-    to `rewind`. The request has START and no message."""
+    to `rewind`. The request has START and no message. With `regenerate`, the last question is
+    answered once more, here: another answer to it, of which its source knows nothing."""
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Operation:

@@ -30,6 +30,8 @@ MAX_BIAS = 100.0
 """A larger one counts as this one, as in vLLM; the least is as far below 0."""
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
+MAX_CHOICES = 8
+"""Answers to one chat completion (`n`): each has a session of its own while it is given."""
 Truncation = Literal["auto", "disabled"]
 
 

@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
+from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
 from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
@@ -354,9 +356,14 @@ class Engine:
             mark = self._preparation.where_to_begin(request, source or session)
             if source is not None:
                 session.copy(source, mark)
-            prepared = self._prepared(turn, session, mark)
+            # Before a fork that is prepared beside this thread its source may have gone on: what
+            # it answers is the last question as it is now.
+            again = session.message_at(mark) if request.operation.regenerate else None
+            prepared = self._prepared(turn, session, mark, again)
             if prepared is None:
                 return
+            if again is not None:
+                prepared = replace(prepared, message=again)
             running = self._preparation.begin(turn, prepared, session, mark)
             pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
@@ -393,6 +400,8 @@ class Engine:
                 running.kept = same
                 self._memory.truncate(session, running.remembered)
             running.cached_tokens = session.key_values.computed
+            if request.is_asked:
+                session.asked = running.prompt_tokens
             if request.is_empty:
                 running.finish_reason = "closed" if request.end else "prefilled"
                 self._complete(running)
@@ -414,9 +423,10 @@ class Engine:
             raise unknown(source_id)
         return source
 
-    def _prepared(self, turn: Turn, session: Session, mark: Mark) -> Prepared | None:
+    def _prepared(
+        self, turn: Turn, session: Session, mark: Mark, again: Prompt | None
+    ) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
-        again = session.last_question()[1] if turn.request.operation.regenerate else None
         said = (turn.request, mark.last_answer, session.pending_lengths(mark), again)
         if turn.preparation is not None:
             return turn.preparation.result()
@@ -573,7 +583,7 @@ class Engine:
             if running.detokenizer.stopped:
                 self._keep_what_was_shown(running)
             session.turns.append(running.completed())
-            session.pending_images = 0
+            session.pending_images, session.asked = 0, None
         self._sessions.forget_taken_back(session)
         counters.turns_completed += turn.asked_for
         if running.phase is not Phase.NEW:  # else nothing was computed for it
@@ -608,6 +618,7 @@ class Engine:
             # ended the sequence and nobody can reach it again.
             self._sessions.drop(session.id)
         else:
+            session.asked = None
             session.truncate(running.kept)
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
             self._sessions.forget_images(session, running.kept_mark.images)

@@ -175,7 +175,7 @@ class TurnPreparation:
             )
         if operation.regenerate and operation.rewind is not None:
             raise invalid("rewind and regenerate came in one request; send them one by one")
-        if operation.fork is not None and (request.has_message or operation.regenerate):
+        if operation.fork is not None and request.has_message:
             raise invalid(
                 "fork only opens a session, and more came with it; ask in the session's next turn"
             )
@@ -190,11 +190,10 @@ class TurnPreparation:
                 "ID than that of the session to copy"
             )
         if operation.regenerate:
-            if not turns:
+            mark = session.last_question()
+            if mark is None:
                 raise invalid("there is no answer to regenerate in the session; ask first")
-            if session.turns[-1].number + 1 < turns:
-                raise invalid("the last answer is forgotten, so it cannot be regenerated; ask")
-            return session.last_question()[0]
+            return mark
         kept = turns if operation.rewind is None else operation.rewind
         if kept > turns:
             raise invalid(

@@ -121,6 +121,8 @@ class Session:
     truncation: Truncation = "disabled"
     """What becomes of the session when its context is full, where a turn does not say."""
     key_values: KeyValues = field(default_factory=KeyValues)
+    asked: int | None = None
+    """Where the answer under way begins; None: the session gives none."""
     taken_back: TakenBack | None = None
     """What the turn under way has taken back: all of it is there again if that turn fails."""
 
@@ -166,14 +168,22 @@ class Session:
         forgotten = answered - turns
         return replace(mark, length=mark.committed, images=images, pending=0, forgotten=forgotten)
 
-    def last_question(self) -> tuple[Mark, Prompt]:
-        """Where the last answer begins, and the message that it answers."""
+    def last_question(self) -> Mark | None:
+        """Where the last answer begins, which may be under way; None: there is none."""
+        if self.asked is not None:
+            return replace(self.mark(len(self.turns)), length=self.asked, images=len(self.images))
+        if not self.turns or self.turns[-1].number + 1 < self.answered:
+            return None
         turn = self.turns[-1]
         mark = self.mark(len(self.turns) - 1)
-        mark = replace(mark, length=turn.asked, images=turn.images)
+        return replace(mark, length=turn.asked, images=turn.images)
+
+    def message_at(self, mark: Mark) -> Prompt:
+        """The message that ends at a mark."""
         first = mark.committed
-        spans = [Span(span.start - first, span.length) for span in self.pictures(first, turn.asked)]
-        return mark, Prompt(self.tokens[first : turn.asked], spans)
+        shown = self.pictures(first, mark.length)
+        spans = [Span(span.start - first, span.length) for span in shown]
+        return Prompt(self.tokens[first : mark.length], spans)
 
     def turn_length(self, index: int) -> int:
         """Tokens of a turn's message and answer."""

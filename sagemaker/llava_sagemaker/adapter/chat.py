@@ -52,9 +52,16 @@ async def chat_request(
     size = len(request.body)
     parameters = read_parameters(fields)
     stream = request.by_streaming_call if parameters.stream is None else parameters.stream
+    in_session = request.session is not None or request.session_name is not None
+    if parameters.choices > 1 and in_session:
+        raise invalid_request(
+            "n above 1 came with a session, which goes on with one answer; ask without a session, "
+            "or ask the session again for each further answer",
+            "n",
+        )
     conversation = await off_loop(size, read_conversation, fields.get("messages"))
     past = b""
-    if request.session is not None or request.session_name is not None:
+    if in_session:
         past = await off_loop(size, conversation.past_digest)
     if request.open_session is not None:
         place = await _in_session(request.open_session, conversation, past, remembered, check_open)
@@ -74,7 +81,7 @@ async def chat_request(
         turn,
         place.session_id,
         start=place.flags.get("start", False),
-        end=place.flags.get("end", False),
+        end=place.flags.get("end", False) and parameters.choices == 1,
         text=conversation.text,
         images=await pictures.load(images, request.take),
         positions=conversation.positions,
@@ -83,8 +90,8 @@ async def chat_request(
         parameters=Operation(rewind=place.kept).to_parameters(),
     )
     answer = ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
-    if asked.end:  # no session: nothing to remember
-        return Invocation("chat", asked, answer, stream)
+    if not in_session:  # nothing to remember
+        return Invocation("chat", asked, answer, stream, choices=parameters.choices)
     before = place.before
     if place.known is not None and place.known.turns != place.turns:
         if conversation.past:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_sagemaker.adapter.chat_parameters import TAKEN_ONLY
 from llava_triton.contract.sampling_parameters import (
+    MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_SEED,
@@ -16,6 +17,11 @@ from llava_triton.contract.sampling_parameters import (
 )
 
 Schema = dict[str, Any]
+
+
+def _constant(*values: Any) -> Schema:
+    return {"enum": list(values)}
+
 
 _STOP: Schema = {"type": "string", "maxLength": MAX_STOP_CHARACTERS}
 _PENALTY: Schema = {"type": ["number", "null"], "minimum": -MAX_PENALTY, "maximum": MAX_PENALTY}
@@ -46,6 +52,8 @@ _TAKEN: dict[str, Schema] = {
     "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
     "response_format": {"type": ["object", "null"]},
     "structured_outputs": {"type": ["object", "null"]},
+    "truncation": _constant("auto", "disabled", None),
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream": {"type": ["boolean", "null"]},
     "stream_options": {"type": ["object", "null"]},
 }
@@ -58,10 +66,6 @@ def _reference(name: str) -> Schema:
 
 def _object(properties: dict[str, Schema], *required: str) -> Schema:
     return {"type": "object", "properties": properties, "required": list(required)}
-
-
-def _constant(*values: Any) -> Schema:
-    return {"enum": list(values)}
 
 
 _TEXT: Schema = {"type": "string"}
@@ -146,8 +150,10 @@ _SCHEMAS: dict[str, Schema] = {
             "completion_tokens": _NUMBER,
             "total_tokens": _NUMBER,
             "prompt_tokens_details": _object({"cached_tokens": _NUMBER}, "cached_tokens"),
+            "num_forgotten_turns": _NUMBER,
         },
         *("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
+        "num_forgotten_turns",
     ),
     "Model": _object(
         {"id": _TEXT, "object": _constant("model"), "created": _NUMBER, "owned_by": _TEXT},

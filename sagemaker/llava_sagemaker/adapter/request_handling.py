@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from llava_sagemaker.adapter.chat import chat_request
+from llava_sagemaker.adapter.choices import choices, whole_choices
 from llava_sagemaker.adapter.errors import (
     as_adapter_error,
     invalid_request,
@@ -125,7 +126,10 @@ class RequestHandler:
             session_turn = invocation.session_turn
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
-            pieces = self._triton.pieces(invocation.turn)
+            if invocation.choices > 1:
+                pieces = choices(self._triton, invocation.turn, invocation.choices)
+            else:
+                pieces = self._triton.pieces(invocation.turn)
             # The status is the first piece's to tell.
             async with asyncio.timeout(SILENCE_SECONDS):
                 first = await _while_connected(http, anext(pieces))
@@ -232,10 +236,14 @@ class RequestHandler:
         async with asyncio.timeout(left + GRACE_SECONDS):
             size = invocation.turn.size
             turn = await off_loop(size, limited, invocation.turn, max(left, 1.0))
-            answer = await _while_connected(http, self._triton.whole(turn))
-        if invocation.session_turn is not None:
-            invocation.session_turn.completed(answer.text)
-        body = invocation.format.whole(answer)
+            if invocation.choices > 1:
+                answering = whole_choices(self._triton, turn, invocation.choices)
+                body = invocation.format.choices(await _while_connected(http, answering))
+            else:
+                answer = await _while_connected(http, self._triton.whole(turn))
+                if invocation.session_turn is not None:
+                    invocation.session_turn.completed(answer.text)
+                body = invocation.format.whole(answer)
         return Response(body.content, 200, self._headers(invocation), body.content_type)
 
     def _ended(self, kind: str, session_turn: SessionTurn | None, outcome: str) -> None:
