@@ -118,7 +118,7 @@ def test_without_it_the_turn_is_refused_and_the_session_stays(start: Start) -> N
     full = fill(harness, truncation=None)
     before = harness.history("s")
     for said in (None, "disabled"):
-        with pytest.raises(SessionError, match="open a new session") as caught:
+        with pytest.raises(SessionError, match="oldest turns be forgotten") as caught:
             harness.ask("s", "o " * 120, **{**AUTO, "truncation": said})
         assert caught.value.code is ErrorCode.INVALID_ARG
         assert harness.history("s") == before

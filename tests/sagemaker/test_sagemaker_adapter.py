@@ -288,104 +288,6 @@ def test_a_streamed_chat(adapter: Adapter, session: str, expected: list[str]) ->
     assert (usage["choices"], usage["usage"]["completion_tokens"] > 0) == ([], True)
 
 
-SAMPLED = {"temperature": 1.5, "seed": 7, "max_tokens": 12}
-
-
-def test_several_answers_share_their_prompt(adapter: Adapter, server: TritonServer) -> None:
-    messages = [user("Say something of it. Anything.", PICTURE)]
-    first = chat(adapter, messages, **SAMPLED)
-    computed, reused = prompt_tokens(server)
-    completion = chat(adapter, messages, n=4, **SAMPLED)
-    texts = [choice["message"]["content"] for choice in completion["choices"]]
-    assert [choice["index"] for choice in completion["choices"]] == [0, 1, 2, 3]
-    assert texts[0] == content(first)
-    assert len(set(texts)) > 1
-    assert {choice["finish_reason"] for choice in completion["choices"]} <= {"stop", "length"}
-    usage = completion["usage"]
-    assert usage["prompt_tokens"] == first["usage"]["prompt_tokens"]
-    assert usage["completion_tokens"] > first["usage"]["completion_tokens"]
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    # Each answer but the first computes the prompt's last token alone.
-    adapter.wait_until(
-        lambda: sum(prompt_tokens(server)) == computed + reused + 4 * usage["prompt_tokens"]
-    )
-    newly = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
-    assert prompt_tokens(server)[0] == computed + newly + 3
-    again = chat(adapter, messages, n=4, **SAMPLED)
-    assert [choice["message"]["content"] for choice in again["choices"]] == texts
-    # The seed of another answer is as many higher.
-    second = chat(adapter, messages, **{**SAMPLED, "seed": 8})
-    assert content(second) == texts[1]
-    adapter.wait_until(lambda: server.metric('llava_sessions{state="idle"}') == 0)
-
-
-def prompt_tokens(server: TritonServer) -> tuple[float, float]:
-    """Computed and reused so far."""
-    name = "llava_prompt_tokens_total"
-    return (
-        server.metric(f'{name}{{source="computed"}}'),
-        server.metric(f'{name}{{source="reused"}}'),
-    )
-
-
-def test_several_answers_streamed(adapter: Adapter) -> None:
-    messages = [user("Say something of it. Anything.", PICTURE)]
-    body = {"messages": messages, "n": 3, **SAMPLED, "logprobs": True}
-    whole = json.loads(adapter.invoke(body).body)
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    *chunks, usage = events_of(adapter.invoke({**body, **options}).body)
-    texts, reasons, logprobs = ["", "", ""], ["", "", ""], [0, 0, 0]
-    for chunk in chunks:
-        (choice,) = chunk["choices"]
-        index = choice["index"]
-        assert not reasons[index], "nothing follows the end of a choice"
-        texts[index] += choice["delta"].get("content", "")
-        logprobs[index] += len((choice["logprobs"] or {"content": []})["content"])
-        reasons[index] = choice["finish_reason"] or ""
-    assert texts == [choice["message"]["content"] for choice in whole["choices"]]
-    assert reasons == [choice["finish_reason"] for choice in whole["choices"]]
-    assert logprobs == [len(choice["logprobs"]["content"]) for choice in whole["choices"]]
-    assert usage["choices"] == []
-    assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_several_answers(
-    adapter: Adapter, server: TritonServer, stream: bool
-) -> None:
-    body = {"messages": [user("Go on", PICTURE)], "n": 3, "stream": stream, "ignore_eos": True}
-    with contextlib.closing(adapter.begin(body | {"max_tokens": 400})) as connection:
-        adapter.wait_until(lambda: server.metric('llava_sessions{state="active"}') == 3)
-        if stream:
-            assert connection.recv(1)
-    adapter.wait_until(lambda: server.metric('llava_sessions{state="active"}') == 0)
-    adapter.wait_until(lambda: server.metric('llava_sessions{state="idle"}') == 0)
-
-
-def test_several_answers_in_a_session_are_refused(adapter: Adapter, session: str) -> None:
-    body = {"messages": [user("Hello?")], "n": 2}
-    refused = adapter.invoke(body, session)
-    assert refused.status == 400
-    assert "n above 1 came with a session" in refused.json["error"]["message"]
-    assert refused.json["error"]["param"] == "n"
-    text = adapter.invoke({"prompt": "Hello?", "n": 2})
-    assert "n above 1 is for messages only" in text.json["error"]["message"]
-
-
-def test_a_chat_that_fills_the_context_goes_on(adapter: Adapter) -> None:
-    messages = [user("What is in the picture?", PICTURE)]
-    forgotten = 0
-    for number in range(60):
-        refused = {"messages": messages, "max_tokens": 8}
-        completion = chat(adapter, messages, truncation="auto", max_tokens=8)
-        forgotten = completion["usage"]["num_forgotten_turns"]
-        if forgotten:
-            assert adapter.invoke(refused).status in (200, 400)
-            break
-        messages += [said(content(completion)), user(f"{number}? " * 20)]
-    assert forgotten > 1
-
-
 def test_logprobs_of_a_chat(adapter: Adapter) -> None:
     messages = [user(QUESTIONS[0], PICTURE)]
     whole = chat(adapter, messages, logprobs=True, top_logprobs=3)
@@ -526,7 +428,13 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({"messages": [{"role": "tool", "content": ""}]}, None, JSON, INVALID, "'tool'"),
     ({"messages": [{"role": "user", "content": 3}]}, None, JSON, INVALID, "string"),
     ({"messages": [user("")]}, None, JSON, INVALID, "neither text nor a picture"),
-    ({"messages": [user("a")], "n": 9}, None, JSON, INVALID, "n must be the number of answers, 1 to 8"),
+    (
+        {"messages": [user("a")], "n": 9},
+        None,
+        JSON,
+        INVALID,
+        "n must be the number of answers, 1 to 8",
+    ),
     ({"messages": [user("a")], "top_logprobs": 3}, None, JSON, INVALID, 'needs "logprobs"'),
     ({"messages": [user("a")], "logprobs": 3}, None, JSON, INVALID, "true or false"),
     (

@@ -27,6 +27,7 @@ from llava_triton.client.transport import TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class AsyncAnswerStream:
@@ -128,13 +129,14 @@ class AsyncSession:
         session_id: int | str | None = None,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
     ) -> AsyncSession:
         """Open a session; arguments and errors as for `Session.open`.
 
         A replay is not offered here; `history` opens a lost session again.
         """
         address = Address.of(url)
-        turn = opening_turn(address, image, session_id, history)
+        turn = opening_turn(address, image, session_id, history, truncation)
         return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
 
     @classmethod

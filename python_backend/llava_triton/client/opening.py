@@ -11,6 +11,7 @@ from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.transport import TurnMessage
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 SCHEMES = ("grpc", "http", "sagemaker")
 
@@ -67,6 +68,7 @@ def opening_turn(
     image: Picture | Iterable[Picture] | None,
     session_id: int | str | None,
     history: Sequence[PastTurn],
+    truncation: Truncation | None,
 ) -> TurnMessage:
     """The turn that opens a session; see `Session.open`.
 
@@ -80,4 +82,5 @@ def opening_turn(
         start=True,
         images=encoded_pictures(image),
         history=history,
+        sampling={} if truncation is None else {"truncation": truncation},
     )

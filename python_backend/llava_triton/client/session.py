@@ -15,6 +15,7 @@ from llava_triton.client.transport import Transport, TurnMessage, regenerating, 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class Session:
@@ -44,6 +45,7 @@ class Session:
         replay: bool = False,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
@@ -63,6 +65,9 @@ class Session:
             history: what was said before, in another session or anywhere else; `image` then begins
                 with the pictures of these turns. What the server still has of it is not computed
                 again.
+            truncation: "auto" lets the session forget its oldest turns where the context is full,
+                instead of refusing the turn; an answer's `num_forgotten_turns` says how many. A
+                turn may say otherwise for itself.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
@@ -72,7 +77,9 @@ class Session:
         if replay:
             transport = ReplayTransport(transport)
         try:
-            opened, _ = transport.open(opening_turn(address, image, session_id, history))
+            opened, _ = transport.open(
+                opening_turn(address, image, session_id, history, truncation)
+            )
         except BaseException:
             transport.close()
             raise

@@ -44,7 +44,8 @@ def too_long(tokens: int, context: int, of_images: int = 0) -> SessionError:
     fewer = ", show fewer or smaller images" if of_images else ""
     return invalid(
         f"the conversation would be at least {tokens} tokens long{shown} and the model's context "
-        f"is {context}; shorten the text{fewer} or open a new session"
+        f"is {context}; shorten the text{fewer}, open a new session, or let its oldest turns be "
+        'forgotten ("truncation": "auto")'
     )
 
 
