@@ -19,6 +19,7 @@ WEB_PORT ?= 7860
 INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
+INPUTS ?= 1000000
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -93,6 +94,9 @@ soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door o
 hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, with honest clients beside them (5 minutes)
 	$(python) -m benchmarks.hostile
 
+fuzz: .venv/fuzz compiler $(demo_repository) ## A million inputs for every parser of what clients send (15 minutes; INPUTS=)
+	$(python) -m tests.fuzz --inputs $(INPUTS)
+
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
 	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
 
@@ -124,7 +128,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz profile train evaluate clean distclean help
 .PHONY: repository clients compiler libb64 curl chromium force
 
 # ---- model repositories ----
@@ -157,6 +161,10 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 
 .venv/development: .venv/runtime
 	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
+	touch $@
+
+.venv/fuzz: .venv/development
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)dev$(comma)fuzz)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.

@@ -9,13 +9,20 @@ from typing import Any
 from llava_sagemaker.adapter.chat_messages import Conversation, Picture, read_conversation
 from llava_sagemaker.adapter.chat_parameters import read_parameters
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
-from llava_sagemaker.adapter.invocation import Invocation, Request
+from llava_sagemaker.adapter.invocation import (
+    AnswerFormat,
+    Body,
+    Invocation,
+    Request,
+    as_json,
+)
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.openai_answers import ChatAnswer
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.remembered import Known, Remembered
 from llava_sagemaker.adapter.session_ids import SESSION_NAME, named_session_id
 from llava_sagemaker.adapter.turns import turn
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import history_to_json
 from llava_triton.contract.operations import Operation
@@ -107,6 +114,28 @@ async def chat_request(
             place.session_id, before, conversation, asked.start, place.kept
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Ended(AnswerFormat):
+    """As OpenAI's API tells that something was deleted."""
+
+    name: str
+
+    def whole(self, answer: Delta) -> Body:
+        return as_json({"id": self.name, "object": "session", "deleted": True})
+
+
+def end_request(request: Request) -> Invocation:
+    """Ends the session that its client calls by a name.
+
+    Raises:
+        AdapterError: invalid_request, the request names none.
+    """
+    if request.session_name is None:
+        raise invalid_request(f"the request names no session; name it in the header {SESSION_NAME}")
+    session_id = named_session_id(request.tenant, request.session_name)
+    return Invocation("close", turn(session_id, end=True), _Ended(request.session_name))
 
 
 @dataclass(frozen=True)

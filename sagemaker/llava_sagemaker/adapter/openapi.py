@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from llava_sagemaker.adapter.chat_parameters import TAKEN_ONLY
+from llava_sagemaker.adapter.session_ids import SESSION_NAME
 from llava_triton.contract.sampling_parameters import (
     MAX_CHOICES,
     MAX_LOGPROBS,
@@ -209,8 +210,15 @@ def _openai_paths(prefix: str) -> dict[str, Any]:
     chat = _operation("Answer a conversation", answers, 400, 401, 408, 413, 415, 500, 503)
     request = {"schema": _reference("ChatCompletionRequest")}
     chat["requestBody"] = {"required": True, "content": {"application/json": request}}
+    deleted = _object(
+        {"id": _TEXT, "object": _constant("session"), "deleted": _constant(True)},
+        *("id", "object", "deleted"),
+    )
+    end = _operation("End a named session", _answer(deleted), 400, 401, 408, 413, 415, 500, 503)
+    end["parameters"] = [{"name": SESSION_NAME, "in": "header", "required": True, "schema": _TEXT}]
     return {
         f"{prefix}/chat/completions": {"post": chat},
+        f"{prefix}/sessions": {"delete": end},
         f"{prefix}/models": {
             "get": _operation("All models", _answer(_reference("Models")), 401),
         },

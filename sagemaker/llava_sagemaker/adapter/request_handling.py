@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llava_sagemaker.adapter.chat import chat_request
+from llava_sagemaker.adapter.chat import chat_request, end_request
 from llava_sagemaker.adapter.choices import choices, whole_choices
 from llava_sagemaker.adapter.errors import (
     as_adapter_error,
@@ -102,6 +102,10 @@ class RequestHandler:
     async def chat(self, http: HttpRequest) -> Response:
         """The answer to a chat completion."""
         return await self._answer(http, self._understand_chat)
+
+    async def end_session(self, http: HttpRequest) -> Response:
+        """The answer to a request that ends the session of a client's own name."""
+        return await self._answer(http, self._understand_end)
 
     async def _answer(self, http: HttpRequest, understand: _Understand) -> Response:
         with self._bodies.share() as share:  # until the answer, or its first piece
@@ -213,6 +217,11 @@ class RequestHandler:
             invocation = await self._chat(http, request, await self._json.object(outline))
         self._check_texts(invocation.turn)
         return invocation
+
+    async def _understand_end(
+        self, http: HttpRequest, request: Request, share: BodyShare
+    ) -> Invocation:
+        return end_request(request)
 
     async def _chat(
         self, http: HttpRequest, request: Request, fields: dict[str, Any]
