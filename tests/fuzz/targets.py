@@ -244,9 +244,9 @@ def pictures(data: bytes) -> object:
 def targets() -> dict[str, Target]:
     """All of them, by name."""
     return {
-        "requests": Target(Requests().run, seeds.REQUESTS, 0.2),
-        "sampling": Target(sampling, seeds.SAMPLING, 0.25),
-        "texts": Target(texts, seeds.TEXTS, 0.2),
-        "headers": Target(headers, seeds.HEADERS, 0.15),
-        "pictures": Target(pictures, seeds.pictures(), 0.2),
+        "requests": Target(Requests().run, seeds.REQUESTS, 0.1),
+        "sampling": Target(sampling, seeds.SAMPLING, 0.3),
+        "texts": Target(texts, seeds.TEXTS, 0.25),
+        "headers": Target(headers, seeds.HEADERS, 0.2),
+        "pictures": Target(pictures, seeds.pictures(), 0.15),
     }
