@@ -121,7 +121,7 @@ clean: ## Remove what was built, except the virtual environment
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf .venv .venv-clients tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
+	rm -rf .venv .venv-clients .venv-aiperf tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
 
 help: ## This list
 	awk 'BEGIN {FS = ":.*## "} \
@@ -192,13 +192,20 @@ echo done
 endef
 
 # The libraries of other people's clients, for tests/clients; the one of Node where there is npm.
-clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/vercel/node_modules)
+clients: .venv-clients/installed .venv-aiperf/installed $(if $(shell command -v npm),tests/clients/vercel/node_modules)
 
 .venv-clients/installed: tests/clients/requirements.txt tests/clients/constraints.txt | .venv/checkout
 	echo "installing the clients' libraries into .venv-clients: a minute or two"
 	'$(PYTHON)' -m venv --clear .venv-clients
 	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt \
 	    -c tests/clients/constraints.txt
+	touch $@
+
+# NVIDIA's load generator; its pins are others.
+.venv-aiperf/installed: tests/clients/aiperf-requirements.txt | .venv/checkout
+	echo "installing AIPerf into .venv-aiperf: a minute or two"
+	'$(PYTHON)' -m venv --clear .venv-aiperf
+	.venv-aiperf/bin/python -m pip install -q -r tests/clients/aiperf-requirements.txt
 	touch $@
 
 tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json

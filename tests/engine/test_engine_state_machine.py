@@ -151,6 +151,14 @@ class EngineMachine(RuleBasedStateMachine):
         operation = Operation(fork=self._likely_id(pick), rewind=turns)
         self._submit(session_id, NOTHING, start=True, operation=operation)
 
+    @rule(session_id=ids, pick=picks, talk=later_talks, end=seldom)
+    def another_answer(self, session_id: SessionId, pick: int, talk: Talk, end: bool) -> None:
+        self._drain()  # its source's last question is what it answers
+        operation = Operation(fork=self._likely_id(pick), regenerate=True)
+        asked = () if talk.forgets else talk.asked  # of an opening it would hold from then on
+        talk = replace(talk, text=None, pictures=(), asked=asked)
+        self._submit(session_id, talk, start=True, end=end, operation=operation)
+
     @rule(pick=picks)
     def stop(self, pick: int) -> None:
         self._stop(self._likely_id(pick))

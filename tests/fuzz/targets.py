@@ -37,7 +37,7 @@ from llava_triton.contract.settings import Settings
 from llava_triton.pictures.decode import open_picture
 from tests.fuzz import seeds
 
-SETTINGS = Settings(max_image_pixels=100_000, max_image_bytes=1 << 20)
+SETTINGS = Settings(max_image_pixels=10_000, max_image_bytes=1 << 20)
 MOST_SENTENCE = 2000
 """Characters of an error: a person reads it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Generator
 from typing import Any
@@ -26,6 +27,10 @@ CHANNEL = [
     # minutes, before it looks for their server again.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+BEGIN_SECONDS = 5.0
+"""A turn that is left before its first response is cancelled so late at the latest: cancelled
+before it has begun, it would cost its session (docs/sessions.md#session-rules)."""
 
 
 class GrpcTransport(Transport):
@@ -56,13 +61,14 @@ class GrpcTransport(Transport):
 
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
-        ended = False
+        begun = ended = False
         try:
             arrived = self._open_stream()
             request = turn.request(triton, self.parameters)
             self._client.async_stream_infer("llava_stream", **request)
             while not ended:
                 result, error = arrived.get()
+                begun = True
                 if error is not None:
                     raise error
                 delta = delta_of(result)
@@ -73,6 +79,9 @@ class GrpcTransport(Transport):
         finally:
             # After an error too: it may have been the stream's own, which is of no use then.
             if not ended:
+                if not (begun or turn.start) and self._arrived is not None:  # Ctrl-C
+                    with contextlib.suppress(queue.Empty):
+                        self._arrived.get(timeout=BEGIN_SECONDS)
                 self._break_stream()
 
     def close(self) -> None:
