@@ -7,7 +7,7 @@ import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ from llava_triton.contract.errors import (
 )
 from llava_triton.contract.history import PastTurn, history_to_json
 from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.contract.operations import NO_OPERATION, REWIND, STOP_ANSWER, Operation
+from llava_triton.contract.operations import NO_OPERATION, REWIND, Ending, Operation
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -47,14 +47,16 @@ class TurnMessage:
     """What was said before, where the turn opens a session; `images` begins with its pictures."""
     operation: Operation = NO_OPERATION
     """What is done to the session first."""
-    stop_answer: int | str | None = None
-    """The ID of a session whose answer is to end as it is; the message has no other meaning."""
+    ending: Ending | None = None
+    """Of another turn's answer; the message has no other meaning then."""
+    request_id: str = ""
+    """Names the turn to who cancels it."""
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Request parameters that say what the inputs do not."""
-        stop = {} if self.stop_answer is None else {STOP_ANSWER: self.stop_answer}
-        return self.operation.to_parameters() | stop
+        ending = {} if self.ending is None else self.ending.to_parameters()
+        return self.operation.to_parameters() | ending
 
     def request(self, triton: ModuleType, common: Mapping[str, Any]) -> dict[str, Any]:
         """What `infer` and its like of `tritonclient.grpc` or `tritonclient.http` take, besides the
@@ -66,6 +68,7 @@ class TurnMessage:
         """
         return {
             "inputs": self.inputs(triton),
+            "request_id": self.request_id,
             "sequence_id": self.session_id,
             "sequence_start": self.start,
             "sequence_end": self.end,
@@ -96,6 +99,11 @@ def rewinding(session_id: int | str, turns: int) -> TurnMessage:
     return TurnMessage(session_id, operation=Operation.from_parameters({REWIND: turns}))
 
 
+def resuming(session_id: int | str, images: Sequence[bytes] = ()) -> TurnMessage:
+    """Brings a session back as the servers' journal has it, and shows it pictures."""
+    return TurnMessage(session_id, start=True, images=images, operation=Operation(resume=True))
+
+
 def forking(source: int | str, session_id: int | str | None) -> TurnMessage:
     """Opens a session, under a random ID if None is given, as a copy of another one."""
     return TurnMessage(
@@ -107,7 +115,18 @@ def forking(source: int | str, session_id: int | str | None) -> TurnMessage:
 
 def stopping(session_id: int | str) -> TurnMessage:
     """Ends a session's running answer as it is, from outside the session."""
-    return TurnMessage(uuid.uuid4().hex, start=True, end=True, stop_answer=session_id)
+    return TurnMessage(uuid.uuid4().hex, start=True, end=True, ending=Ending(session_id))
+
+
+def named(turn: TurnMessage) -> TurnMessage:
+    """The same turn with a request ID, so that it can be cancelled."""
+    return replace(turn, request_id=uuid.uuid4().hex)
+
+
+def cancelling(turn: TurnMessage) -> TurnMessage:
+    """Undoes a turn that has a request ID, from outside its session."""
+    ending = Ending(turn.session_id, turn.request_id)
+    return TurnMessage(uuid.uuid4().hex, start=True, end=True, ending=ending)
 
 
 class LostConnectionError(SessionError):

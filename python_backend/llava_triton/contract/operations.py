@@ -1,4 +1,5 @@
-"""What a request can ask of a session besides its next turn: to go back, to fork, to stop.
+"""What a request can ask of a session besides its next turn: to go back, to fork, to be brought
+back, to end an answer.
 
 Operations are request parameters, which Triton's ensembles hand on to every step.
 """
@@ -17,11 +18,20 @@ REGENERATE = "regenerate"
 """Request parameter, see `Operation.regenerate`."""
 FORK = "fork"
 """Request parameter, see `Operation.fork`."""
+RESUME = "resume"
+"""Request parameter, see `Operation.resume`."""
 STOP_ANSWER = "stop_answer"
 """Request parameter: the ID of a session whose answer under way ends now, as a completed turn. It
 is a request of its own, with START, END and a sequence ID of its own, and nothing else in it: a
 turn of the session would wait for that answer."""
-OF_TURNS = (REWIND, REGENERATE, FORK)
+CANCEL_ANSWER = "cancel_answer"
+"""Request parameter, of a request like that of `STOP_ANSWER`: the ID of a session, one of whose
+turns is undone, as if its client had gone. `CANCEL_REQUEST` says which."""
+CANCEL_REQUEST = "cancel_request"
+"""Request parameter beside `CANCEL_ANSWER`: the request ID of the turn."""
+OF_ENDINGS = (STOP_ANSWER, CANCEL_ANSWER, CANCEL_REQUEST)
+"""Those that an `Ending` is made of."""
+OF_TURNS = (REWIND, REGENERATE, FORK, RESUME)
 """Those that change what a turn does."""
 MAX_ID_CHARACTERS = 128
 """Of a session's ID, as in Triton."""
@@ -44,6 +54,12 @@ class Operation:
     """Open the session as a copy of the open one of this ID, up to its last completed turn, or up
     to `rewind`. The request has START and no message. With `regenerate`, the last question is
     answered once more, here: another answer to it, of which its source knows nothing."""
+    resume: bool = False
+    """Open the session as the journal has it, and go on as in a later turn: whatever such a turn
+    may have, this one may. Where the session is open, it goes on as it is. Where it is neither open
+    nor in the journal, or the server keeps none, the error is that of a later turn of an unknown
+    session: NOT_FOUND. The request has START, because Triton's batcher does not know the session
+    either."""
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Operation:
@@ -64,6 +80,10 @@ class Operation:
             raise invalid(
                 f"the parameter {REGENERATE} is {_shown(again)}; it must be true or false"
             )
+        if not isinstance(given.get(RESUME, False), bool):
+            raise invalid(
+                f"the parameter {RESUME} is {_shown(given[RESUME])}; it must be true or false"
+            )
         if FORK in given:
             check_session_id(FORK, given[FORK])
         return cls(**given)
@@ -74,11 +94,53 @@ class Operation:
             REWIND: self.rewind,
             REGENERATE: self.regenerate or None,
             FORK: self.fork,
+            RESUME: self.resume or None,
         }
         return {name: value for name, value in values.items() if value is not None}
 
 
 NO_OPERATION = Operation()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a request does to an answer that another request is given."""
+
+    session_id: int | str
+    """Whose answer."""
+    cancelled: str | None = None
+    """The request ID of the turn to undo; None: the running answer ends, and is kept."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Ending | None:
+        """Read a request's parameters; None where it ends no answer.
+
+        Raises:
+            SessionError: INVALID_ARG, a value has the wrong type or range.
+        """
+        if STOP_ANSWER in parameters:
+            return cls(check_session_id(STOP_ANSWER, parameters[STOP_ANSWER]))
+        if CANCEL_ANSWER not in parameters:
+            return None
+        session_id = check_session_id(CANCEL_ANSWER, parameters[CANCEL_ANSWER])
+        request_id = parameters.get(CANCEL_REQUEST, "")
+        if not isinstance(request_id, str) or not request_id:
+            raise invalid(
+                f"the parameter {CANCEL_REQUEST} is {_shown(request_id)}; beside {CANCEL_ANSWER} "
+                "it must be the request ID with which the turn was sent"
+            )
+        return cls(session_id, request_id)
+
+    def to_parameters(self) -> dict[str, Any]:
+        """The request parameters that say so."""
+        if self.cancelled is None:
+            return {STOP_ANSWER: self.session_id}
+        return {CANCEL_ANSWER: self.session_id, CANCEL_REQUEST: self.cancelled}
+
+    @property
+    def name(self) -> str:
+        """Of the parameter that asks for it."""
+        return STOP_ANSWER if self.cancelled is None else CANCEL_ANSWER
 
 
 def check_session_id(name: str, value: Any) -> int | str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from llava_triton.serving.backend import Backend
 from llava_triton.serving.bounded_backlog import BoundedBacklog
 from llava_triton.serving.bytes_tensors import limit_elements
 from llava_triton.serving.metrics import Publisher, image_encoder_metrics
+
+if TYPE_CHECKING:
+    from llava_triton.serving.picture_journal import PictureJournal
 
 MAX_WORKERS = 4
 """Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""
@@ -85,43 +89,66 @@ class ImageEncoder:
             most_waiting=self._settings.max_queued_turns,
         )
         self._backlog = BoundedBacklog(self._reach_next_models)
-        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._pictures))
+        self._journal = _picture_journal(self._settings)
+        self._metrics = Publisher(
+            pb_utils, lambda: image_encoder_metrics(self._pictures, self._journal)
+        )
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests without a picture at once, the others when their features are there."""
-        for request in requests:
-            sender = request.get_response_sender()
+        replies = [Reply(request, self._backend.final) for request in requests]
+        for request, reply in zip(requests, replies, strict=True):
             try:
-                self._submit(request, sender)
+                self._submit(request, reply)
             except SessionError as error:
-                self._send(sender, error)
+                reply.send(self._response(error))
             except Exception as error:  # such as an ID that is no text
-                self._send(sender, invalid(f"the request cannot be read: {error}"))
+                reply.send(self._response(invalid(f"the request cannot be read: {error}")))
+        return [reply.returned() for reply in replies]
 
     def finalize(self) -> None:
         """Let running pictures finish."""
         self._backlog.stop()
         self._pictures.shutdown()
         self._metrics.stop()
+        if self._journal is not None:
+            self._journal.close()
 
-    def _submit(self, request: Any, sender: Any) -> None:
+    def _submit(self, request: Any, reply: Reply) -> None:
         session = request.correlation_id()
         items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
         parameters = self._backend.parameters(request)
+        tenant = protocol.parse_tenant(parameters)
+        answer = partial(self._answer, reply)
+        ends = request.flags() & self._backend.end
+        if self._journal is not None and items and session and not ends:
+            answer = partial(self._answer_and_keep, reply, session, tenant, items)
         self._pictures.submit(
             # A turn without a picture must not overtake an earlier one of its session with a
             # picture. 0 is no session: such requests have nothing to do with one another.
             session or object(),
             items,
-            partial(self._answer, sender),
-            tenant=protocol.parse_tenant(parameters),
+            answer,
+            tenant=tenant,
             opening=session if session and request.flags() & self._backend.start else None,
         )
 
-    def _answer(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+    def _answer(self, reply: Reply, outcome: Sequence[Tensor] | SessionError) -> None:
         if not isinstance(outcome, SessionError):  # an error goes no further
             self._backlog.pass_one()
-        self._send(sender, outcome)
+        reply.send(self._response(outcome))
+
+    def _answer_and_keep(
+        self,
+        reply: Reply,
+        session: int | str,
+        tenant: str,
+        items: Sequence[bytes],
+        outcome: Sequence[Tensor] | SessionError,
+    ) -> None:
+        self._answer(reply, outcome)
+        if self._journal is not None and not isinstance(outcome, SessionError):
+            self._journal.keep(session, tenant, items, outcome)
 
     def _encode(self, pixels: np.ndarray) -> Tensor:
         pb_utils = self._backend.pb_utils
@@ -158,18 +185,55 @@ class ImageEncoder:
             flags=self._backend.start | self._backend.end,
         )
 
-    def _send(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+    def _response(self, outcome: Sequence[Tensor] | SessionError) -> Any:
         pb_utils = self._backend.pb_utils
         if isinstance(outcome, SessionError):
-            response = self._backend.refusal(outcome)
-        elif not outcome:
+            return self._backend.refusal(outcome)
+        if not outcome:
             # Empty tensors, not none: an omitted output would reset the sequence flags that Triton
             # hands to the ensemble's next step.
-            response = self._backend.response({spec.name: NOTHING for spec in ENCODED_PICTURES})
-        else:
-            rows, lengths = flattened(outcome)
-            # The tensor, not its capsule: Triton then waits for the stream that is filling it.
-            features = pb_utils.Tensor.from_dlpack(IMAGE_FEATURES.name, rows)
-            tensors = [features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)]
-            response = pb_utils.InferenceResponse(tensors)
-        sender.send(response, flags=self._backend.final)
+            return self._backend.response({spec.name: NOTHING for spec in ENCODED_PICTURES})
+        rows, lengths = flattened(outcome)
+        # The tensor, not its capsule: Triton then waits for the stream that is filling it.
+        features = pb_utils.Tensor.from_dlpack(IMAGE_FEATURES.name, rows)
+        return pb_utils.InferenceResponse([features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)])
+
+
+class Reply:
+    """The one response to a request: returned by `execute` if it is there by then, which costs no
+    message of its own, else sent later.
+
+    Args:
+        request: Triton's.
+        final: the flag of a last response.
+    """
+
+    def __init__(self, request: Any, final: int) -> None:
+        self._sender = request.get_response_sender()
+        self._final = final
+        self._lock = threading.Lock()
+        self._response: Any = None
+        self._is_late = False
+
+    def send(self, response: Any) -> None:
+        """Answer; called once, on any thread."""
+        with self._lock:
+            if not self._is_late:
+                self._response = response
+                return
+        self._sender.send(response, flags=self._final)
+
+    def returned(self) -> Any:
+        """What `execute` returns for the request: the response, or None where it comes later."""
+        with self._lock:
+            self._is_late = True
+            return self._response
+
+
+def _picture_journal(settings: Settings) -> PictureJournal | None:
+    """What keeps pictures; None where the server keeps no journal."""
+    if not settings.journal:
+        return None
+    from llava_triton.serving import picture_journal  # obstore need not be installed for others
+
+    return picture_journal.PictureJournal(settings)

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from llava_triton.checkpoint.identity import checkpoint_identity
 from llava_triton.checkpoint.loader import load_checkpoint
 from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, invalid
+from llava_triton.contract.errors import (
+    ErrorCode,
+    SessionError,
+    as_session_error,
+    error_from_text,
+    invalid,
+)
 from llava_triton.contract.models import (
+    ENCODED_PICTURES,
     HISTORY,
+    IMAGE,
     IMAGE_FEATURES,
     IMAGE_LENGTHS,
     IMAGE_POSITIONS,
@@ -30,9 +41,8 @@ from llava_triton.contract.models import (
 )
 from llava_triton.contract.operations import (
     NO_OPERATION,
-    STOP_ANSWER,
+    Ending,
     Operation,
-    check_session_id,
 )
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype, default_device, work_beside
@@ -44,6 +54,9 @@ from llava_triton.serving.backend import Backend
 from llava_triton.serving.metrics import Publisher, engine_metrics
 from llava_triton.serving.response_thread import ResponseThread
 from llava_triton.serving.whole_answers import Outbox, WholeAnswer
+
+if TYPE_CHECKING:
+    from llava_triton.engine.journaling import EncodePictures, SessionJournal
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +80,22 @@ class LanguageModel:
             dtype=compute_dtype(settings.dtype, device),
             device=device,
         )
-        self.serve(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
+        identity = ""
+        if settings.journal:
+            identity = checkpoint_identity(repository / args["model_version"] / "checkpoint")
+        self.serve(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings, identity)
 
-    def serve(self, runner: ModelRunner, tokenizer: Any, settings: Settings) -> None:
-        """Start the engine."""
+    def serve(
+        self, runner: ModelRunner, tokenizer: Any, settings: Settings, identity: str = ""
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            runner: the language model.
+            tokenizer: the checkpoint's.
+            settings: limits.
+            identity: the checkpoint's, where the server keeps a journal.
+        """
         self._settings = settings
         self._device = runner.device
         self._width = runner.hidden_size
@@ -78,9 +103,11 @@ class LanguageModel:
         self._stopping = False
         self._secret = uuid.uuid4().hex
         self._outbox = Outbox()
-        # The only thread that makes BLS calls; they have no tensors.
+        # Its calls have no tensors. Those of `_encode_again` have, and come one by one.
         self._releases = ThreadPoolExecutor(1, "releases")
-        self._engine = Engine(runner, tokenizer, settings, expired=self._let_go)
+        self._encoding = threading.Lock()
+        journal = _session_journal(settings, identity, self._encode_again, runner)
+        self._engine = Engine(runner, tokenizer, settings, expired=self._let_go, journal=journal)
         self._metrics = Publisher(
             self._backend.pb_utils, lambda: engine_metrics(self._engine.statistics())
         )
@@ -104,7 +131,9 @@ class LanguageModel:
     def _take(self, request: Any, parameters: dict[str, Any]) -> None:
         """Hand a turn to the engine, or tell why not."""
         sender, whole = request.get_response_sender(), protocol.WHOLE_ANSWER in parameters
-        stream = Responder(self._backend, sender, self._responses)
+        stream = Responder(
+            self._backend, sender, self._responses, self._engine.cancel, _is_watched(request)
+        )
         tell: Listener = stream.put
         if whole:
             tell = partial(self._outbox.send, str(parameters[protocol.WHOLE_ANSWER]))
@@ -114,15 +143,19 @@ class LanguageModel:
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
-            stopped = _session_to_stop(turn, parameters)
+            ending = _ending(turn, parameters)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
         else:
-            if stopped is not None:
-                self._engine.stop_answer(stopped, turn.tenant, listener)
-            else:
+            if ending is None:
                 stream.turn_id = self._engine.submit(turn, listener)
+            elif ending.cancelled is None:
+                self._engine.stop_answer(ending.session_id, turn.tenant, listener)
+            else:
+                self._engine.cancel_answer(
+                    ending.session_id, turn.tenant, ending.cancelled, listener
+                )
         if whole:  # the call that brought it ends here; the answer goes another way
             sender.send(flags=self._backend.final)
 
@@ -145,6 +178,41 @@ class LanguageModel:
 
     def _is_release(self, parameters: dict[str, Any]) -> bool:
         return parameters.get(protocol.RELEASE) == self._secret
+
+    def _encode_again(self, items: Sequence[bytes], tenant: str) -> list[torch.Tensor]:
+        """The features [T, D] of pictures of a session that is resumed.
+
+        Raises:
+            SessionError: what image_encoder answers.
+        """
+        pb_utils = self._backend.pb_utils
+        features: list[torch.Tensor] = []
+        with self._encoding:
+            for part in _parts(items, self._settings):
+                array = np.empty(len(part), dtype=np.object_)
+                array[:] = part
+                response = pb_utils.InferenceRequest(
+                    model_name="image_encoder",
+                    requested_output_names=[spec.name for spec in ENCODED_PICTURES],
+                    inputs=[pb_utils.Tensor(IMAGE.name, array)],
+                    parameters={protocol.TENANT: tenant} if tenant else {},
+                    # Where the features lie matters little here, and GPU tensors of calls have
+                    # their own dangers.
+                    preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+                ).exec()
+                if response.has_error():
+                    raise error_from_text(response.error().message())
+                rows, lengths = (
+                    pb_utils.get_output_tensor_by_name(response, spec.name)
+                    for spec in ENCODED_PICTURES
+                )
+                features += unflattened(
+                    torch.utils.dlpack.from_dlpack(rows.to_dlpack()),
+                    lengths.as_numpy(),
+                    self._width,
+                    self._settings.max_images_per_turn,
+                )
+        return features
 
     def _let_go(self, session_id: int | str) -> None:
         """The engine has closed a session by itself: Triton lets its sequence go, too."""
@@ -205,6 +273,7 @@ class LanguageModel:
             sampling=sampling,
             tenant=protocol.parse_tenant(parameters),
             operation=Operation.from_parameters(parameters),
+            request_id=request.request_id(),
         )
 
     def _features(self, request: Any) -> tuple[torch.Tensor, ...]:
@@ -233,22 +302,54 @@ class LanguageModel:
         return bool(flags & self._backend.start), bool(flags & self._backend.end)
 
 
-def _session_to_stop(turn: TurnRequest, parameters: dict[str, Any]) -> int | str | None:
-    """The session whose running answer a request stops; None where it stops none.
+def _parts(items: Sequence[bytes], settings: Settings) -> Iterator[Sequence[bytes]]:
+    """Pictures in as many parts as image_encoder takes them in."""
+    part: list[bytes] = []
+    for item in items:
+        size = sum(map(len, part)) + len(item)
+        most = settings.max_images_bytes_per_turn // 4
+        if part and (size > most or len(part) == min(16, settings.max_images_per_turn)):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def _session_journal(
+    settings: Settings, identity: str, encode: EncodePictures, runner: ModelRunner
+) -> SessionJournal | None:
+    """The journal of sessions; None where the server keeps none."""
+    if not settings.journal:
+        return None
+    from llava_triton.engine import journaling  # obstore need not be installed for others
+    from llava_triton.journal.journal import Journal
+
+    return journaling.SessionJournal(Journal(settings, identity), encode, runner)
+
+
+def _ending(turn: TurnRequest, parameters: dict[str, Any]) -> Ending | None:
+    """The end of another request's answer that a request asks for; None where it asks for none.
 
     Raises:
         SessionError: INVALID_ARG, it does more than that.
     """
-    if STOP_ANSWER not in parameters:
+    ending = Ending.from_parameters(parameters)
+    if ending is None:
         return None
-    stopped = check_session_id(STOP_ANSWER, parameters[STOP_ANSWER])
-    alone = turn.start and turn.end and stopped != turn.session_id
+    alone = turn.start and turn.end and ending.session_id != turn.session_id
     if not alone or turn.has_message or turn.operation != NO_OPERATION:
         raise invalid(
-            f"{STOP_ANSWER} came with a turn, which would wait for the answer it stops; send it "
+            f"{ending.name} came with a turn, which would wait for the answer it ends; send it "
             "alone, with the sequence start and end flags and a sequence ID of its own"
         )
-    return stopped
+    return ending
+
+
+def _is_watched(request: Any) -> bool:
+    """Whether disconnect_watch looks after a request's client: it takes the turn's ID for that. A
+    client that calls this model itself has no need of it."""
+    return TURN_ID.name in request.requested_output_names()
 
 
 class Responder:
@@ -258,12 +359,23 @@ class Responder:
         backend: Triton.
         sender: Triton's response sender of the request.
         responses: the thread that sends.
+        cancel: cancels a turn by its ID.
+        watched: whether disconnect_watch asks for the client; else this does.
     """
 
-    def __init__(self, backend: Backend, sender: Any, responses: ResponseThread) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        sender: Any,
+        responses: ResponseThread,
+        cancel: Callable[[str], None],
+        watched: bool,
+    ) -> None:
         self._backend = backend
         self._sender = sender
         self._responses = responses
+        self._cancel = cancel
+        self._watched = watched
         self._watched_at = time.monotonic()
         self.turn_id = ""
 
@@ -276,8 +388,14 @@ class Responder:
         if isinstance(event, SessionError):
             self._backend.refuse(self._sender, event)
             return
-        turn_id = TURN_ID.to_array(self._turn_to_watch(event))
-        response = self._backend.response(ANSWER.to_arrays(event) | {TURN_ID.name: turn_id})
+        arrays = ANSWER.to_arrays(event)
+        looked_after = self._turn_to_watch(event)
+        if self._watched:
+            arrays[TURN_ID.name] = TURN_ID.to_array(looked_after)
+        # Before the last response, behind which the sender may not be asked.
+        elif looked_after and self._sender.is_cancelled():
+            self._cancel(looked_after)
+        response = self._backend.response(arrays)
         self._sender.send(response, flags=self._backend.final if event.is_final else 0)
 
     def give_up(self) -> None:
