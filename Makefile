@@ -129,7 +129,7 @@ help: ## This list
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz profile train evaluate clean distclean help
-.PHONY: repository clients compiler libb64 curl chromium force
+.PHONY: repository clients aiperf compiler libb64 curl chromium force
 
 # ---- model repositories ----
 
@@ -192,7 +192,7 @@ echo done
 endef
 
 # The libraries of other people's clients, for tests/clients; the one of Node where there is npm.
-clients: .venv-clients/installed .venv-aiperf/installed $(if $(shell command -v npm),tests/clients/vercel/node_modules)
+clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/vercel/node_modules)
 
 .venv-clients/installed: tests/clients/requirements.txt tests/clients/constraints.txt | .venv/checkout
 	echo "installing the clients' libraries into .venv-clients: a minute or two"
@@ -201,7 +201,9 @@ clients: .venv-clients/installed .venv-aiperf/installed $(if $(shell command -v 
 	    -c tests/clients/constraints.txt
 	touch $@
 
-# NVIDIA's load generator; its pins are others.
+# NVIDIA's load generator, whose pins are others, for tests/clients/test_aiperf.py.
+aiperf: .venv-aiperf/installed
+
 .venv-aiperf/installed: tests/clients/aiperf-requirements.txt | .venv/checkout
 	echo "installing AIPerf into .venv-aiperf: a minute or two"
 	'$(PYTHON)' -m venv --clear .venv-aiperf

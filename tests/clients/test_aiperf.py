@@ -1,6 +1,6 @@
 """NVIDIA's load generator AIPerf against the running server: its report shows the cached tokens.
 
-It lives in an environment of its own, `.venv-aiperf`, which `make clients` makes: it pins much.
+It lives in an environment of its own, `.venv-aiperf`, which `make aiperf` makes: it pins much.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONVERSATIONS, TURNS = 3, 3
 
 def test_conversations_about_pictures(adapter: Adapter, tmp_path: Path) -> None:
     if not AIPERF.exists():
-        pytest.skip("`make clients` makes its environment")
+        pytest.skip("`make aiperf` makes its environment")
     command = [AIPERF, "profile", "--model", "llava", "--endpoint-type", "chat", "--streaming"]
     command += ["--url", f"http://127.0.0.1:{adapter.port}"]
     command += ["--conversation-num", str(CONVERSATIONS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,29 @@ def test_a_picture_without_a_question_leaves_an_answer_to_regenerate(start: Star
     harness.check_books()
     harness.ask("s", operation=REGENERATE, **AUTO)
     assert harness.session("s").turns[-1].number == full
+
+
+def test_a_session_that_forgot_comes_back_from_the_journal(start: Start, tmp_path: Path) -> None:
+    harness = start(blocks=BLOCKS, journal=(tmp_path / "journal").as_uri())
+    untouched = start(blocks=BLOCKS)
+    full = fill(harness)
+    fill(untouched)
+    _, final = ask(harness, full)
+    ask(untouched, full)
+    assert final.num_forgotten_turns > 0
+    before, turns = harness.history("s"), list(harness.session("s").turns)
+    log = harness.session("s").log
+    assert log is not None
+    until = time.monotonic() + 60
+    while not log.is_safe:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    harness.restart()
+    _, back = harness.ask("s", start=True, operation=Operation(resume=True))
+    assert back.num_forgotten_turns == final.num_forgotten_turns
+    assert (harness.history("s"), harness.session("s").turns) == (before, turns)
+    for number in range(full + 1, full + 8):  # it goes on forgetting, because it began so
+        text, told = ask(harness, number, truncation=None)
+        expected, same = ask(untouched, number)
+        assert (text, told.num_forgotten_turns) == (expected, same.num_forgotten_turns)
+    harness.ask("s", end=True)
