@@ -20,6 +20,7 @@ INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
 INPUTS ?= 1000000
+STEP ?= 1
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -97,11 +98,15 @@ hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, wit
 fuzz: .venv/fuzz compiler $(demo_repository) ## A million inputs for every parser of what clients send (15 minutes; INPUTS=)
 	$(python) -m tests.fuzz --inputs $(INPUTS)
 
+chaos: .venv/runtime compiler ## Everything is killed and stopped, beside sessions that must not notice (20 minutes)
+	$(python) -m benchmarks.chaos
+
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
 	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
 
-gpu-check: ## Tests and figures of an NVIDIA GPU, by PYTHON= itself, no .venv (9 minutes; docs/gpu.md)
-	'$(PYTHON)' -m benchmarks.gpu_check --wheels build/gpu-wheels --output benchmarks/results
+gpu-check: ## What an NVIDIA GPU does, STEP=1, 2, 3 by PYTHON= itself, no .venv (10 minutes each; docs/gpu.md)
+	'$(PYTHON)' -m benchmarks.gpu_check --step '$(STEP)' --wheels build/gpu-wheels \
+	    --scratch build/gpu-check --output benchmarks/results
 
 profile: .venv/runtime compiler libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
 	$(python) -m benchmarks.profile
@@ -128,7 +133,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz profile train evaluate clean distclean help
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz chaos profile train evaluate clean distclean help
 .PHONY: repository clients aiperf compiler libb64 curl chromium force
 
 # ---- model repositories ----

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from llava_sagemaker.adapter.app import EXCEPTION_HANDLERS
+from llava_sagemaker.adapter.engines import Engine
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.gunzip import unpacker
 from llava_sagemaker.adapter.health import Health
@@ -77,7 +78,11 @@ def parsed(parse: Callable[[], object]) -> object:
 
 
 class Models:
-    """In the place of Triton: reads a turn as the models do, and answers it."""
+    """In the place of all engines: reads a turn as the models do, and answers it."""
+
+    def __init__(self) -> None:
+        itself: Any = self
+        self.all = [Engine(0, itself)]
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Two of them."""
@@ -129,9 +134,9 @@ class Requests:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         models: Any = Models()
-        handler = RequestHandler(models, AdapterMetrics(), SETTINGS)
-        health = Health(models)
-        routes = sagemaker_routes(handler, health, AdapterMetrics(), "127.0.0.1:1")
+        counts, health = AdapterMetrics(models), Health(models)
+        handler = RequestHandler(models, counts, SETTINGS)
+        routes = sagemaker_routes(handler, health, counts, ["127.0.0.1:1"])
         routes = [route for route in routes if route.path != "/metrics"]  # it would ask Triton
         self._app = Starlette(
             routes=[*routes, *openai_routes(handler, health)],

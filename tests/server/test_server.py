@@ -61,12 +61,12 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serve(repository: Path) -> Iterator[Callable[[], Command]]:
+def serve(repository: Path) -> Iterator[Callable[..., Command]]:
     """Starts the command; kills what a failed test leaves."""
     commands: list[Command] = []
 
-    def start() -> Command:
-        commands.append(Command(repository, free_ports(3)))
+    def start(*options: str) -> Command:
+        commands.append(Command(repository, free_ports(3), *options))
         return commands[-1]
 
     yield start
@@ -170,13 +170,13 @@ def test_signal_while_starting_leaves_nothing(serve: Callable[[], Command]) -> N
         time.sleep(0.02)
 
 
-def test_killed_server_is_reported_and_cleaned_up(serve: Callable[[], Command]) -> None:
-    command = serve()
+def test_killed_server_is_reported_and_cleaned_up(serve: Callable[..., Command]) -> None:
+    command = serve("--no-restart")
     family = command.wait_until_ready()
     family.processes[0].kill()
     assert command.wait() == 1
     family.assert_gone(within=STOP_SECONDS)
-    assert "the Triton server died (signal 9)" in command.output
+    assert "the Triton server has died (signal 9)" in command.output
     assert "Started HTTPService" in command.output
     assert "Traceback" not in command.output
 
@@ -188,8 +188,8 @@ def test_server_dies_with_its_killed_parent(serve: Callable[[], Command]) -> Non
     family.assert_gone(within=STOP_SECONDS)
 
 
-def test_killed_guard_is_cleaned_up_by_the_parent(serve: Callable[[], Command]) -> None:
-    command = serve()
+def test_killed_guard_is_cleaned_up_by_the_parent(serve: Callable[..., Command]) -> None:
+    command = serve("--no-restart")
     family = command.wait_until_ready()
     family.parents[0].kill()
     assert command.wait() == 1

@@ -32,7 +32,7 @@ ROOMS = {
     "device": set(),
     "private_folder": set(),
     "checkpoint": set(),
-    "server": {"private_folder"},
+    "server": {"private_folder", "contract"},
     "client": {"contract"},
     "conversation": {"contract"},
     "pictures": {"contract", "checkpoint", "device"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText
@@ -53,15 +55,27 @@ def load_vision_encoder(config: Config, weights: CheckpointWeights) -> VisionEnc
         CheckpointError: a weight of the checkpoint, wherever, is missing, unexpected or of the
             wrong shape.
     """
-    _check_patches(config, weights)
-    with torch.device("meta"):
-        whole = AutoModelForImageTextToText.from_config(config)
-    text = config.get_text_config()
-    tied = ["lm_head.weight"] if text.tie_word_embeddings or config.tie_word_embeddings else []
-    weights.check({name: tuple(each.shape) for name, each in whole.state_dict().items()}, tied)
+    checked_skeleton(config, weights)
     encoder = VisionEncoder(config)
     encoder.load_state_dict(weights.load(encoder.state_dict()), assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def checked_skeleton(config: Config, weights: CheckpointWeights) -> Any:
+    """transformers' model of a checkpoint on the device "meta": all but its weights.
+
+    Raises:
+        CheckpointError: a weight of the checkpoint is missing, unexpected or of the wrong shape.
+            transformers would fill it with random numbers and go on, which is how a vision tower
+            saved under another release's names turns into noise.
+    """
+    _check_patches(config, weights)
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config).eval()
+    text = config.get_text_config()
+    tied = ["lm_head.weight"] if text.tie_word_embeddings or config.tie_word_embeddings else []
+    weights.check({name: tuple(each.shape) for name, each in whole.state_dict().items()}, tied)
+    return whole
 
 
 def load_newline(weights: CheckpointWeights) -> torch.Tensor | None:

@@ -79,7 +79,7 @@ class ImageEncoder:
                 self._settings.encoded_images_bytes,
                 fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
             ),
-            workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+            workers=max(2, min(MAX_WORKERS, len(os.sched_getaffinity(0)))),
             max_batch=self._settings.vision_max_batch,
             most_tokens=assembly.context_length,
             most_begun=min(

@@ -45,7 +45,7 @@ from llava_triton.contract.operations import (
     Operation,
 )
 from llava_triton.contract.settings import Settings
-from llava_triton.device import compute_dtype, default_device, work_beside
+from llava_triton.device import compute_dtype, default_device, switch_threads_quickly, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.turn import Listener
 from llava_triton.model.runner import ModelRunner
@@ -75,6 +75,7 @@ class LanguageModel:
         repository = Path(args["model_repository"])
         settings = Settings.of_repository(repository.parent)
         device = default_device()
+        switch_threads_quickly(device)
         checkpoint = load_checkpoint(
             repository / args["model_version"] / "checkpoint",
             dtype=compute_dtype(settings.dtype, device),

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.session_ids import new_session_id
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Triton, Turn, packed
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn, packed
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
@@ -44,18 +45,18 @@ class ChoicePiece(Delta):
         return self.is_last
 
 
-async def choices(triton: Triton, turn: Turn, count: int) -> AsyncGenerator[Delta, None]:
+async def choices(engines: Engines, turn: Turn, count: int) -> AsyncGenerator[Delta, None]:
     """Ask a question for several answers; their pieces as they come.
 
     Closing the generator early cancels all. Errors as for `Triton.pieces`: one ends all.
 
     Args:
-        triton: the connection.
+        engines: answer.
         turn: it opens a session, and nobody else uses that.
         count: of answers, at least 2.
     """
     pieces: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
-    asking = [asyncio.create_task(_ask(triton, turn, 0, pieces))]
+    asking = [asyncio.create_task(_ask(engines, turn, 0, pieces))]
     begun: set[int] = set()
     ended = 0
     try:
@@ -66,11 +67,11 @@ async def choices(triton: Triton, turn: Turn, count: int) -> AsyncGenerator[Delt
             if len(asking) == 1 and (piece.num_output_tokens or piece.is_final):
                 for other in range(1, count):
                     again = _another(turn, other)
-                    asking.append(asyncio.create_task(_ask(triton, again, other, pieces)))
+                    asking.append(asyncio.create_task(_ask(engines, again, other, pieces)))
             if index not in begun:
                 begun.add(index)
                 if len(begun) == count:
-                    _end(triton, turn)
+                    _end(engines, turn)
             ended += piece.is_final
             yield ChoicePiece(**vars(piece), index=index, is_last=ended == count)
     finally:
@@ -78,13 +79,13 @@ async def choices(triton: Triton, turn: Turn, count: int) -> AsyncGenerator[Delt
             task.cancel()
         await asyncio.wait(asking)
         if len(begun) < count:
-            _end(triton, turn)
+            _end(engines, turn)
 
 
-async def whole_choices(triton: Triton, turn: Turn, count: int) -> list[Delta]:
+async def whole_choices(engines: Engines, turn: Turn, count: int) -> list[Delta]:
     """The same, each answer as one piece."""
     answers: list[list[Delta]] = [[] for _ in range(count)]
-    async with aclosing(choices(triton, turn, count)) as pieces:
+    async with aclosing(choices(engines, turn, count)) as pieces:
         async for piece in pieces:
             assert isinstance(piece, ChoicePiece)
             answers[piece.index].append(piece)
@@ -92,11 +93,11 @@ async def whole_choices(triton: Triton, turn: Turn, count: int) -> list[Delta]:
 
 
 async def _ask(
-    triton: Triton, turn: Turn, index: int, pieces: asyncio.Queue[tuple[int, Delta | Exception]]
+    engines: Engines, turn: Turn, index: int, pieces: asyncio.Queue[tuple[int, Delta | Exception]]
 ) -> None:
     """Put the pieces of one answer into the queue, or why there are none."""
     try:
-        async with aclosing(triton.pieces(turn)) as given:
+        async with aclosing(engines.pieces(turn)) as given:
             async for piece in given:
                 pieces.put_nowait((index, piece))
                 if piece.is_final:
@@ -119,12 +120,12 @@ def _another(turn: Turn, index: int) -> Turn:
     return Turn(new_session_id(), True, True, tensors, turn.tenant, again)
 
 
-def _end(triton: Triton, turn: Turn) -> None:
+def _end(engines: Engines, turn: Turn) -> None:
     """End a turn's session, once it is answered or given up."""
 
     async def end() -> None:
         with contextlib.suppress(SessionError, grpc.aio.AioRpcError):  # it is ended already
-            await triton.whole(Turn(turn.session_id, end=True, tenant=turn.tenant))
+            await engines.whole(Turn(turn.session_id, end=True, tenant=turn.tenant))
 
     task = asyncio.create_task(end())
     _ending.add(task)
