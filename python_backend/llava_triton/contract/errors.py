@@ -127,6 +127,15 @@ def not_found(sentence: str) -> SessionError:
     return SessionError(ErrorCode.NOT_FOUND, sentence, SESSION)
 
 
+def gone_elsewhere(session_id: int | str) -> SessionError:
+    """UNAVAILABLE: another server has gone on with a session, by the journal of both. This server
+    has closed it; the next turn is answered as that of an unknown session, which may be resumed."""
+    return unavailable(
+        f"session {session_id!r} goes on on another server, whose turns came first; what was said "
+        "here since was not kept: ask again to go on there"
+    )
+
+
 def unavailable(sentence: str) -> SessionError:
     """An UNAVAILABLE error, for limits that pass by themselves."""
     return SessionError(ErrorCode.UNAVAILABLE, sentence)

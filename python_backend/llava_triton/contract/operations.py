@@ -1,4 +1,5 @@
-"""What a request can ask of a session besides its next turn: to go back, to fork, to stop.
+"""What a request can ask of a session besides its next turn: to go back, to fork, to stop, to be
+brought back.
 
 Operations are request parameters, which Triton's ensembles hand on to every step.
 """
@@ -17,11 +18,13 @@ REGENERATE = "regenerate"
 """Request parameter, see `Operation.regenerate`."""
 FORK = "fork"
 """Request parameter, see `Operation.fork`."""
+RESUME = "resume"
+"""Request parameter, see `Operation.resume`."""
 STOP_ANSWER = "stop_answer"
 """Request parameter: the ID of a session whose answer under way ends now, as a completed turn. It
 is a request of its own, with START, END and a sequence ID of its own, and nothing else in it: a
 turn of the session would wait for that answer."""
-OF_TURNS = (REWIND, REGENERATE, FORK)
+OF_TURNS = (REWIND, REGENERATE, FORK, RESUME)
 """Those that change what a turn does."""
 MAX_ID_CHARACTERS = 128
 """Of a session's ID, as in Triton."""
@@ -42,6 +45,12 @@ class Operation:
     fork: int | str | None = None
     """Open the session as a copy of the open one of this ID, up to its last completed turn, or up
     to `rewind`. The request has START and no message."""
+    resume: bool = False
+    """Open the session as the journal has it, and go on as in a later turn: whatever such a turn
+    may have, this one may. Where the session is open, it goes on as it is. Where it is neither open
+    nor in the journal, or the server keeps none, the error is that of a later turn of an unknown
+    session: NOT_FOUND. The request has START, because Triton's batcher does not know the session
+    either."""
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Operation:
@@ -62,6 +71,10 @@ class Operation:
             raise invalid(
                 f"the parameter {REGENERATE} is {_shown(again)}; it must be true or false"
             )
+        if not isinstance(given.get(RESUME, False), bool):
+            raise invalid(
+                f"the parameter {RESUME} is {_shown(given[RESUME])}; it must be true or false"
+            )
         if FORK in given:
             check_session_id(FORK, given[FORK])
         return cls(**given)
@@ -72,6 +85,7 @@ class Operation:
             REWIND: self.rewind,
             REGENERATE: self.regenerate or None,
             FORK: self.fork,
+            RESUME: self.resume or None,
         }
         return {name: value for name, value in values.items() if value is not None}
 

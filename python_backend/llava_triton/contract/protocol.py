@@ -1,6 +1,8 @@
 """What requests say: their parameters by name, and the checks of their inputs.
 
-Nothing here knows Triton, torch or transformers, so that clients can use it, too.
+What a request asks of its session besides a turn (`resume`, `rewind`, `fork` ...) is in
+`contract.operations`. Nothing here knows Triton, torch or transformers, so that clients can use
+it, too.
 """
 
 from __future__ import annotations

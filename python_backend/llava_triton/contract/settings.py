@@ -14,6 +14,7 @@ from pathlib import Path
 FILE_NAME = "settings.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("unrounded", "int8")
+JOURNAL_SCHEMES = ("file:///", "s3://")
 _COLOUR = re.compile("#[0-9a-fA-F]{6}")
 
 
@@ -91,6 +92,13 @@ class Settings:
     """Longer texts are refused before they are tokenized."""
     vision_max_batch: int = 8
     """Tiles the vision encoder takes in one batch; a picture is one or several."""
+    journal: str = ""
+    """Where sessions are written down, so that they survive the loss of their server:
+    file:///a/folder or s3://bucket/prefix; "": nowhere. What is beside the bucket, such as region
+    and credentials, comes from AWS's environment variables or the instance's role."""
+    journal_sync: bool = False
+    """Whether the end of an answer waits until the turn is in the journal. Where it cannot be
+    written, the turn fails. false: turns are written behind their answers."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -108,6 +116,13 @@ class Settings:
             raise ValueError(
                 f"setting picture_background is {background!r}; it must be a colour, #rrggbb"
             )
+        if self.journal and not self.journal.startswith(JOURNAL_SCHEMES):
+            raise ValueError(
+                f"setting journal is {self.journal!r}; it must be empty, file:///a/folder or "
+                "s3://bucket/prefix"
+            )
+        if self.journal_sync and not self.journal:
+            raise ValueError("setting journal_sync is true and journal is empty; name a journal")
         if self.dtype not in DTYPES:
             raise ValueError(f"setting dtype is {self.dtype!r}; it must be one of {DTYPES}")
         if self.weights not in WEIGHTS:
