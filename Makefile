@@ -93,6 +93,9 @@ soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door o
 hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, with honest clients beside them (5 minutes)
 	$(python) -m benchmarks.hostile
 
+chaos: .venv/runtime compiler ## Everything is killed and stopped, beside sessions that must not notice (20 minutes)
+	$(python) -m benchmarks.chaos
+
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
 	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
 
@@ -124,7 +127,7 @@ help: ## This list
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile profile train evaluate clean distclean help
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile chaos profile train evaluate clean distclean help
 .PHONY: repository clients compiler libb64 curl chromium force
 
 # ---- model repositories ----

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_triton.server.triton_server import TritonServer, free_ports
@@ -17,13 +17,28 @@ PATIENCE_SECONDS = 60.0
 
 
 class Adapter(Instance):
-    """`python -m llava_sagemaker.adapter` as a child process."""
+    """`python -m llava_sagemaker.adapter` as a child process.
 
-    def __init__(self, server: TritonServer, repository: Path, **environment: str) -> None:
+    Args:
+        server: what it stands in front of.
+        repository: of the server.
+        others: more servers of the same.
+        environment: what it is told beside.
+    """
+
+    def __init__(
+        self,
+        server: TritonServer,
+        repository: Path,
+        others: Sequence[TritonServer] = (),
+        **environment: str,
+    ) -> None:
         (self.port,) = free_ports(1)
+        engines = [server, *others]
         command = [sys.executable, "-m", "llava_sagemaker.adapter", "--port", str(self.port)]
-        command += ["--triton", server.grpc_address, "--repository", str(repository)]
-        command += ["--triton-metrics", f"127.0.0.1:{server.ports['metrics']}"]
+        command += ["--triton", *(each.grpc_address for each in engines)]
+        command += ["--triton-metrics", *(each.metrics_address for each in engines)]
+        command += ["--repository", str(repository)]
         self.process = subprocess.Popen(command, env={**os.environ, **environment})
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
@@ -42,6 +57,13 @@ class Adapter(Instance):
             self.process.wait()
 
     def metric(self, name: str) -> float:
-        """A number of /metrics, by its name and labels as they are written there."""
-        text = self.request("GET", "/metrics").body.decode()
-        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+        """A number of /metrics, by its name and labels as they are written there; of all engines
+        together, unless the labels say of which."""
+        return number_on(self.request("GET", "/metrics").body.decode(), name)
+
+
+def number_on(page: str, name: str) -> float:
+    """See `Adapter.metric`; 0 where there is none."""
+    if "engine=" not in name:
+        page = re.sub(r',?engine="\d+"\}', "}", page).replace("{}", "")
+    return sum(map(float, re.findall(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)))

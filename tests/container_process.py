@@ -143,24 +143,27 @@ class Container(Instance):
         return found
 
     def triton_ports(self) -> set[int]:
-        """Where the adapter looks for Triton."""
-        found = set()
+        """Where the adapter looks for the engines: the ports of their gRPC."""
+        found: set[int] = set()
         for adapter in self.descendants("llava_sagemaker.adapter"):
             arguments = adapter.cmdline()
-            found.add(int(arguments[arguments.index("--triton") + 1].rpartition(":")[2]))
+            first = arguments.index("--triton") + 1
+            last = next(n for n in range(first, len(arguments)) if arguments[n].startswith("--"))
+            found |= {int(each.rpartition(":")[2]) for each in arguments[first:last]}
         return found
 
     def kill(self, name: str) -> None:
-        """kill -9 of the descendant with this name in its command line."""
+        """kill -9 of the descendant with this name in its command line; of several engines', one
+        of them."""
         guards = self.descendants("server_guard")  # theirs contains tritonserver's
-        (victim,) = (each for each in self.descendants(name) if each not in guards)
+        victim = next(each for each in self.descendants(name) if each not in guards)
         victim.kill()
 
     def shared_memory(self) -> list[Path]:
-        """The regions of its Triton, which runs."""
-        # One guard, and for a moment what it has forked to become Triton, under the same name.
-        (run_folder,) = {Path(each.cmdline()[4]) for each in self.descendants("server_guard")}
-        return list(Path("/dev/shm").glob(f"{run_folder.name}*"))
+        """The regions of its Tritons, which run."""
+        # Of each one guard, and for a moment what it has forked to become Triton, of the same name.
+        folders = {Path(each.cmdline()[4]) for each in self.descendants("server_guard")}
+        return [region for each in folders for region in Path("/dev/shm").glob(f"{each.name}*")]
 
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
         """Return when something holds; fails when the container has ended or after a while."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
+from PIL.Image import open as open_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_triton.checkpoint.loader import load_checkpoint
@@ -25,8 +28,12 @@ from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype
 from llava_triton.engine import Engine, TurnRequest
+from llava_triton.engine.image_store import digest_of
+from llava_triton.engine.journaling import SessionJournal
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory, block_key
+from llava_triton.journal.journal import Journal
+from llava_triton.journal.records import session_key
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.runner import ModelRunner
 from llava_triton.model.sampling import SamplingParameters
@@ -106,14 +113,39 @@ class EngineHarness:
         self._tokenizer = loaded.tokenizer
         self.runner = ModelRunner(loaded, self.settings, record)
         self.runner.steps_at_once = steps_at_once or self.runner.steps_at_once
+        self.identity = "a checkpoint"
+        """By which the journal knows it."""
+        self.wall = Clock(time.time())
+        """Seconds since 1970, as the journal has them."""
+        self.encoded = 0
+        """Pictures that were encoded again for sessions that were resumed."""
         self.expired: list[SessionId] = []
         """Sessions that the engine said it had closed by itself."""
         self.engine = self._start()
 
     def _start(self) -> Engine:
+        journal = None
+        if self.settings.journal:
+            self.journal = Journal(self.settings, self.identity, self.wall)
+            journal = SessionJournal(self.journal, self._encode, self.runner)
         return Engine(
-            self.runner, self._tokenizer, self.settings, self.clock, expired=self.expired.append
+            *(self.runner, self._tokenizer, self.settings, self.clock),
+            expired=self.expired.append,
+            journal=journal,
         )
+
+    def _encode(self, items: Sequence[bytes], tenant: str) -> tuple[torch.Tensor, ...]:
+        """In the place of image_encoder: features of pictures out of the journal."""
+        self.encoded += len(items)
+        return self.features([open_image(io.BytesIO(item)) for item in items])
+
+    def _keep(self, session_id: SessionId, tenant: str, images: Sequence[Image]) -> None:
+        """In the place of image_encoder: pictures into the journal."""
+        key = session_key(session_id, tenant)
+        for image, features in zip(images, self.features(images), strict=True):
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            self.journal.keep(key, digest_of(features, tenant).hex(), file.getvalue())
 
     def features(self, images: Sequence[Image]) -> tuple[torch.Tensor, ...]:
         """Image features [T, D] of each, the same bits whichever others are beside it."""
@@ -153,6 +185,8 @@ class EngineHarness:
                 listen(event)
             pending.events.put(event)
 
+        if self.settings.journal and images and not end:
+            self._keep(session_id, tenant, images)
         pending.id = self.engine.submit(request, listener)
         return pending
 

@@ -27,6 +27,10 @@ class Seen:
     inputs: dict[str, list[bytes]] = field(default_factory=dict)
     rewind: int | None = None
     """How many turns it keeps."""
+    resume: bool = False
+    fork: str = ""
+    stop: str = ""
+    """The session whose answer is to end."""
 
     @property
     def text(self) -> str:
@@ -38,19 +42,26 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     Turns that name no open session are refused as Triton does it, and pictures that begin with
     `no picture` as the engine does.
+
+    Args:
+        journal: sessions that can be resumed; several stubs may share it. None: there is none.
+        port: where it listens; by default a free one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: set[str] | None = None, port: int | None = None) -> None:
         self.seen: list[Seen] = []
         self.open: set[str] = set()
+        self.journal = journal
         self.calls_ended = 0
         """Calls that were cancelled, or whose channel was closed."""
         self.may_answer = threading.Event()
         self.may_answer.set()
         self._once = threading.Event()
-        (port,) = free_ports(1)
+        port = port or free_ports(1)[0]
+        self.port = port
         self.grpc_address = f"127.0.0.1:{port}"
         self.ports = {"metrics": free_ports(1)[0]}
+        self.metrics_address = f"127.0.0.1:{self.ports['metrics']}"
         self._server = grpc.server(
             ThreadPoolExecutor(100), options=[("grpc.max_receive_message_length", -1)]
         )
@@ -81,11 +92,14 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             parameters["sequence_start"].bool_param,
             parameters["sequence_end"].bool_param,
             rewind=parameters["rewind"].int64_param if "rewind" in parameters else None,
+            resume="resume" in parameters and parameters["resume"].bool_param,
+            fork=parameters["fork"].string_param if "fork" in parameters else "",
+            stop=parameters["stop_answer"].string_param if "stop_answer" in parameters else "",
         )
         for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True):
             seen.inputs[tensor.name] = list(_elements(data))
             assert list(tensor.shape) == [len(seen.inputs[tensor.name])]
-        is_ping = seen.start and seen.end and not seen.inputs
+        is_ping = seen.start and seen.end and not seen.inputs and not seen.stop
         if not is_ping:
             self.seen.append(seen)
             while not self.may_answer.wait(0.01):
@@ -102,6 +116,10 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         yield _piece(request.id, seen.text[1:], "stop")
 
     def _refusal(self, seen: Seen) -> str:
+        if seen.resume and seen.session not in self.open | (self.journal or set()):
+            return "NOT_FOUND: session ID is unknown or has expired"
+        if (seen.fork or seen.stop) and (seen.fork or seen.stop) not in self.open:
+            return "NOT_FOUND: session ID is unknown or has expired"
         if not seen.start and seen.session not in self.open:
             return "inference request for sequence 1 must specify the START flag"
         if any(image.startswith(b"no picture") for image in seen.inputs.get("image", [])):
@@ -110,8 +128,12 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             return "INVALID_ARG: the turn asks nothing"
         if seen.start:
             self.open.add(seen.session)
+            if self.journal is not None:
+                self.journal.add(seen.session)
         if seen.end:
             self.open.discard(seen.session)
+            if self.journal is not None:
+                self.journal.discard(seen.session)
         return ""
 
 

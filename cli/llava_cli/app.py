@@ -108,7 +108,13 @@ def serve(
     host: Annotated[
         str, typer.Option(envvar="LLAVA_HOST", help="The address that --port listens on.")
     ] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(envvar="LLAVA_HTTP_PORT", help="Triton's HTTP.")] = 8000,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            envvar="LLAVA_HTTP_PORT",
+            help="Triton's HTTP; of a second engine three higher, and so on.",
+        ),
+    ] = 8000,
     grpc_port: Annotated[int, typer.Option(envvar="LLAVA_GRPC_PORT", help="Triton's gRPC.")] = 8001,
     metrics_port: Annotated[
         int, typer.Option(envvar="LLAVA_METRICS_PORT", help="Triton's metrics.")
@@ -124,9 +130,21 @@ def serve(
     weights: Weights = None,
     max_sessions: MaxSessions = None,
     settings: SettingsFile = None,
+    engines: Annotated[
+        int | None,
+        typer.Option(
+            envvar="LLAVA_ENGINES",
+            help="How many Tritons share the sessions.  [default: one a GPU; one without GPUs]",
+            show_default=False,
+        ),
+    ] = None,
     log: Annotated[
         Path | None,
-        typer.Option(envvar="LLAVA_LOG", help="File for the server's log.", show_default=False),
+        typer.Option(
+            envvar="LLAVA_LOG",
+            help="File for the server's log; NAME-0.log and so on for several engines.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Serve a model until Ctrl-C: Triton's HTTP, gRPC and metrics, and OpenAI's paths.
@@ -135,19 +153,25 @@ def serve(
     """
     with told():
         needs("server", "onnx", "onnxruntime", "onnxscript", "uvicorn", "starlette", "uvloop")
-        from llava_sagemaker.adapter_process import api_key
+        from llava_sagemaker.adapter_process import KeptAdapter, api_key
 
-        from llava_cli.serving import KeptAdapter, exported, settings_from
+        from llava_cli.serving import exported, settings_from
         from llava_triton.server import foreground
-        from llava_triton.server.triton_server import TritonServer
+        from llava_triton.server.engines import servers_on
+        from llava_triton.server.machine import shares
 
-        api_key()  # a wrong one is told before an export, which takes minutes
+        # What is wrong is told before an export, which takes minutes.
+        api_key()
+        machine = shares(engines)
         chosen = settings_from(settings, dtype=dtype, weights=weights, max_sessions=max_sessions)
-        repository = exported(model, chosen)
-        server = TritonServer(
-            repository, http_port, grpc_port, metrics_port, host=triton_host, log=log
+        servers = servers_on(
+            exported(model, chosen),
+            machine,
+            [http_port, grpc_port, metrics_port],
+            host=triton_host,
+            logs=foreground.logs_beside(log, len(machine)),
         )
-        status = foreground.serve(server, companion=KeptAdapter(host, port, server))
+        status = foreground.serve(servers, companion=KeptAdapter(host, port, servers))
     raise typer.Exit(status)
 
 

@@ -1,100 +1,16 @@
-"""`llava-triton serve`: Triton's three ports and, beside them, the one of OpenAI's paths."""
+"""What `llava-triton serve` serves: the repository of a model, exported where it is not."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from llava_sagemaker.adapter_process import AdapterProcess
 
 from llava_cli.errors import CommandError
 from llava_cli.files import checkpoint_of, is_repository, repository_of
 from llava_export.cli import make_job, read_settings
 from llava_export.repository import export
 from llava_triton.contract.settings import Settings
-from llava_triton.server.ports import check_ports
-from llava_triton.server.restarts import RESTARTS, RESTARTS_SECONDS, Faults
-from llava_triton.server.server_error import ServerError
-from llava_triton.server.triton_server import TritonServer
-
-STOP_SECONDS = 2.0
-"""So long the adapter may take to end running turns."""
-FIRST_PAUSE_SECONDS = 1.0
-"""Between the adapter's first death and its next start."""
-
-
-class KeptAdapter:
-    """The session adapter in front of a Triton server, started again when it dies.
-
-    Its sessions are Triton's, so they outlive it. What dies too often ends the server too.
-    Before it is started again there is a pause, which doubles: what it died of may pass.
-
-    Args:
-        host, port: where it listens.
-        server: the Triton behind it.
-    """
-
-    name = "OpenAI"
-
-    def __init__(self, host: str, port: int, server: TritonServer) -> None:
-        self._host = host
-        self._port = port
-        self._server = server
-        self._faults = Faults()
-        self._start_at: float | None = None
-        """On time.monotonic's clock, where it has died."""
-        self._process = AdapterProcess(
-            host,
-            port,
-            server.grpc_address,
-            server.metrics_url.removeprefix("http://").removesuffix("/metrics"),
-            server.repository,
-        )
-
-    @property
-    def url(self) -> str:
-        """For OpenAI's clients."""
-        host = "127.0.0.1" if self._host == "0.0.0.0" else self._host
-        return f"http://{host}:{self._port}/v1"
-
-    def start(self) -> None:
-        """Start it; it says 503 until Triton serves.
-
-        Raises:
-            PortError: its port is taken, or is one of Triton's.
-        """
-        same = self._server.ports if self._host == self._server.host else {}
-        check_ports(self._host, {**same, "openai": self._port})
-        self._process.start()
-
-    def look(self) -> None:
-        """Start it again where it has died.
-
-        Raises:
-            ServerError: it has died too often.
-        """
-        status = self._process.exit_status()
-        if status is None:
-            return
-        if self._start_at is not None:
-            if time.monotonic() >= self._start_at:
-                self._start_at = None
-                self._process.start()
-            return
-        died = f"the session adapter has died (exit status {status})"
-        times = self._faults.one_more()
-        if times > RESTARTS:
-            minutes = RESTARTS_SECONDS / 60
-            raise ServerError(f"{died}, {times} times in {minutes:.0f} minutes; see above why")
-        pause = FIRST_PAUSE_SECONDS * 2 ** (times - 1)
-        self._start_at = time.monotonic() + pause
-        print(f"{died}: starting it again in {pause:.0f} s; Triton's sessions go on", flush=True)
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.stop(STOP_SECONDS)
 
 
 def settings_from(file: Path | None, **given: Any) -> Settings | None:

@@ -104,11 +104,31 @@ def test_a_conversation_a_lost_model_and_an_orderly_end(container: Container) ->
     assert_all_gone(everything)
 
 
+@pytest.mark.parametrize("victim", ["bin/tritonserver", "llava_sagemaker.adapter"])
+def test_what_dies_is_started_again(demo_repository: Path, tmp_path: Path, victim: str) -> None:
+    container = Container(demo_repository, tmp_path / "log")
+    try:
+        container.wait_until_ready()
+        session = open_session(container)
+        container.kill(victim)
+        container.wait_until(lambda: "has died" in container.output, "news of it")
+        container.wait_until_ready()
+        answer = container.invoke(question("How many shapes are there?"), session)
+        if victim == "llava_sagemaker.adapter":  # sessions are the engines'
+            assert "five" in text_of(answer)
+        else:
+            assert answer.code == "session_not_found"
+            open_session(container)
+        assert "Traceback" not in container.output
+    finally:
+        container.stop()
+
+
 @pytest.mark.parametrize("victim", ["bin/tritonserver", "llava_sagemaker.adapter", None])
-def test_it_ends_when_a_part_dies(
+def test_it_ends_when_a_part_dies_too_often(
     demo_repository: Path, tmp_path: Path, victim: str | None
 ) -> None:
-    container = Container(demo_repository, tmp_path / "log")
+    container = Container(demo_repository, tmp_path / "log", before=["env", "LLAVA_RESTARTS=0"])
     try:
         container.wait_until_ready()
         everything, regions = container.descendants(), container.shared_memory()

@@ -16,8 +16,6 @@ from llava_sagemaker.container.cloudwatch import MetricsToCloudWatch, numbers_of
 from llava_sagemaker.container.encoder import repository_to_serve
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import needed_bytes, warning
-from llava_sagemaker.container.stop_signal import StopSignal
-from llava_sagemaker.container.supervisor import RESTARTS, Supervisor
 from moto import mock_aws
 
 MIB = 1024 * 1024
@@ -184,14 +182,20 @@ nv_gpu_memory_used_bytes{gpu_uuid="GPU-1"} 21380202496.000000
 
 
 def test_numbers_for_cloudwatch() -> None:
-    assert numbers_of(METRICS) == {
+    assert numbers_of([METRICS]) == {
         "OpenSessions": (7.0, "Count"),
         "ActiveSessions": (3.0, "Count"),
         "GpuMemoryUsed": (25.0, "Percent"),
     }
     without_gpu = "".join(line for line in METRICS.splitlines(True) if "gpu" not in line)
-    assert "GpuMemoryUsed" not in numbers_of(without_gpu)
-    assert numbers_of("")["OpenSessions"] == (0.0, "Count")
+    assert "GpuMemoryUsed" not in numbers_of([without_gpu])
+    assert numbers_of([""])["OpenSessions"] == (0.0, "Count")
+    other = METRICS.replace('"used"} 100', '"used"} 300').replace('"active"} 3', '"active"} 0')
+    assert numbers_of([METRICS, other]) == {
+        "OpenSessions": (11.0, "Count"),
+        "ActiveSessions": (3.0, "Count"),
+        "GpuMemoryUsed": (40.0, "Percent"),
+    }
 
 
 @pytest.fixture
@@ -207,7 +211,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_numbers_reach_cloudwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "metrics"
     page.write_text(METRICS)
-    sender = MetricsToCloudWatch.from_environment(page.as_uri())
+    sender = MetricsToCloudWatch.from_environment([page.as_uri()])
     assert sender is not None
     sender.stop()
     sender.send()
@@ -219,7 +223,7 @@ def test_numbers_reach_cloudwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(metric["Dimensions"] == dimensions for metric in found)
     # Outside SageMaker nobody is told.
     monkeypatch.delenv("LLAVA_ENDPOINT_NAME")
-    assert MetricsToCloudWatch.from_environment(page.as_uri()) is None
+    assert MetricsToCloudWatch.from_environment([page.as_uri()]) is None
 
 
 @pytest.mark.usefixtures("aws")
@@ -227,23 +231,10 @@ def test_serving_goes_on_without_cloudwatch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    sender = MetricsToCloudWatch.from_environment((tmp_path / "nothing").as_uri())
+    sender = MetricsToCloudWatch.from_environment([(tmp_path / "nothing").as_uri()])
     assert sender is not None
     deadline = time.monotonic() + 30.0
     while "CloudWatch has not got the metrics" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     sender.stop()
-
-
-def test_models_that_die_again_and_again_end_the_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started: list[Path] = []
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process keeps its own
-    monkeypatch.setattr(Supervisor, "_start", lambda _, repository: started.append(repository))
-    monkeypatch.setattr(Supervisor, "_watch", lambda _: True)  # a model's process has died
-    with pytest.raises(ContainerError, match=f"died {RESTARTS + 1} times in 10 minutes"):
-        Supervisor(0, StopSignal()).serve(tmp_path)
-    assert len(started) == RESTARTS + 1
-    assert capsys.readouterr().out.count("starting Triton again") == RESTARTS

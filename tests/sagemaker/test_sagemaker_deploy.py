@@ -113,8 +113,7 @@ def test_the_bucket_is_closed_encrypted_and_forgets_the_journal(
     rules = {
         rule["ID"]: rule for rule in s3.get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"]
     }
-    # A session lives a day, and may show a picture that an older one has stored.
-    assert rules["journal"]["Expiration"] == {"Days": 3}
+    assert rules["journal"]["Expiration"] == {"Days": 2}  # a session lives a day
     assert rules["journal"]["Filter"] == {"Prefix": "journal/"}
     assert "Expiration" not in rules["uploads"]
     key = f"arn:aws:kms:{REGION}:123456789012:key/mine"

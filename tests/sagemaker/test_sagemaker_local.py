@@ -26,6 +26,7 @@ from botocore.exceptions import ClientError, EventStreamError
 from demo.shapes import draw, random_scene
 from llava_triton.client import ErrorCode, Session, SessionError
 from llava_triton.server.triton_server import TritonServer, free_ports
+from tests.adapter_process import number_on
 from tests.conftest import ROOT
 from tests.container_process import question
 
@@ -71,8 +72,7 @@ class LocalEndpoint:
 
     def metric(self, port: int, name: str) -> float:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as page:
-            found = re.search(rf"^{re.escape(name)} (\S+)$", page.read().decode(), re.MULTILINE)
-        return float(found[1]) if found else 0.0
+            return number_on(page.read().decode(), name)
 
     def stop(self) -> None:
         self.process.terminate()

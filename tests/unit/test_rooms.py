@@ -32,14 +32,15 @@ ROOMS = {
     "device": set(),
     "private_folder": set(),
     "checkpoint": set(),
-    "server": {"private_folder"},
+    "server": {"private_folder", "contract"},
     "client": {"contract"},
     "conversation": {"contract"},
     "pictures": {"contract", "checkpoint", "device"},
+    "journal": {"contract", "conversation"},
     "kernels": {"private_folder"},
     "model": {"contract", "checkpoint", "device", "kernels"},
-    "engine": {"contract", "conversation", "device", "kernels", "model"},
-    "serving": {"contract", "checkpoint", "device", "pictures", "model", "engine"},
+    "engine": {"contract", "conversation", "device", "journal", "kernels", "model"},
+    "serving": {"contract", "checkpoint", "device", "pictures", "journal", "model", "engine"},
 }
 """Those of llava_triton, and which others each may know."""
 

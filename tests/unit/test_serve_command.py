@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llava_sagemaker import adapter_process
+from llava_sagemaker.adapter_process import KeptAdapter
 from typer.testing import CliRunner
 
-from llava_cli import serving
 from llava_cli.app import app
-from llava_cli.serving import KeptAdapter
-from llava_triton.server import foreground
+from llava_triton.server import foreground, machine
 from llava_triton.server.restarts import RESTARTS
 from llava_triton.server.server_error import ServerError
 from llava_triton.server.triton_server import TritonServer, free_ports
@@ -38,9 +38,9 @@ class Dying:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KeptAdapter:
-    monkeypatch.setattr(serving, "AdapterProcess", Dying)
+    monkeypatch.setattr(adapter_process, "AdapterProcess", Dying)
     port, *triton = free_ports(4)
-    return KeptAdapter("127.0.0.1", port, TritonServer(tmp_path, *triton))
+    return KeptAdapter("127.0.0.1", port, [TritonServer(tmp_path, *triton)], RESTARTS)
 
 
 def test_a_dead_adapter_is_started_again_after_growing_pauses(
@@ -76,13 +76,31 @@ def own_signals() -> Iterator[None]:
 def test_ready_is_not_said_of_a_dead_adapter(
     kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = kept._server
-    monkeypatch.setattr(server, "start", lambda: None)
-    monkeypatch.setattr(serving, "RESTARTS", 0)
-    assert foreground.serve(server, companion=kept) == 1
+    (server,) = kept._engines
+    monkeypatch.setattr(server, "start", lambda *_, **__: None)
+    monkeypatch.setattr(server, "fault", lambda: None)
+    monkeypatch.setattr(kept, "_restarts", 0)
+    assert foreground.serve([server], companion=kept) == 1
     told = capsys.readouterr()
     assert "error: the session adapter has died (exit status 1)" in told.err
     assert "ready after" not in told.out
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_what_is_open_to_others_is_told(
+    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (server,) = kept._engines
+    monkeypatch.setattr(kept, "_restarts", 0)
+    monkeypatch.setattr(server, "start", lambda *_, **__: None)
+    monkeypatch.setattr(server, "fault", lambda: None)
+    foreground.serve([server], companion=kept)
+    assert "open to others" not in capsys.readouterr().out
+    kept.host = "0.0.0.0"
+    foreground.serve([server], companion=kept)
+    told = capsys.readouterr()
+    assert "OpenAI's port is open to others at 0.0.0.0" in told.out
+    assert "Triton's own ports are for trusted networks only" in told.out
 
 
 def test_a_wrong_key_is_told_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,3 +112,34 @@ def test_a_wrong_key_is_told_before_the_export(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_option_that_is_none_ends_with_2() -> None:
     assert CliRunner().invoke(app, ["bench", "--sessions", "many"]).exit_code == 2
+
+
+def test_several_engines_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 5, 6})
+    monkeypatch.delenv("LLAVA_ENGINES", raising=False)
+    assert machine.shares() == [machine.Share()]
+    two = machine.shares(2)
+    assert [share.cores for share in two] == [{0, 1}, {2, 5, 6}]
+    assert all(share.environment == {"LLAVA_ENGINES": "2"} for share in two)
+    many = machine.shares(6)  # more than cores: some of them share one
+    assert [len(share.cores or ()) for share in many] == [1] * 6
+    monkeypatch.setenv("LLAVA_ENGINES", "3")
+    assert len(machine.shares()) == 3
+    for wrong in ("two", "0", "-1"):
+        monkeypatch.setenv("LLAVA_ENGINES", wrong)
+        with pytest.raises(ServerError, match="LLAVA_ENGINES is"):
+            machine.shares()
+
+
+def test_an_engine_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_ENGINES", raising=False)
+    gpus = ["0", "1", "GPU-8f2e"]
+    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
+    found = machine.shares()
+    assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in found] == gpus
+    assert [share.cores for share in found] == [None] * 3
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in machine.shares(1)] == ["0"]
+    with pytest.raises(ServerError, match=r"4 engines were asked for .*; at most 3, one a GPU"):
+        machine.shares(4)
+    gpus[1:] = []
+    assert machine.shares() == [machine.Share()]  # as without any of this

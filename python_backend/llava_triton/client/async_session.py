@@ -23,6 +23,7 @@ from llava_triton.client.async_transport import (
 )
 from llava_triton.client.opening import Address, opening_turn
 from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.resuming import AsyncResumingTransport
 from llava_triton.client.transport import TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
@@ -108,6 +109,8 @@ class AsyncSession:
             async for piece in session.stream("And what colour is it?"):
                 print(piece, end="", flush=True)
 
+    Lost sessions come back from a journal as for `Session`.
+
     One turn at a time, in the event loop that opened it. A task that is cancelled while it reads a
     stream cancels its turn. One that is cancelled in `ask` only waits no longer: the turn goes on,
     and counts (`max_seconds` ends it in time). One that is cancelled in `open` or `fork` waits no
@@ -128,13 +131,14 @@ class AsyncSession:
         session_id: int | str | None = None,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        resume: int | str | None = None,
     ) -> AsyncSession:
         """Open a session; arguments and errors as for `Session.open`.
 
         A replay is not offered here; `history` opens a lost session again.
         """
         address = Address.of(url)
-        turn = opening_turn(address, image, session_id, history)
+        turn = opening_turn(address, image, session_id, history, resume)
         return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
 
     @classmethod
@@ -275,11 +279,11 @@ def _transport(address: Address, tenant: str | None) -> AsyncTransport:
     if address.scheme == "grpc":
         from llava_triton.client.async_grpc import AsyncGrpcTransport
 
-        return AsyncGrpcTransport(address.place, tenant)
+        return AsyncResumingTransport(AsyncGrpcTransport(address.place, tenant))
     if address.scheme == "http":
         from llava_triton.client.async_http import AsyncHttpTransport
 
-        return AsyncHttpTransport(address.place, tenant)
+        return AsyncResumingTransport(AsyncHttpTransport(address.place, tenant))
     from llava_triton.client.sagemaker import SageMakerTransport
 
     return ThreadedTransport(SageMakerTransport(address.place, **address.options, tenant=tenant))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from llava_triton.client.pictures import Picture, encoded_pictures
-from llava_triton.client.transport import TurnMessage
+from llava_triton.client.transport import TurnMessage, resuming
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
 
@@ -67,12 +67,21 @@ def opening_turn(
     image: Picture | Iterable[Picture] | None,
     session_id: int | str | None,
     history: Sequence[PastTurn],
+    resume: int | str | None = None,
 ) -> TurnMessage:
     """The turn that opens a session; see `Session.open`.
 
     Raises:
-        SessionError: INVALID_ARG, a picture cannot be read, or the server chooses the ID.
+        SessionError: INVALID_ARG, a picture cannot be read, the server chooses the ID, or what a
+            session to resume would begin with is given.
     """
+    if resume is not None:
+        if session_id is not None or history:
+            raise invalid(
+                "resume brings a session back with its own ID and history; leave session_id and "
+                "history out"
+            )
+        return resuming(resume, encoded_pictures(image))
     if session_id is not None and address.scheme == "sagemaker":
         raise invalid("SageMaker's server chooses session IDs; leave session_id out")
     return TurnMessage(

@@ -11,6 +11,7 @@ from llava_triton.client.answer import Answer, AnswerStream, whole_answer
 from llava_triton.client.opening import Address, opening_turn
 from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.replay import ReplayTransport
+from llava_triton.client.resuming import ResumingTransport
 from llava_triton.client.transport import Transport, TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
@@ -25,7 +26,8 @@ class Session:
             for piece in session.stream("And what colour is it?"):
                 print(piece, end="", flush=True)
 
-    One turn at a time: a session is not for several threads.
+    Where the server has lost the session and has a journal (docs/sessions.md), the next turn brings
+    it back, and only takes longer. One turn at a time: a session is not for several threads.
     """
 
     def __init__(self, transport: Transport, session_id: int | str) -> None:
@@ -44,6 +46,7 @@ class Session:
         replay: bool = False,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        resume: int | str | None = None,
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
@@ -72,7 +75,7 @@ class Session:
         if replay:
             transport = ReplayTransport(transport)
         try:
-            opened, _ = transport.open(opening_turn(address, image, session_id, history))
+            opened, _ = transport.open(opening_turn(address, image, session_id, history, resume))
         except BaseException:
             transport.close()
             raise
@@ -210,11 +213,11 @@ def _transport(address: Address, tenant: str | None) -> Transport:
     if address.scheme == "grpc":
         from llava_triton.client.grpc import GrpcTransport
 
-        return GrpcTransport(address.place, tenant)
+        return ResumingTransport(GrpcTransport(address.place, tenant))
     if address.scheme == "http":
         from llava_triton.client.http import HttpTransport
 
-        return HttpTransport(address.place, tenant)
+        return ResumingTransport(HttpTransport(address.place, tenant))
     from llava_triton.client.sagemaker import SageMakerTransport
 
     return SageMakerTransport(address.place, **address.options, tenant=tenant)

@@ -96,6 +96,11 @@ def rewinding(session_id: int | str, turns: int) -> TurnMessage:
     return TurnMessage(session_id, operation=Operation.from_parameters({REWIND: turns}))
 
 
+def resuming(session_id: int | str, images: Sequence[bytes] = ()) -> TurnMessage:
+    """Brings a session back as the servers' journal has it, and shows it pictures."""
+    return TurnMessage(session_id, start=True, images=images, operation=Operation(resume=True))
+
+
 def forking(source: int | str, session_id: int | str | None) -> TurnMessage:
     """Opens a session, under a random ID if None is given, as a copy of another one."""
     return TurnMessage(

@@ -119,7 +119,8 @@ class Settings:
             raise ValueError(
                 f"setting picture_background is {background!r}; it must be a colour, #rrggbb"
             )
-        if self.journal and not self.journal.startswith(JOURNAL_SCHEMES):
+        named = isinstance(self.journal, str) and self.journal.startswith(JOURNAL_SCHEMES)
+        if self.journal != "" and not named:
             raise ValueError(
                 f"setting journal is {self.journal!r}; it must be empty, file:///a/folder or "
                 "s3://bucket/prefix"

@@ -10,10 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
-from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, unavailable
+from llava_triton.contract.delta import Delta, FinishReason
+from llava_triton.contract.errors import (
+    ErrorCode,
+    SessionError,
+    as_session_error,
+    gone_elsewhere,
+    invalid,
+    unavailable,
+)
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.renderer import ConversationRenderer
@@ -42,6 +50,9 @@ from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.runner import ModelRunner
 from llava_triton.model.sampling import NO_TOKEN
 from llava_triton.model.step import Choice, Step, StepPart, StepResult, TransferError
+
+if TYPE_CHECKING:
+    from llava_triton.engine.journaling import SessionJournal
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +92,8 @@ class Engine:
         clock: seconds, for idle limits and lifetimes.
         expired: is called on the engine's thread with the ID of every session that the engine has
             closed because its time is over; whoever closes one otherwise knows it. Must not wait.
+        journal: what sessions say is written there, and they are resumed from there; None: nowhere.
+            It is the engine's alone from now on.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class Engine:
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
         expired: Callable[[SessionId], None] = lambda _: None,
+        journal: SessionJournal | None = None,
     ) -> None:
         self._runner = runner
         self._settings = settings
@@ -104,8 +118,10 @@ class Engine:
         self._images = ImageStore(
             runner.features_on_device, runner.image_bytes_on_device, runner.host_image_bytes
         )
+        self._journal = journal
+        self._expired = expired
         self._sessions = SessionTable(
-            self._memory, self._images, settings, clock, self._statistics, expired
+            self._memory, self._images, settings, clock, self._statistics, expired, journal
         )
         self._lanes = Lanes()
         self._running: dict[str, RunningTurn] = {}
@@ -183,6 +199,8 @@ class Engine:
     def room_for_a_session(self, session_id: SessionId) -> SessionError | None:
         """Why a turn that opens a session under this ID would be refused now, if it would; waits
         for nothing. Room may go before the turn comes, so the turn is asked again."""
+        if self._journal is not None and len(self._lanes) < self._settings.max_sessions:
+            return None  # an idle session gives way
         return self._sessions.room_for(session_id)
 
     def statistics(self) -> Statistics:
@@ -215,6 +233,8 @@ class Engine:
         self._device.shutdown()
         for beside in (self._beside, self._compiling):
             beside.shutdown(cancel_futures=True)
+        if self._journal is not None:
+            self._journal.shutdown()
         self._obey()
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -242,7 +262,9 @@ class Engine:
 
     def _obey(self, wait: bool = False) -> None:
         """Do what callers and the device asked for; wait for it where there is nothing else."""
-        busy = bool(self._running) and not self._under_way
+        busy = not self._under_way and any(
+            not turn.finish_reason for turn in self._running.values()
+        )
         try:
             command = self._commands.get(
                 block=wait and not busy,
@@ -272,7 +294,7 @@ class Engine:
     def _sweep(self) -> None:
         now = time.monotonic()
         for running in list(self._running.values()):
-            if running.turn.is_over_time:
+            if running.turn.is_over_time and not running.finish_reason:
                 self._end_over_time(running)
             elif not running.answer_tokens and now - running.turn.told_at >= HEARTBEAT_SECONDS:
                 self._tell(running.turn, running.delta(""))
@@ -308,7 +330,8 @@ class Engine:
         owner = before[0].request.tenant if before else session.tenant if session else None
         if owner not in (None, request.tenant):
             # At once: behind the owner's turns a stranger would learn that there are some.
-            refuse = taken_by_another if request.start else unknown
+            opens = request.start and not request.operation.resume
+            refuse = taken_by_another if opens else unknown
             return refuse(request.session_id)
         if request.only_ends and self._ends_something(turn):
             return None  # it makes room
@@ -345,11 +368,20 @@ class Engine:
             return
         request = turn.request
         try:
+            if request.operation.resume:
+                if not self._bring_back(turn):
+                    return
+                request = turn.request
+            if request.start:
+                self._make_room(request)
             session = (
                 self._sessions.make(session_id, request.tenant)
                 if request.start
                 else self._sessions.get(session_id, request.tenant)
             )
+            if session.log is not None and session.log.elsewhere:
+                self._leave_to_another(session)
+                raise gone_elsewhere(session_id)
             source = self._source(request)
             mark = self._preparation.where_to_begin(request, source or session)
             if source is not None:
@@ -371,6 +403,8 @@ class Engine:
             self._memory.share(source, session)
             self._images.hold_again(session.images)
         if request.start:
+            if self._journal is not None:
+                self._journal.begin(session, source)
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
@@ -391,6 +425,76 @@ class Engine:
         except Exception as error:  # a fault of ours; left running, it would never be computed
             log.exception("a turn could not begin")
             self._fail(running, as_session_error(error))
+
+    def _bring_back(self, turn: Turn) -> bool:
+        """Open the session of a turn that resumes it, and make it a turn of an open session.
+
+        Returns:
+            Whether it is one now; else it is going to be, or there is nothing left to do.
+
+        Raises:
+            SessionError: it cannot be resumed.
+        """
+        request, journal = turn.request, self._journal
+        if not request.start:
+            raise invalid("resume came without the sequence start flag; send it with that")
+        if request.operation.fork is not None:
+            raise invalid("resume and fork came in one request; send them one by one")
+        session = self._sessions.find(request.session_id)
+        if session is None:
+            if journal is None:
+                raise unknown(request.session_id)
+            if turn.resuming is None:
+                turn.resuming = journal.resume(request)
+                turn.resuming.add_done_callback(
+                    lambda _: self._commands.put(lambda: self._begin_next(request.session_id))
+                )
+                return False
+            if not turn.resuming.done():
+                return False
+            resumed = turn.resuming.result()
+            if request.end and request.is_empty:
+                journal.end_unopened(resumed)
+                self._answer_at_once(turn, "closed", len(resumed.found.conversation.tokens))
+                return False
+            self._make_room(request)
+            session = self._sessions.make(request.session_id, request.tenant)
+            images = self._images.hold_all(resumed.digests, resumed.features)
+            session.opened_at -= journal.age(resumed)
+            journal.restore(session, resumed, images)
+            turn.resuming = None  # it holds the features
+            self._sessions.open(session)
+        elif session.tenant != request.tenant:
+            raise unknown(request.session_id)
+        if request.is_empty and not request.end and request.operation.rewind is None:
+            self._sessions.used(session.id, session.tenant)
+            self._answer_at_once(turn, "prefilled", len(session.tokens))
+            return False
+        turn.request = request.on_open_session()
+        return True
+
+    def _answer_at_once(self, turn: Turn, reason: FinishReason, tokens: int) -> None:
+        """End a turn that had nothing to compute and changes nothing of what was said."""
+        self._statistics.turns_completed += turn.asked_for
+        self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0))
+        self._leave(turn)
+
+    def _make_room(self, request: TurnRequest) -> None:
+        """Where as many sessions are open as may be, let the longest idle one go that the journal
+        has: its next turn resumes it."""
+        if self._journal is None or self._sessions.room_for(request.session_id) is None:
+            return
+        for session in self._sessions.oldest_first():
+            needed = session.id in self._lanes or session.id == request.operation.fork
+            if not needed and session.log is not None and session.log.is_safe:
+                self._journal.counters.hibernated += 1
+                self._leave_to_another(session)
+                return
+
+    def _leave_to_another(self, session: Session) -> None:
+        """Close a session that is, or may be, resumed: elsewhere, or here later."""
+        self._sessions.drop(session.id, forgotten=False)
+        self._expired(session.id)
 
     def _source(self, request: TurnRequest) -> Session | None:
         """The session that a turn copies; None where it copies none.
@@ -557,13 +661,53 @@ class Engine:
         turn, session = running.turn, running.session
         text += running.detokenizer.flush()
         final = running.delta(text, running.finish_reason)
-        counters = self._statistics
+        if running.max_tokens and running.detokenizer.stopped:
+            self._keep_what_was_shown(running)
+        journal = self._journal
+        if journal is not None and session.log is not None and session.log.elsewhere:
+            self._lose(running)
+        elif journal is not None and journal.sync and not turn.request.end:
+            running.recorded = True
+            journal.write_turn(
+                running,
+                running.completed() if running.max_tokens else None,
+                lambda problem: self._commands.put(lambda: self._recorded(running, final, problem)),
+            )
+        else:
+            self._commit(running, final)
+            if journal is not None and not turn.request.end:
+                journal.write_turn(running)
+
+    def _recorded(self, running: RunningTurn, final: Delta, problem: Exception | None) -> None:
+        """The journal has a turn, or cannot have it."""
+        if not self._is_running(running):
+            return
+        log = running.session.log
+        if problem is None:
+            self._commit(running, final)
+        elif log is not None and log.elsewhere:
+            self._lose(running)
+        else:
+            error = unavailable(
+                f"the answer could not be written to the journal ({problem}), so the turn does not "
+                "count; ask again later"
+            )
+            self._fail(running, error)
+
+    def _lose(self, running: RunningTurn) -> None:
+        """Another server has gone on with a session before this turn was there."""
+        running.recorded = False
+        self._fail(running, gone_elsewhere(running.session.id))
+        if self._sessions.look(running.session.id, running.session.tenant) is running.session:
+            self._leave_to_another(running.session)
+
+    def _commit(self, running: RunningTurn, final: Delta) -> None:
+        """A turn is a part of its session from here on."""
+        turn, session, counters = running.turn, running.session, self._statistics
         counters.answer_tokens += final.num_output_tokens
         if running.max_tokens == 0:
             session.pending_images = running.pending_images
         else:
-            if running.detokenizer.stopped:
-                self._keep_what_was_shown(running)
             session.turns.append(running.completed())
             session.pending_images = 0
         self._sessions.forget_taken_back(session)
@@ -605,6 +749,8 @@ class Engine:
             self._sessions.forget_images(session, running.mark.images)
             session.come_back()
             self._sessions.used(session.id, session.tenant)
+            if running.recorded and self._journal is not None:
+                self._journal.write_session(session)
         self._tell(turn, error)
         self._leave(turn)
 
@@ -617,6 +763,8 @@ class Engine:
         self._running.pop(turn.id, None)
         if turn.preparation is not None:
             turn.preparation.cancel()  # it would go on holding the pictures
+        if turn.resuming is not None:
+            turn.resuming.cancel()
         if self._lanes.leave(turn):
             # As a command, not a call: a long lane of bad turns must not nest this deep.
             self._commands.put(lambda: self._begin_next(turn.request.session_id))
@@ -696,9 +844,11 @@ class Engine:
             log.exception("the listener of turn %s failed", turn.id)
 
     def _count(self) -> Statistics:
-        return self._statistics.with_state(
+        now = self._statistics.with_state(
             self._memory, self._images, len(self._sessions), len(self._lanes), self._lanes.turns
         )
+        now.journal = replace(self._journal.counters) if self._journal is not None else None
+        return now
 
 
 def _too_late(turn: Turn) -> SessionError:

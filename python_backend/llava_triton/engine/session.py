@@ -6,12 +6,16 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.conversation.prompt import CompletedTurn, Prompt, Span
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
 from llava_triton.model.kv_pages import HostBlocks
+
+if TYPE_CHECKING:
+    from llava_triton.journal.writer import Log
 
 SessionId = int | str
 """Triton's correlation ID: 7 and "7" are two sessions."""
@@ -113,6 +117,8 @@ class Session:
     key_values: KeyValues = field(default_factory=KeyValues)
     taken_back: TakenBack | None = None
     """What the turn under way has taken back: all of it is there again if that turn fails."""
+    log: Log | None = None
+    """What of it is in the journal; None where the server keeps none."""
 
     @property
     def committed(self) -> int:

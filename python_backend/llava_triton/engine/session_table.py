@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
+from typing import TYPE_CHECKING
 
 from llava_triton.contract.errors import SessionError, invalid, not_found, unavailable
 from llava_triton.contract.protocol import NO_TENANT
@@ -12,6 +13,9 @@ from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.statistics import Statistics
+
+if TYPE_CHECKING:
+    from llava_triton.engine.journaling import SessionJournal
 
 
 def unknown(session_id: SessionId) -> SessionError:
@@ -37,6 +41,7 @@ class SessionTable:
         clock: seconds.
         statistics: to count in.
         expired: is called with the ID of every session that is closed because its time is over.
+        journal: what sessions say is written there; None: nowhere.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class SessionTable:
         clock: Callable[[], float],
         statistics: Statistics,
         expired: Callable[[SessionId], None],
+        journal: SessionJournal | None = None,
     ) -> None:
         self._memory = memory
         self._images = images
@@ -54,6 +60,7 @@ class SessionTable:
         self._clock = clock
         self._statistics = statistics
         self._expired = expired
+        self._journal = journal
         self._sessions: OrderedDict[SessionId, Session] = OrderedDict()
         """Longest unused first."""
         self._by_age: dict[SessionId, Session] = {}
@@ -118,7 +125,11 @@ class SessionTable:
 
     def open(self, session: Session) -> None:
         """Put a new session into the table; an open one of the same ID is closed."""
-        self.drop(session.id)
+        before = self._sessions.get(session.id)
+        if before is not None and before.log is not None and session.log is not None:
+            # What the journal has of it goes when the new one is there, or has ended.
+            session.log.replaces = not before.log.elsewhere
+        self.drop(session.id, forgotten=False)
         self._sessions[session.id] = self._by_age[session.id] = session
         self._statistics.sessions_opened += 1
 
@@ -130,14 +141,21 @@ class SessionTable:
             self._sessions.move_to_end(session_id)
             self._memory.used(session)
 
-    def drop(self, session_id: SessionId) -> None:
-        """Close a session and free all it holds, whoever still refers to it."""
+    def drop(self, session_id: SessionId, forgotten: bool = True) -> None:
+        """Close a session and free all it holds, whoever still refers to it.
+
+        Args:
+            session_id: unknown ones are fine.
+            forgotten: whether the journal forgets it, too; else it may be resumed.
+        """
         session = self._sessions.pop(session_id, None)
         if session is not None:
             del self._by_age[session_id]
             self._memory.truncate(session, 0)
             self.forget_taken_back(session)
             self.forget_images(session, 0)
+            if self._journal is not None:
+                (self._journal.forget if forgotten else self._journal.leave)(session)
             self._statistics.sessions_closed += 1
 
     def forget_images(self, session: Session, first: int) -> None:
@@ -153,9 +171,9 @@ class SessionTable:
             self._images.release(image)
 
     def clear(self) -> None:
-        """Close all."""
+        """Close all; those that are in the journal may be resumed."""
         for session_id in list(self._sessions):
-            self.drop(session_id)
+            self.drop(session_id, forgotten=False)
 
     def expire(self, active: Container[SessionId]) -> None:
         """Close what has outlived its limits, except active sessions. Costs something for those and

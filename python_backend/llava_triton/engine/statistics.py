@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.session_memory import SessionMemory
+
+if TYPE_CHECKING:
+    from llava_triton.journal.writer import JournalCounters
 
 FIRST_TOKEN_BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds; upper bounds of the buckets."""
@@ -90,6 +94,8 @@ class Statistics:
     """Pictures that were there already when a session brought them."""
     images_evicted: int = 0
     """Pictures whose features went to host memory."""
+    journal: JournalCounters | None = None
+    """What the journal counts; None where the server keeps none."""
 
     def with_state(
         self, memory: SessionMemory, images: ImageStore, sessions: int, active: int, turns: int

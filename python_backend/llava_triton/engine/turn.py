@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from llava_triton.model.logits_processors import LogitsProcessors
 from llava_triton.model.logprobs import TokenLogprobs
 from llava_triton.model.sampling import Draws, SamplingParameters
 from llava_triton.model.step import Choice
+
+if TYPE_CHECKING:
+    from llava_triton.engine.journaling import Resumed
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""
@@ -76,6 +80,10 @@ class TurnRequest:
         """Whether it closes a session and does nothing else."""
         return self.end and not self.start and self.is_empty
 
+    def on_open_session(self) -> TurnRequest:
+        """The same turn, now that its session was resumed."""
+        return replace(self, start=False, operation=replace(self.operation, resume=False))
+
     @property
     def features_bytes(self) -> int:
         """Of its pictures' features."""
@@ -110,6 +118,8 @@ class Turn:
     """Whether a client waits for it, and so whether it counts."""
     preparation: Future[Prepared] | None = None
     """What a thread beside the engine's makes of it; None before it is first in its lane."""
+    resuming: Future[Resumed] | None = None
+    """Its session, which is being read from the journal; None where it need not be."""
 
     def forget_features(self) -> None:
         """The session has them: the request's own memory goes free."""
@@ -175,6 +185,8 @@ class RunningTurn:
     """Set when the last token has been computed."""
     first_token_at: float | None = None
     last_token_at: float = 0.0
+    recorded: bool = False
+    """Whether the journal may have its end, which its session does not have yet."""
 
     @property
     def remembered(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llava_triton.contract.engines import engines_here
 from llava_triton.contract.settings import Settings
 from llava_triton.kernels.base import BLOCK_TOKENS
 
@@ -37,14 +38,17 @@ def device_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """Free bytes of the host, as far as this process's control group lets it."""
+    """Free bytes of the host, as far as this process's control group lets it: of several engines
+    on the machine, an equal part of them."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     limit = _number(Path("/sys/fs/cgroup/memory.max"))
     used = _number(Path("/sys/fs/cgroup/memory.current"))
-    return free if limit is None or used is None else min(free, max(0, limit - used))
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free // (engines_here() or 1)
 
 
 def _number(path: Path) -> int | None:

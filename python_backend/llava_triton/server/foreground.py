@@ -8,11 +8,15 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from llava_triton.server.restarts import RESTARTS, RESTARTS_SECONDS, keep_serving
+from llava_triton.contract.engines import ENGINES
+from llava_triton.server.engines import Engines, servers_on
+from llava_triton.server.machine import shares
+from llava_triton.server.restarts import POLL_SECONDS, RESTARTS, RESTARTS_SECONDS
 from llava_triton.server.server_error import ServerError
 from llava_triton.server.triton_server import TritonServer
 
@@ -25,6 +29,10 @@ class Companion(Protocol):
     @property
     def name(self) -> str:
         """For the list of what listens where."""
+
+    @property
+    def host(self) -> str:
+        """The address that it listens on."""
 
     @property
     def url(self) -> str:
@@ -54,29 +62,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _start(server: TritonServer, companion: Companion | None) -> None:
-    started = time.monotonic()
-    print(f"starting Triton on {server.repository} ...", flush=True)
-    server.start()
-    if companion is not None:
-        companion.look()  # it may have died while Triton started
-    print(f"ready after {time.monotonic() - started:.1f} s (process {server.pid})")
-    print(f"  HTTP     {server.http_url}")
-    print(f"  gRPC     {server.grpc_url}")
-    print(f"  metrics  {server.metrics_url}")
-    if companion is not None:
-        print(f"  {companion.name:8} {companion.url}")
-    if server.log is not None:
-        print(f"  log      {server.log}")
-    print("Ctrl-C stops it.", flush=True)
-
-
-def _stop_at_once(server: TritonServer) -> None:
-    last_words = server.log_tail()
-    server.stop(at_once=True)
-    print(last_words, flush=True)
-
-
 def is_loopback(host: str) -> bool:
     """Whether an address is of this machine alone."""
     try:
@@ -92,41 +77,42 @@ warning: Triton's ports are open to others at {host}. Whoever reaches them can u
   with limits in front: docs/triton-ports.md"""
 
 
+OPEN_COMPANION = """\
+{name}'s port is open to others at {host}: it limits what they send, and asks for a key where
+  LLAVA_API_KEY is set. Triton's own ports are for trusted networks only: docs/triton-ports.md"""
+
+
 def serve(
-    server: TritonServer, *, restarts: int = RESTARTS, companion: Companion | None = None
+    servers: Sequence[TritonServer],
+    *,
+    restarts: int = RESTARTS,
+    companion: Companion | None = None,
 ) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP comes, and print how it goes.
 
     Takes over these signals for the rest of the process's life.
 
     Args:
-        server: not started yet.
-        restarts: how often Triton is started again in ten minutes when a part of it dies.
-        companion: what serves beside it.
+        servers: of one repository, not started yet: an engine each.
+        restarts: how often each is started again in ten minutes when a part of it dies.
+        companion: what serves beside them.
 
     Returns:
-        An exit status: 0 after a signal, 1 where it did not start or died too often.
+        An exit status: 0 after a signal, 1 where one did not start or died too often.
     """
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
-    if not is_loopback(server.host):
-        print(OPEN_PORTS.format(host=server.host), file=sys.stderr, flush=True)
-
-    def fault() -> str | None:
-        if companion is not None:
-            companion.look()
-        return server.fault()
-
+    if not is_loopback(servers[0].host):
+        print(OPEN_PORTS.format(host=servers[0].host), file=sys.stderr, flush=True)
+    if companion is not None and not is_loopback(companion.host):
+        _say(OPEN_COMPANION.format(name=companion.name, host=companion.host))
+    engines = Engines(servers, _say, restarts=restarts)
     try:
         if companion is not None:
             companion.start()
-        keep_serving(
-            lambda: _start(server, companion),
-            fault,
-            lambda: _stop_at_once(server),
-            lambda text: print(text, flush=True),
-            restarts=restarts,
-        )
+        _say(f"starting Triton on {servers[0].repository} ...")
+        engines.start()
+        _watch(engines, companion)
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
     except (ServerError, OSError) as error:
@@ -136,9 +122,50 @@ def serve(
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         if companion is not None:
             companion.stop()
-        server.stop()
+        engines.stop()
     print("stopped", flush=True)
     return 0
+
+
+def _watch(engines: Engines, companion: Companion | None) -> NoReturn:
+    """Look after them until something ends it, and tell of those that have become ready."""
+    told = (0,) * len(engines.servers)
+    while True:
+        if companion is not None:
+            companion.look()
+        engines.look()
+        starts = engines.starts
+        for number, server in enumerate(engines.servers):
+            if starts[number] > told[number]:
+                _tell(engines, number, server)
+        if starts != told and all(starts):
+            if companion is not None:
+                print(f"  {companion.name:8} {companion.url}")
+            _say("Ctrl-C stops it.")
+        told = starts
+        time.sleep(POLL_SECONDS)
+
+
+def _tell(engines: Engines, number: int, server: TritonServer) -> None:
+    name = f"engine {number} " if len(engines.servers) > 1 else ""
+    print(f"{name}ready after {engines.start_seconds(number):.1f} s (process {server.pid})")
+    print(f"  HTTP     {server.http_url}")
+    print(f"  gRPC     {server.grpc_url}")
+    print(f"  metrics  {server.metrics_url}")
+    if server.log is not None:
+        print(f"  log      {server.log}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def logs_beside(log: Path | None, engines: int) -> list[Path | None]:
+    """The logs of so many engines: one's is called as it was asked for, `NAME.log`; of several,
+    `NAME-0.log` and so on."""
+    if log is None or engines == 1:
+        return [log] * engines
+    return [log.with_stem(f"{log.stem}-{number}") for number in range(engines)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,6 +188,24 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"end when a model's process dies, instead of starting Triton again (at most "
         f"{RESTARTS} times in {RESTARTS_SECONDS / 60:.0f} minutes)",
     )
-    options = vars(parser.parse_args(arguments))
-    restarts = 0 if options.pop("no_restart") else RESTARTS
-    return serve(TritonServer(**options), restarts=restarts)
+    parser.add_argument(
+        "--engines",
+        type=int,
+        help=f"how many, each with ports of its own, higher by three (default: {ENGINES}, else one "
+        "a GPU)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        machine = shares(options.engines)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    servers = servers_on(
+        options.repository,
+        machine,
+        [options.http_port, options.grpc_port, options.metrics_port],
+        host=options.host,
+        logs=logs_beside(options.log, len(machine)),
+        client_shared_memory=options.client_shared_memory,
+    )
+    return serve(servers, restarts=0 if options.no_restart else RESTARTS)

@@ -40,11 +40,13 @@ def keep_serving(
     *,
     told: Callable[[], bool] = lambda: False,
     restarts: int = RESTARTS,
+    lost: str = "its sessions are lost",
 ) -> None:
     """Start, watch, and start again after every fault; return when told to end.
 
     Args:
-        start: starts what serves, and returns when it does.
+        start: starts what serves, and returns when it does. A start that fails is a fault like any
+            other, except for the first one, which ends everything.
         fault: asked every 0.2 s: what has broken what serves, None while it is well. What it
             raises ends everything.
         stop_at_once: ends what is left of it. Connections must break: only by that do clients hear
@@ -52,14 +54,26 @@ def keep_serving(
         say: tells the operator.
         told: whether to end; what serves goes on then, for the caller to end.
         restarts: at most so many in ten minutes.
+        lost: what becomes of the sessions, for the operator.
 
     Raises:
+        ServerError: the first start has failed.
         DiesAgainError: one fault more than that.
     """
     faults = Faults()
+    found: str | None
+    has_served = False
     while True:
-        start()
-        found = None
+        try:
+            start()
+        except ServerError as error:
+            if told():
+                return
+            if not has_served:
+                raise
+            found = str(error)
+        else:
+            has_served, found = True, None
         while found is None:
             if told():
                 return
@@ -71,4 +85,4 @@ def keep_serving(
             often = f"; parts of Triton died {times} times in "
             often += f"{RESTARTS_SECONDS / 60:.0f} minutes"
             raise DiesAgainError(f"{found}{often if restarts else ''}; its log has the last words")
-        say(f"{found}: starting Triton again; its sessions are lost")
+        say(f"{found}: starting Triton again; {lost}")

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -24,6 +25,7 @@ from typing import IO
 from llava_triton.server import server_guard
 from llava_triton.server.crash_handler import CrashHandler
 from llava_triton.server.installation import CPU_ENVIRONMENT, Installation, find_installation
+from llava_triton.server.machine import Share
 from llava_triton.server.model_processes import ModelProcesses, is_dead
 from llava_triton.server.ports import check_ports, free_ports
 from llava_triton.server.run_folder import make_run_folder
@@ -67,6 +69,7 @@ class TritonServer:
             server, `log_tail()` reads it.
         client_shared_memory: whether clients may pass tensors in shared memory. They can name any
             region then, the models' own with other clients' questions among them.
+        share: of the machine; by default all of it.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class TritonServer:
         host: str = "127.0.0.1",
         log: Path | None = None,
         client_shared_memory: bool = False,
+        share: Share | None = None,
     ) -> None:
         self.repository = Path(repository)
         self.ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self.host = host
         self.log = log
         self.client_shared_memory = client_shared_memory
+        self._share = share or Share()
         self.pid = 0
         """tritonserver's process ID, while it runs."""
         self._models = ModelProcesses({})
@@ -116,9 +121,14 @@ class TritonServer:
         return f"grpc://{self.grpc_address}"
 
     @property
+    def metrics_address(self) -> str:
+        """`host:port` of the Prometheus metrics."""
+        return f"{self._reachable_host}:{self.ports['metrics']}"
+
+    @property
     def metrics_url(self) -> str:
         """URL of the Prometheus metrics."""
-        return f"http://{self._reachable_host}:{self.ports['metrics']}/metrics"
+        return f"http://{self.metrics_address}/metrics"
 
     @property
     def _reachable_host(self) -> str:
@@ -137,12 +147,7 @@ class TritonServer:
 
     def fault(self) -> str | None:
         """What has happened to the running server so that it is of no use and must be started
-        again, such as "the process of language_model has died (signal 9)"; None: nothing.
-
-        Raises:
-            ServerError: it has ended by itself, or was killed from outside (by somebody who knows
-                why, or by a kernel short of memory): not to be started again.
-        """
+        again, such as "the process of language_model has died (signal 9)"; None: nothing."""
         found = self._models.fault()
         if self.alive:  # looked at last: its models die with it
             stuck = self._crash_handler and self._crash_handler.caught()
@@ -154,17 +159,23 @@ class TritonServer:
         if status > 128 and status != 128 + signal.SIGKILL:
             return f"the Triton server has crashed (signal {status - 128})"
         cause = f"signal {status - 128}" if status > 128 else f"exit status {status}"
-        raise ServerError(f"the Triton server died ({cause}); its last words:\n{self.log_tail()}")
+        return f"the Triton server has died ({cause})"
 
-    def start(self, timeout: float = START_SECONDS) -> None:
+    def start(
+        self, timeout: float = START_SECONDS, give_up: Callable[[], bool] = lambda: False
+    ) -> None:
         """Start the server and return when every model is ready.
 
         One that was stopped can be started again; its log goes on.
 
+        Args:
+            timeout: seconds that it may take.
+            give_up: asked all the time meanwhile: whether it is not wanted any more.
+
         Raises:
             PortError: a port is taken.
             ServerError: there is no Triton server on this machine or no such repository, a model
-                failed to load, or `timeout` seconds passed.
+                failed to load, `timeout` seconds passed, or it is not wanted any more.
         """
         if self._guard is not None:
             raise ServerError("this server was started already")
@@ -177,7 +188,7 @@ class TritonServer:
         installation = find_installation()
         try:
             self._spawn(installation)
-            self._wait_until_ready(timeout)
+            self._wait_until_ready(timeout, give_up)
             self._models = ModelProcesses(self.stubs())
         except BaseException:  # an interrupt too must leave nothing behind
             self.stop()
@@ -197,14 +208,15 @@ class TritonServer:
             str(os.getpid()),
             str(self._run_folder),
         ]
-        self._guard = subprocess.Popen(
-            [*guard, *self._command(installation, self._run_folder)],
-            env=installation.environment(self._run_folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log_file,
-            start_new_session=True,  # Ctrl-C in a terminal must reach us alone
-        )
+        with self._share.taken():
+            self._guard = subprocess.Popen(
+                [*guard, *self._command(installation, self._run_folder)],
+                env=installation.environment(self._run_folder) | self._share.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log_file,
+                start_new_session=True,  # Ctrl-C in a terminal must reach us alone
+            )
         assert self._guard.stdout is not None
         line = self._guard.stdout.readline()
         if not line:
@@ -241,10 +253,12 @@ class TritonServer:
     def _closed_protocols(self) -> tuple[str, ...]:
         return _CONTROL if self.client_shared_memory else (*_CONTROL, "shared-memory")
 
-    def _wait_until_ready(self, timeout: float) -> None:
+    def _wait_until_ready(self, timeout: float, give_up: Callable[[], bool]) -> None:
         deadline = time.monotonic() + timeout
         while not self._is_ready():
             self._close_shared_memory()
+            if give_up():
+                raise ServerError("the Triton server was told to end while it started")
             if not self.alive:
                 check_ports(self.host, self.ports)  # another program was faster
                 raise ServerError(f"the Triton server did not start:\n{self._failure()}")
@@ -279,7 +293,8 @@ class TritonServer:
             connection.close()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Stop the server and everything it started, within 3 seconds; twice does no harm.
+        """Stop the server and everything it started, within 9 seconds and usually 2; twice does no
+        harm.
 
         Args:
             at_once: kill it. Triton's own end waits for answers under way, which may never come.

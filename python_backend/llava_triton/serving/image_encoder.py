@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from llava_triton.serving.backend import Backend
 from llava_triton.serving.bounded_backlog import BoundedBacklog
 from llava_triton.serving.bytes_tensors import limit_elements
 from llava_triton.serving.metrics import Publisher, image_encoder_metrics
+
+if TYPE_CHECKING:
+    from llava_triton.serving.picture_journal import PictureJournal
 
 MAX_WORKERS = 4
 """Each decodes one picture at a time, of up to `Settings.max_image_pixels`."""
@@ -75,7 +78,7 @@ class ImageEncoder:
                 self._settings.encoded_images_bytes,
                 fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
             ),
-            workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+            workers=max(2, min(MAX_WORKERS, len(os.sched_getaffinity(0)))),
             max_batch=self._settings.vision_max_batch,
             most_tokens=assembly.context_length,
             most_begun=min(
@@ -85,7 +88,10 @@ class ImageEncoder:
             most_waiting=self._settings.max_queued_turns,
         )
         self._backlog = BoundedBacklog(self._reach_next_models)
-        self._metrics = Publisher(pb_utils, lambda: image_encoder_metrics(self._pictures))
+        self._journal = _picture_journal(self._settings)
+        self._metrics = Publisher(
+            pb_utils, lambda: image_encoder_metrics(self._pictures, self._journal)
+        )
 
     def execute(self, requests: list[Any]) -> None:
         """Answer requests without a picture at once, the others when their features are there."""
@@ -103,18 +109,25 @@ class ImageEncoder:
         self._backlog.stop()
         self._pictures.shutdown()
         self._metrics.stop()
+        if self._journal is not None:
+            self._journal.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         session = request.correlation_id()
         items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
         parameters = self._backend.parameters(request)
+        tenant = protocol.parse_tenant(parameters)
+        answer = partial(self._answer, sender)
+        ends = request.flags() & self._backend.end
+        if self._journal is not None and items and session and not ends:
+            answer = partial(self._answer_and_keep, sender, session, tenant, items)
         self._pictures.submit(
             # A turn without a picture must not overtake an earlier one of its session with a
             # picture. 0 is no session: such requests have nothing to do with one another.
             session or object(),
             items,
-            partial(self._answer, sender),
-            tenant=protocol.parse_tenant(parameters),
+            answer,
+            tenant=tenant,
             opening=session if session and request.flags() & self._backend.start else None,
         )
 
@@ -122,6 +135,18 @@ class ImageEncoder:
         if not isinstance(outcome, SessionError):  # an error goes no further
             self._backlog.pass_one()
         self._send(sender, outcome)
+
+    def _answer_and_keep(
+        self,
+        sender: Any,
+        session: int | str,
+        tenant: str,
+        items: Sequence[bytes],
+        outcome: Sequence[Tensor] | SessionError,
+    ) -> None:
+        self._answer(sender, outcome)
+        if self._journal is not None and not isinstance(outcome, SessionError):
+            self._journal.keep(session, tenant, items, outcome)
 
     def _encode(self, pixels: np.ndarray) -> Tensor:
         pb_utils = self._backend.pb_utils
@@ -173,3 +198,12 @@ class ImageEncoder:
             tensors = [features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)]
             response = pb_utils.InferenceResponse(tensors)
         sender.send(response, flags=self._backend.final)
+
+
+def _picture_journal(settings: Settings) -> PictureJournal | None:
+    """What keeps pictures; None where the server keeps no journal."""
+    if not settings.journal:
+        return None
+    from llava_triton.serving import picture_journal  # obstore need not be installed for others
+
+    return picture_journal.PictureJournal(settings)

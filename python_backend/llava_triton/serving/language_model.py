@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from llava_triton.checkpoint.identity import checkpoint_identity
 from llava_triton.checkpoint.loader import load_checkpoint
 from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.errors import ErrorCode, SessionError, as_session_error, invalid
+from llava_triton.contract.errors import (
+    ErrorCode,
+    SessionError,
+    as_session_error,
+    error_from_text,
+    invalid,
+)
 from llava_triton.contract.models import (
+    ENCODED_PICTURES,
     HISTORY,
+    IMAGE,
     IMAGE_FEATURES,
     IMAGE_LENGTHS,
     IMAGE_POSITIONS,
@@ -45,6 +56,9 @@ from llava_triton.serving.metrics import Publisher, engine_metrics
 from llava_triton.serving.response_thread import ResponseThread
 from llava_triton.serving.whole_answers import Outbox, WholeAnswer
 
+if TYPE_CHECKING:
+    from llava_triton.engine.journaling import EncodePictures, SessionJournal
+
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.1
@@ -67,10 +81,22 @@ class LanguageModel:
             dtype=compute_dtype(settings.dtype, device),
             device=device,
         )
-        self.serve(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings)
+        identity = ""
+        if settings.journal:
+            identity = checkpoint_identity(repository / args["model_version"] / "checkpoint")
+        self.serve(ModelRunner(checkpoint, settings), checkpoint.tokenizer, settings, identity)
 
-    def serve(self, runner: ModelRunner, tokenizer: Any, settings: Settings) -> None:
-        """Start the engine."""
+    def serve(
+        self, runner: ModelRunner, tokenizer: Any, settings: Settings, identity: str = ""
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            runner: the language model.
+            tokenizer: the checkpoint's.
+            settings: limits.
+            identity: the checkpoint's, where the server keeps a journal.
+        """
         self._settings = settings
         self._device = runner.device
         self._width = runner.hidden_size
@@ -78,9 +104,11 @@ class LanguageModel:
         self._stopping = False
         self._secret = uuid.uuid4().hex
         self._outbox = Outbox()
-        # The only thread that makes BLS calls; they have no tensors.
+        # Its calls have no tensors. Those of `_encode_again` have, and come one by one.
         self._releases = ThreadPoolExecutor(1, "releases")
-        self._engine = Engine(runner, tokenizer, settings, expired=self._let_go)
+        self._encoding = threading.Lock()
+        journal = _session_journal(settings, identity, self._encode_again, runner)
+        self._engine = Engine(runner, tokenizer, settings, expired=self._let_go, journal=journal)
         self._metrics = Publisher(
             self._backend.pb_utils, lambda: engine_metrics(self._engine.statistics())
         )
@@ -145,6 +173,41 @@ class LanguageModel:
 
     def _is_release(self, parameters: dict[str, Any]) -> bool:
         return parameters.get(protocol.RELEASE) == self._secret
+
+    def _encode_again(self, items: Sequence[bytes], tenant: str) -> list[torch.Tensor]:
+        """The features [T, D] of pictures of a session that is resumed.
+
+        Raises:
+            SessionError: what image_encoder answers.
+        """
+        pb_utils = self._backend.pb_utils
+        features: list[torch.Tensor] = []
+        with self._encoding:
+            for part in _parts(items, self._settings):
+                array = np.empty(len(part), dtype=np.object_)
+                array[:] = part
+                response = pb_utils.InferenceRequest(
+                    model_name="image_encoder",
+                    requested_output_names=[spec.name for spec in ENCODED_PICTURES],
+                    inputs=[pb_utils.Tensor(IMAGE.name, array)],
+                    parameters={protocol.TENANT: tenant} if tenant else {},
+                    # Where the features lie matters little here, and GPU tensors of calls have
+                    # their own dangers.
+                    preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+                ).exec()
+                if response.has_error():
+                    raise error_from_text(response.error().message())
+                rows, lengths = (
+                    pb_utils.get_output_tensor_by_name(response, spec.name)
+                    for spec in ENCODED_PICTURES
+                )
+                features += unflattened(
+                    torch.utils.dlpack.from_dlpack(rows.to_dlpack()),
+                    lengths.as_numpy(),
+                    self._width,
+                    self._settings.max_images_per_turn,
+                )
+        return features
 
     def _let_go(self, session_id: int | str) -> None:
         """The engine has closed a session by itself: Triton lets its sequence go, too."""
@@ -231,6 +294,32 @@ class LanguageModel:
         """Whether a request has the START flag, and whether END."""
         flags = request.flags()
         return bool(flags & self._backend.start), bool(flags & self._backend.end)
+
+
+def _parts(items: Sequence[bytes], settings: Settings) -> Iterator[Sequence[bytes]]:
+    """Pictures in as many parts as image_encoder takes them in."""
+    part: list[bytes] = []
+    for item in items:
+        size = sum(map(len, part)) + len(item)
+        most = settings.max_images_bytes_per_turn // 4
+        if part and (size > most or len(part) == min(16, settings.max_images_per_turn)):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def _session_journal(
+    settings: Settings, identity: str, encode: EncodePictures, runner: ModelRunner
+) -> SessionJournal | None:
+    """The journal of sessions; None where the server keeps none."""
+    if not settings.journal:
+        return None
+    from llava_triton.engine import journaling  # obstore need not be installed for others
+    from llava_triton.journal.journal import Journal
+
+    return journaling.SessionJournal(Journal(settings, identity), encode, runner)
 
 
 def _session_to_stop(turn: TurnRequest, parameters: dict[str, Any]) -> int | str | None:

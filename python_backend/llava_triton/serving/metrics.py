@@ -12,10 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_triton.engine.statistics import Histogram, Statistics
 from llava_triton.pictures.encoding import PictureEncoding
+
+if TYPE_CHECKING:
+    from llava_triton.journal.writer import JournalCounters
+    from llava_triton.serving.picture_journal import PictureJournal
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,8 @@ def engine_metrics(now: Statistics) -> Iterator[Sample]:
     yield _gauge("llava_images", "Different pictures of the open sessions", now.images)
     yield _counter("llava_image_evictions_total", "Pictures sent to host", now.images_evicted)
     yield _counter("llava_image_features_hits_total", "Pictures shared", now.image_hits)
+    if now.journal is not None:
+        yield from _journal_metrics(now.journal)
     yield from _histogram(
         "llava_time_to_first_token_seconds",
         "From a turn's arrival in the engine to its first token",
@@ -93,10 +99,32 @@ def engine_metrics(now: Statistics) -> Iterator[Sample]:
     )
 
 
-def image_encoder_metrics(pictures: PictureEncoding) -> Iterator[Sample]:
+def _journal_metrics(now: JournalCounters) -> Iterator[Sample]:
+    for outcome, records in (
+        ("written", now.written),
+        ("dropped", now.dropped),
+        ("elsewhere", now.elsewhere),
+    ):
+        yield _counter("llava_journal_records_total", "Turns by outcome", records, outcome=outcome)
+    yield _gauge("llava_journal_records_waiting", "Turns not written yet", now.waiting)
+    yield _counter("llava_journal_retries_total", "Calls of the store done again", now.retries)
+    yield _counter("llava_sessions_resumed_total", "Sessions brought back", now.resumed)
+    yield _counter(
+        "llava_sessions_hibernated_total", "Sessions that left the memory", now.hibernated
+    )
+
+
+def image_encoder_metrics(
+    pictures: PictureEncoding, journal: PictureJournal | None = None
+) -> Iterator[Sample]:
     """Everything that `image_encoder` publishes."""
     for result, count in (("hit", pictures.hits), ("miss", pictures.misses)):
         yield _counter("llava_image_cache_total", "Pictures to encode", count, result=result)
+    if journal is not None:
+        for outcome, count in (("written", journal.written), ("dropped", journal.dropped)):
+            yield _counter(
+                "llava_journal_pictures_total", "Pictures by outcome", count, outcome=outcome
+            )
 
 
 def _gauge(name: str, text: str, value: float, **labels: str) -> Sample:

@@ -20,8 +20,9 @@ from llava_triton.contract.settings import Settings
 from llava_triton.server.large_blocks import give_back_large_blocks
 from llava_triton.server.server_error import ServerError
 
-DRAIN_SECONDS = 25
-"""After SIGTERM running turns may take so long."""
+DRAIN_SECONDS = 19
+"""After SIGTERM running turns may take so long. (The container has 30 s, and its engines need some
+of them.)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,8 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava_sagemaker.adapter", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--triton", default="127.0.0.1:8001", help="host:port of Triton's gRPC")
-    parser.add_argument("--triton-metrics", default="127.0.0.1:8002", help="host:port")
+    parser.add_argument(
+        "--triton",
+        nargs="+",
+        default=["127.0.0.1:8001"],
+        help="host:port of Triton's gRPC, of each engine's",
+    )
+    parser.add_argument(
+        "--triton-metrics", nargs="+", default=["127.0.0.1:8002"], help="host:port of each"
+    )
     parser.add_argument("--repository", type=Path, required=True, help="model repository")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from llava_sagemaker.adapter.access import ApiKey
+from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.errors import AdapterError, as_adapter_error
 from llava_sagemaker.adapter.health import Health
 from llava_sagemaker.adapter.metrics import AdapterMetrics
@@ -20,13 +21,12 @@ from llava_sagemaker.adapter.openai_paths import openai_routes
 from llava_sagemaker.adapter.request_handling import RequestHandler
 from llava_sagemaker.adapter.sagemaker_paths import sagemaker_routes
 from llava_sagemaker.adapter.session_ids import NEW_SESSION_ID
-from llava_sagemaker.adapter.turns import Triton
 from llava_triton.contract.settings import Settings
 
 
 def make_app(
-    triton: str,
-    metrics: str,
+    triton: Sequence[str],
+    metrics: Sequence[str],
     settings: Settings,
     *,
     image_hosts: Sequence[str] = (),
@@ -37,8 +37,8 @@ def make_app(
     """The ASGI application.
 
     Args:
-        triton: `host:port` of Triton's gRPC endpoint.
-        metrics: `host:port` of Triton's metrics.
+        triton: `host:port` of the gRPC endpoint of each engine's Triton.
+        metrics: `host:port` of the metrics of each.
         settings: of the model repository.
         image_hosts, image_buckets: from where pictures may be fetched.
         cors_origins: web pages of these origins may read the answers; `*`: those of all.
@@ -47,14 +47,14 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # Here, where the event loop runs: gRPC's channel belongs to it.
-        connection = Triton(triton)
-        health, counts = Health(connection), AdapterMetrics()
-        handler = RequestHandler(connection, counts, settings, image_hosts, image_buckets)
+        # Here, where the event loop runs: gRPC's channels belong to it.
+        engines = Engines(triton, settings)
+        health, counts = Health(engines), AdapterMetrics(engines)
+        handler = RequestHandler(engines, counts, settings, image_hosts, image_buckets)
         app.router.routes += sagemaker_routes(handler, health, counts, metrics)
         app.router.routes += openai_routes(handler, health)
         yield
-        await connection.close()
+        await engines.close()
 
     middleware = []
     if cors_origins:

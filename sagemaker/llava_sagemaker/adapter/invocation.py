@@ -37,6 +37,9 @@ class Request:
     """Whose request it is."""
     session_name: str | None = None
     """What a client of OpenAI's API calls its session."""
+    resumes: bool = False
+    """The client asked for a new session, which is to be this one: where SageMaker knows its
+    instance no more, only the answer to such a request tells it the new one."""
 
     @property
     def opens(self) -> bool:
@@ -109,6 +112,8 @@ class Invocation:
     """The ID of the session that this closes for the caller."""
     session_turn: SessionTurn | None = None
     """Is told how it ends."""
+    only_resumes: bool = False
+    """The turn asks for nothing but that its session is there."""
 
 
 def in_session(kind: str, turn: Turn, answer: AnswerFormat, stream: bool = False) -> Invocation:

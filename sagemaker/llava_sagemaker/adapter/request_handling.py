@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from llava_sagemaker.adapter.chat import chat_request
+from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.errors import (
     as_adapter_error,
     invalid_request,
@@ -36,14 +37,20 @@ from llava_sagemaker.adapter.request_reading import (
 )
 from llava_sagemaker.adapter.sample_requests import sample_request
 from llava_sagemaker.adapter.session_ids import closed_header, opened_header
-from llava_sagemaker.adapter.session_requests import empty_session, raw_picture, session_request
+from llava_sagemaker.adapter.session_requests import (
+    empty_session,
+    raw_picture,
+    resumed_session,
+    session_request,
+)
 from llava_sagemaker.adapter.text_requests import text_request
 from llava_sagemaker.adapter.triton_format import (
     BINARY_CONTENT_TYPE,
     json_size,
     triton_request,
 )
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Triton, Turn, limited
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn, limited
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import TEXTS
 from llava_triton.contract.settings import Settings
@@ -58,6 +65,9 @@ SPARE_REQUESTS = 64
 """More than there may be turns, for the engine to refuse. Above that the adapter does, once a body
 has come; and only here, so that /ping is answered however many requests there are."""
 
+_NOTHING = Delta("", "stop", 0, 0, 0, 0.0)
+"""The answer to a turn that asks for nothing."""
+
 Result = TypeVar("Result")
 _Understand = Callable[[HttpRequest, Request, BodyShare], Awaitable[Invocation]]
 """Makes of a request what to ask Triton; raises AdapterError or SessionError."""
@@ -67,7 +77,7 @@ class RequestHandler:
     """Answers requests of every kind, and has what all of them share.
 
     Args:
-        triton: the connection to Triton.
+        engines: answer the turns.
         metrics: counts the requests.
         settings: of the model repository.
         hosts, buckets: from where pictures may be fetched.
@@ -75,19 +85,19 @@ class RequestHandler:
 
     def __init__(
         self,
-        triton: Triton,
+        engines: Engines,
         metrics: AdapterMetrics,
         settings: Settings,
         hosts: Sequence[str] = (),
         buckets: Sequence[str] = (),
     ) -> None:
-        self._triton = triton
+        self._engines = engines
         self._metrics = metrics
         self._settings = settings
         fetch = ImageFetcher(list(hosts), list(buckets), settings.max_image_bytes)
         self._pictures = Pictures(fetch, settings.max_images_per_turn)
         # More than there can be: one that has ended is not always told.
-        self._remembered = Remembered(2 * settings.max_sessions)
+        self._remembered = Remembered(2 * settings.max_sessions * len(engines.all))
         self._json = JsonReader(settings.max_text_bytes)
         self._reading = 0
         """Requests whose body has not come: they take no place of those that could be answered."""
@@ -119,13 +129,15 @@ class RequestHandler:
             invocation = await understand(http, request, share)
             turn = replace(invocation.turn, tenant=request.tenant)
             invocation, kind = replace(invocation, turn=turn), invocation.kind
+            if request.resumes:
+                invocation = replace(invocation, opened=request.session)
             if kind != "chat":
                 begun = self._remembered.other_turn_begins(invocation.turn)
                 invocation = replace(invocation, session_turn=begun)
             session_turn = invocation.session_turn
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
-            pieces = self._triton.pieces(invocation.turn)
+            pieces = self._engines.pieces(invocation.turn)
             # The status is the first piece's to tell.
             async with asyncio.timeout(SILENCE_SECONDS):
                 first = await _while_connected(http, anext(pieces))
@@ -154,7 +166,7 @@ class RequestHandler:
             request = await read_request(http, self._bodies.limit_bytes, share)
         finally:
             self._reading -= 1
-        most = self._settings.max_queued_turns + SPARE_REQUESTS
+        most = self._settings.max_queued_turns * len(self._engines.all) + SPARE_REQUESTS
         if self._metrics.in_flight - self._reading > most:
             raise unavailable("too many requests are under way; try again later")
         return request
@@ -163,7 +175,7 @@ class RequestHandler:
         """Raises SessionError, NOT_FOUND, where the tenant has no such session."""
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                await _while_connected(http, self._triton.whole(Turn(session_id, tenant=tenant)))
+                await _while_connected(http, self._engines.whole(Turn(session_id, tenant=tenant)))
         except SessionError as error:
             if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
                 raise
@@ -176,8 +188,11 @@ class RequestHandler:
         binary = request.content_type == BINARY_CONTENT_TYPE
         if not binary and request.content_type not in JSON_TYPES:
             raise unknown_content_type(request.content_type)
-        if not binary and request.opens and not request.body:
-            return empty_session(request)
+        if not binary and not request.body:
+            if request.opens:
+                return empty_session(request)
+            if request.resumes:
+                return resumed_session(request)
         size = json_size(request) if binary else len(request.body)
         outline = await self._json.outline(request.body[:size])
         with share.parsed(outline.parsed_bytes):
@@ -228,11 +243,16 @@ class RequestHandler:
                 )
 
     async def _whole(self, http: HttpRequest, invocation: Invocation, began: float) -> Response:
+        if invocation.only_resumes:
+            asked = invocation.turn
+            await self._check_open(http, asked.tenant, asked.session_id)
+            body = invocation.format.whole(_NOTHING)
+            return Response(body.content, 200, self._headers(invocation), body.content_type)
         left = WHOLE_SECONDS - (time.monotonic() - began)
         async with asyncio.timeout(left + GRACE_SECONDS):
             size = invocation.turn.size
             turn = await off_loop(size, limited, invocation.turn, max(left, 1.0))
-            answer = await _while_connected(http, self._triton.whole(turn))
+            answer = await _while_connected(http, self._engines.whole(turn))
         if invocation.session_turn is not None:
             invocation.session_turn.completed(answer.text)
         body = invocation.format.whole(answer)

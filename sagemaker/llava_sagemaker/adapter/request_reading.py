@@ -20,7 +20,8 @@ from llava_sagemaker.adapter.session_ids import (
     checked_session_id,
     checked_session_name,
 )
-from llava_sagemaker.adapter.tenants import tenant_of
+from llava_sagemaker.adapter.tenants import custom_attributes, tenant_of
+from llava_triton.contract.operations import RESUME
 
 BODY_SECONDS = 30.0
 """For a whole body to come."""
@@ -123,6 +124,10 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
         SessionError: INVALID_ARG, the tenant's name is none.
     """
     session = http.headers.get(SESSION_ID)
+    resumed = next(custom_attributes(http.headers, RESUME), None)
+    resumes = session == NEW_SESSION and resumed is not None
+    if resumes:
+        session = resumed
     if session is not None and session != NEW_SESSION:
         session = checked_session_id(session)
     tenant = tenant_of(http.headers)
@@ -153,6 +158,7 @@ async def read_request(http: HttpRequest, limit_bytes: int, share: BodyShare) ->
         take=share.take,
         tenant=tenant,
         session_name=None if name is None else checked_session_name(name),
+        resumes=resumes,
     )
 
 

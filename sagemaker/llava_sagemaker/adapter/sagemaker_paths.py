@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException
 
 from starlette.requests import Request as HttpRequest
@@ -11,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from llava_sagemaker.adapter.health import Health
-from llava_sagemaker.adapter.metrics import AdapterMetrics
+from llava_sagemaker.adapter.metrics import AdapterMetrics, joined
 from llava_sagemaker.adapter.request_handling import RequestHandler
 
 METRICS_SECONDS = 5.0
@@ -21,7 +22,10 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def sagemaker_routes(
-    handler: RequestHandler, health: Health, counts: AdapterMetrics, triton_metrics: str
+    handler: RequestHandler,
+    health: Health,
+    counts: AdapterMetrics,
+    triton_metrics: Sequence[str],
 ) -> list[Route]:
     """The routes.
 
@@ -29,16 +33,14 @@ def sagemaker_routes(
         handler: answers what is invoked.
         health: tells whether the engine answers.
         counts: the adapter's own metrics.
-        triton_metrics: `host:port` of Triton's.
+        triton_metrics: `host:port` of each engine's.
     """
 
     async def metrics(http: HttpRequest) -> Response:
-        """Triton's metrics and our own."""
-        try:
-            told = await asyncio.to_thread(_read, f"http://{triton_metrics}/metrics")
-        except (OSError, HTTPException):
-            told = ""  # it is starting, or has failed; /ping tells
-        return PlainTextResponse(told + counts.text())
+        """The engines' metrics and our own."""
+        urls = (f"http://{address}/metrics" for address in triton_metrics)
+        pages = await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls))
+        return PlainTextResponse(joined(pages) + counts.text())
 
     return [
         Route("/ping", health.response, methods=["GET"]),
@@ -48,6 +50,9 @@ def sagemaker_routes(
 
 
 def _read(url: str) -> str:
-    with _DIRECT.open(url, timeout=METRICS_SECONDS) as response:
-        text: str = response.read().decode()
-        return text
+    try:
+        with _DIRECT.open(url, timeout=METRICS_SECONDS) as response:
+            text: str = response.read().decode()
+            return text
+    except (OSError, HTTPException):
+        return ""  # the engine is starting, or has failed; llava_adapter_engine_up tells

@@ -22,6 +22,7 @@ NEW_SESSION = "NEW_SESSION"
 """What stands in for the ID of a session that is to be opened."""
 MAX_CHARACTERS = 128
 """Triton takes no longer ones; SageMaker would take 256."""
+_NAMED = "named-"
 _PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 
 
@@ -62,7 +63,13 @@ def named_session_id(tenant: str, name: str) -> str:
     """The ID of the session that a tenant calls so. No other name, tenant or ID of ours leads to
     it."""
     digest = hashlib.sha256(f"{len(tenant)} {tenant} {name}".encode(errors="surrogateescape"))
-    return f"named-{digest.hexdigest()}"
+    return f"{_NAMED}{digest.hexdigest()}"
+
+
+def is_named(session_id: str) -> bool:
+    """Whether it may be an ID of `named_session_id`: the only ones of which a second opening may
+    come."""
+    return session_id.startswith(_NAMED)
 
 
 def opened_header(session_id: str, lifetime_seconds: float) -> tuple[str, str]:

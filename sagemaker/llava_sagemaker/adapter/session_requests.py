@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_sagemaker.adapter.errors import invalid_request
@@ -18,11 +18,11 @@ from llava_sagemaker.adapter.invocation import (
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.pictures import Pictures
-from llava_sagemaker.adapter.session_ids import new_session_id
+from llava_sagemaker.adapter.session_ids import checked_session_id, new_session_id
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
-from llava_triton.contract.operations import REWIND, STOP_ANSWER, Operation
+from llava_triton.contract.operations import RESUME, REWIND, STOP_ANSWER, Operation
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ async def session_request(
     request: Request, fields: dict[str, Any], pictures: Pictures
 ) -> Invocation:
     """`{"requestType": "NEW_SESSION"}`, perhaps with `image` (one or a list), `text` and sampling
-    parameters; or one of the others in an open session: `CLOSE`; `REGENERATE`, perhaps with
-    sampling parameters; `REWIND` with `turns`, the number to keep; `FORK`, perhaps with `turns`;
-    `STOP`.
+    parameters, or with `resume`, the ID of a session that the journal has; or one of the others in
+    an open session: `CLOSE`; `REGENERATE`, perhaps with sampling parameters; `REWIND` with `turns`,
+    the number to keep; `FORK`, perhaps with `turns`; `STOP`.
 
     Raises:
         AdapterError: invalid_request or image_....
@@ -69,6 +69,8 @@ async def session_request(
     """
     kind = fields.pop("requestType")
     if kind == "NEW_SESSION":
+        if RESUME in fields:
+            request = _resuming(request, fields.pop(RESUME))
         return await _open(request, fields, pictures)
     if kind == "CLOSE_SESSION":  # AWS's articles write both
         kind = "CLOSE"
@@ -88,6 +90,13 @@ def empty_session(request: Request) -> Invocation:
     return in_session("open", opening, _Created(opening.session_id))
 
 
+def resumed_session(request: Request) -> Invocation:
+    """The header alone asks for a session that is to be brought back."""
+    assert request.session is not None
+    told = _Created(request.session)
+    return Invocation("open", turn(request.session), told, only_resumes=True)
+
+
 def raw_picture(request: Request) -> Invocation:
     """A body of `Content-Type: image/*`: opens a session on it, or shows it in one.
 
@@ -105,6 +114,12 @@ def raw_picture(request: Request) -> Invocation:
     return in_session("image", shown, told)
 
 
+def _resuming(request: Request, session_id: Any) -> Request:
+    if not isinstance(session_id, str):
+        raise invalid_request("resume must be the ID of the session that is to be brought back")
+    return replace(request, session=checked_session_id(session_id), resumes=True)
+
+
 async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) -> Invocation:
     text = fields.pop("text", None)
     image = fields.pop("image", [])
@@ -113,19 +128,25 @@ async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) ->
     if text is not None and not isinstance(text, str):
         raise invalid_request("text must be a string")
     images = await pictures.load(image if isinstance(image, list) else [image], request.take)
-    session_id = new_session_id()  # whatever the header says: only we make IDs
+    if request.resumes and not text and not images:
+        return resumed_session(request)
+    # Whatever else the header says: only we make IDs.
+    session_id = request.open_session if request.resumes else None
+    session_id = session_id or new_session_id()
     opening = await off_loop(
         len(request.body),
         turn,
         session_id,
-        start=True,
+        start=not request.resumes,
         text=text,
         images=images,
         sampling=fields,
     )
     if text:
-        return in_session("open", opening, _Answered(session_id), request.wants_events)
-    return in_session("open", opening, _Created(session_id))
+        opened = in_session("open", opening, _Answered(session_id), request.wants_events)
+    else:
+        opened = in_session("open", opening, _Created(session_id))
+    return replace(opened, opened=session_id)
 
 
 def _close(request: Request, session_id: str, fields: dict[str, Any]) -> Invocation:

@@ -6,7 +6,7 @@ are, and what authenticates other callers sets a header. The adapter believes bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 
@@ -27,7 +27,7 @@ def tenant_of(headers: Headers) -> str:
         AdapterError: invalid_request, they name several.
     """
     named = {name.strip() for name in headers.getlist(TENANT)}
-    named.update(_attributes(headers.getlist(CUSTOM_ATTRIBUTES)))
+    named.update(custom_attributes(headers, protocol.TENANT))
     if not named:
         return protocol.NO_TENANT
     if len(named) > 1:
@@ -35,9 +35,11 @@ def tenant_of(headers: Headers) -> str:
     return protocol.parse_tenant({protocol.TENANT: named.pop()})
 
 
-def _attributes(values: Iterable[str]) -> Iterator[str]:
-    for value in values:
+def custom_attributes(headers: Headers, wanted: str) -> Iterator[str]:
+    """What boto3's CustomAttributes say of a name: `NAME=VALUE`, among others behind semicolons or
+    commas."""
+    for value in headers.getlist(CUSTOM_ATTRIBUTES):
         for attribute in value.replace(",", ";").split(";"):
-            name, is_given, tenant = attribute.partition("=")
-            if is_given and name.strip().lower() == protocol.TENANT:
-                yield tenant.strip()
+            name, is_given, said = attribute.partition("=")
+            if is_given and name.strip().lower() == wanted:
+                yield said.strip()

@@ -200,8 +200,8 @@ class Triton:
     """
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
-        self._infer = self._channel.stream_stream(
+        self.channel = grpc.aio.insecure_channel(address, _OPTIONS)
+        self._infer = self.channel.stream_stream(
             _METHOD,
             request_serializer=None,  # `Turn.written`
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
@@ -276,7 +276,7 @@ class Triton:
 
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
-        await self._channel.close()
+        await self.channel.close()
 
 
 async def _begin(call: Any, message: bytes, turn_id: str) -> Any:

@@ -11,7 +11,7 @@ from llava_sagemaker.container.encoder import repository_to_serve
 from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import warning
 from llava_sagemaker.container.stop_signal import Stopped, StopSignal
-from llava_sagemaker.container.supervisor import Supervisor, check_port
+from llava_sagemaker.container.supervisor import RESTARTS, Supervisor, check_port
 from llava_triton.contract.settings import Settings
 from llava_triton.server.triton_server import ServerError
 
@@ -31,9 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
         default=os.environ.get("SAGEMAKER_BIND_TO_PORT") or "8080",
         help="where /ping and /invocations answer (default: SAGEMAKER_BIND_TO_PORT, else 8080)",
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=os.environ.get("LLAVA_RESTARTS") or RESTARTS,
+        help="how often each engine and the adapter are started again in ten minutes before the "
+        "container ends (default: LLAVA_RESTARTS, else %(default)s)",
+    )
     options = parser.parse_args(arguments)
     stop = StopSignal()
-    supervisor = Supervisor(options.port, stop)
+    supervisor = Supervisor(options.port, stop, options.restarts)
     failure: Exception | None = None
     try:
         check_port(options.port)

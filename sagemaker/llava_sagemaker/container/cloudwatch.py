@@ -7,6 +7,8 @@ import os
 import re
 import threading
 import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from llava_sagemaker.scaling_metrics import (
@@ -30,14 +32,14 @@ class MetricsToCloudWatch:
     """Sends numbers once a minute from a thread of its own. What fails is logged, no more.
 
     Args:
-        metrics_url: of Triton's Prometheus metrics.
+        metrics_urls: of the Prometheus metrics of each engine's Triton.
         endpoint: the SageMaker endpoint's name, the numbers' only dimension: an average over it is
             one over instances.
         cloudwatch: a boto3 client.
     """
 
-    def __init__(self, metrics_url: str, endpoint: str, cloudwatch: Any) -> None:
-        self._metrics_url = metrics_url
+    def __init__(self, metrics_urls: Sequence[str], endpoint: str, cloudwatch: Any) -> None:
+        self._metrics_urls = metrics_urls
         self._endpoint = endpoint
         self._cloudwatch = cloudwatch
         self._stopped = threading.Event()
@@ -45,7 +47,7 @@ class MetricsToCloudWatch:
         self._thread.start()
 
     @classmethod
-    def from_environment(cls, metrics_url: str) -> MetricsToCloudWatch | None:
+    def from_environment(cls, metrics_urls: Sequence[str]) -> MetricsToCloudWatch | None:
         """One for the endpoint that LLAVA_ENDPOINT_NAME names; None where there is none."""
         endpoint = os.environ.get("LLAVA_ENDPOINT_NAME")
         if not endpoint:
@@ -53,7 +55,7 @@ class MetricsToCloudWatch:
         import boto3  # only here: it takes half a second
 
         try:
-            return cls(metrics_url, endpoint, boto3.client("cloudwatch"))
+            return cls(metrics_urls, endpoint, boto3.client("cloudwatch"))
         except Exception as error:
             log.warning("no metrics for CloudWatch: %s", error)
             return None
@@ -72,9 +74,21 @@ class MetricsToCloudWatch:
             self._stopped.wait(PERIOD_SECONDS)
 
     def send(self) -> None:
-        """Send the numbers as they are now."""
-        with _DIRECT.open(self._metrics_url, timeout=5.0) as response:
-            numbers = numbers_of(response.read().decode())
+        """Send the numbers as they are now.
+
+        Raises:
+            OSError: no engine tells them.
+        """
+        pages, failures = [], []
+        for url in self._metrics_urls:
+            try:
+                with _DIRECT.open(url, timeout=5.0) as response:
+                    pages.append(response.read().decode())
+            except OSError as error:  # it is being started again, and has no sessions
+                failures.append(error)
+        if not pages:
+            raise failures[0]
+        numbers = numbers_of(pages)
         dimensions = [{"Name": ENDPOINT, "Value": self._endpoint}]
         self._cloudwatch.put_metric_data(
             Namespace=NAMESPACE,
@@ -85,19 +99,20 @@ class MetricsToCloudWatch:
         )
 
 
-def numbers_of(metrics: str) -> dict[str, tuple[float, str]]:
-    """Prometheus text -> value and unit of every number for CloudWatch.
+def numbers_of(pages: Sequence[str]) -> dict[str, tuple[float, str]]:
+    """Prometheus text of each engine -> value and unit of every number for CloudWatch, of all
+    engines together.
 
-    GPU_MEMORY_USED is the part of the engine's cache that sessions use. What the driver calls used
-    would tell nothing: the engine takes nearly all of it at its start.
+    GPU_MEMORY_USED is the part of the engines' caches that sessions use. What the driver calls used
+    would tell nothing: an engine takes nearly all of it at its start.
     """
-    found = {
-        (match["name"], match["labels"] or ""): float(match["value"])
-        for match in _VALUE.finditer(metrics)
-    }
-    active, idle = (found.get(("llava_sessions", f'state="{s}"'), 0.0) for s in ("active", "idle"))
+    found: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for page in pages:
+        for match in _VALUE.finditer(page):
+            found[match["name"], match["labels"] or ""] += float(match["value"])
+    active, idle = (found["llava_sessions", f'state="{state}"'] for state in ("active", "idle"))
     numbers = {OPEN_SESSIONS: (active + idle, "Count"), ACTIVE_SESSIONS: (active, "Count")}
-    used, free = (found.get(("llava_kv_blocks", f'state="{s}"'), 0.0) for s in ("used", "free"))
+    used, free = (found["llava_kv_blocks", f'state="{state}"'] for state in ("used", "free"))
     on_gpu = any(name == "nv_gpu_memory_total_bytes" for name, _ in found)
     if on_gpu and used + free > 0:
         numbers[GPU_MEMORY_USED] = (100.0 * used / (used + free), "Percent")

@@ -88,9 +88,8 @@ def complete(
             sessions = float(now["SessionsPerInstance"])
             sessions *= engines / engines_of(now["InstanceType"])
         found["SessionsPerInstance"] = f"{sessions:g}"
-    # A picture may be of an older session than the one that shows it again.
-    days = 2 * settings.session_lifetime_seconds / _DAY
-    found["JournalDays"] = str(math.ceil(days) + 1)
+    longest = settings.session_lifetime_seconds + settings.session_idle_seconds
+    found["JournalDays"] = str(math.ceil(longest / _DAY))
     return found
 
 

@@ -64,7 +64,8 @@ class StickyRouting:
         """A container's header tells of a new session: `<id>; Expires=<time>`."""
         session_id, _, expires = header.partition("; Expires=")
         until = timegm(time.strptime(expires, "%Y-%m-%dT%H:%M:%SZ"))
-        self._sessions = {each: at for each, at in self._sessions.items() if at.is_there}
+        now = time.time()
+        self._sessions = {each: at for each, at in self._sessions.items() if now < at.expires}
         self._sessions[session_id] = _Stuck(instance, instance.generation, until)
 
     def closed(self, session_id: str) -> None:
@@ -78,5 +79,9 @@ class StickyRouting:
         healthy = [instance for instance in self._instances if instance.in_service]
         if not healthy:
             raise ServiceError(503, "ServiceUnavailable", "no instance of the endpoint is ready")
-        held = Counter(stuck.instance for stuck in self._sessions.values())
-        return min(healthy, key=lambda each: (self._outstanding[each], held[each]))
+        held = Counter(each.instance for each in self._sessions.values() if each.is_there)
+        chosen = min(healthy, key=lambda each: (self._outstanding[each], held[each]))
+        if session_id and stuck is not None and time.time() < stuck.expires:
+            # Its instance has gone: all its requests go to the same other one.
+            self._sessions[session_id] = _Stuck(chosen, chosen.generation, stuck.expires)
+        return chosen

@@ -1,0 +1,1 @@
+"""Faults of every kind, one after the other, beside sessions that must not notice: `make chaos`."""

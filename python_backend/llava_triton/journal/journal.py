@@ -1,0 +1,174 @@
+"""The journal of one server: what the engine writes and reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from llava_triton.contract.settings import Settings
+from llava_triton.conversation.prompt import CompletedTurn, Span
+from llava_triton.journal.background import Background
+from llava_triton.journal.pictures import PictureWriter
+from llava_triton.journal.reading import Journaled, read_pictures, read_session, sweep
+from llava_triton.journal.records import Record, session_key
+from llava_triton.journal.store import Store, StoreError
+from llava_triton.journal.writer import FLUSH_SECONDS, Done, Log, Writer
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 600.0
+"""How often a folder is looked through for sessions of servers that have died."""
+
+
+class Journal:
+    """Sessions as records in a store.
+
+    Args:
+        settings: where it lies, and how long sessions live.
+        checkpoint: the identity of the model.
+        wall: seconds since 1970.
+
+    Raises:
+        StoreError: the store cannot be used at all.
+    """
+
+    def __init__(
+        self, settings: Settings, checkpoint: str, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.sync = settings.journal_sync
+        self.wall = wall
+        self._idle_seconds = settings.session_idle_seconds
+        self._lifetime_seconds = settings.session_lifetime_seconds
+        self._store = Store(settings.journal)
+        self._background = Background("journal")
+        self._writer = Writer(self._store, self._background)
+        self._pictures = PictureWriter(self._store, self._background)
+        self.counters = self._writer.counters
+        self._open: set[str] = set()
+        """Keys of the sessions that are open here."""
+        if self._store.is_folder:
+            self._background.run(self._sweep())
+
+    # What the engine's thread asks for; nothing waits.
+
+    def begin(self, session_id: int | str, tenant: str, source: Log | None = None) -> Log:
+        """The log of a session that opens.
+
+        Args:
+            session_id: its ID.
+            tenant: whose it is.
+            source: the log of the session that it is a copy of.
+        """
+        key = session_key(session_id, tenant)
+        begun = Log(key) if source is None else self._writer.fork(source, key)
+        begun.opened_at = self.wall()
+        self._open.add(key)
+        return begun
+
+    def go_on(self, found: Journaled) -> Log:
+        """The log of a session that was read from the journal."""
+        last = found.last
+        self._open.add(last.session)
+        return Log(
+            last.session,
+            generation=last.generation,
+            opened_at=last.opened_at,
+            number=found.number,
+            previous=found.previous,
+            pictures=set(found.conversation.images),
+        )
+
+    def append(
+        self,
+        own: Log,
+        tenant: str,
+        *,
+        kept: int,
+        whole: bool,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        turns: Sequence[CompletedTurn],
+        images: Sequence[str],
+        pending: int,
+        text: str | None,
+        finish_reason: str,
+        done: Done | None = None,
+    ) -> None:
+        """Write a step of a session; see `Record`.
+
+        Args:
+            own: the session's log.
+            whole: whether it says all of the session.
+            done: hears of its end.
+        """
+        now = self.wall()
+        record = Record(
+            session=own.key,
+            tenant=tenant,
+            generation=own.generation,
+            writer=own.writer,
+            checkpoint=self.checkpoint,
+            opened_at=own.opened_at,
+            written_at=now,
+            expires_at=min(now + self._idle_seconds, own.opened_at + self._lifetime_seconds),
+            kept=kept,
+            tokens=tokens,
+            spans=spans,
+            turns=turns,
+            images=images,
+            pending=pending,
+            text=text,
+            finish_reason=finish_reason,
+        )
+        self._writer.append(own, record, own.dropped if whole else None, done)
+
+    def forget(self, own: Log) -> None:
+        """A session has ended: delete what the store has of it."""
+        self._open.discard(own.key)
+        self._writer.forget(own)
+
+    def leave(self, own: Log) -> None:
+        """A session has left this server, and may be resumed."""
+        self._open.discard(own.key)
+        self._writer.leave(own)
+
+    # What threads ask for that may wait.
+
+    def read(self, session_id: int | str, tenant: str) -> Journaled | None:
+        """A session; None where there is none that may be resumed.
+
+        Raises:
+            DamagedError: its log is not what was written.
+            StoreError: the store does not answer.
+        """
+        key = session_key(session_id, tenant)
+        return self._background.run(read_session(self._store, key, self.wall())).result()
+
+    def pictures(self, key: str, names: Collection[str]) -> dict[str, bytes]:
+        """Pictures of a session as they were sent, by name; errors as of `read`."""
+        return self._background.run(read_pictures(self._store, key, names)).result()
+
+    def keep(self, key: str, name: str, item: bytes) -> None:
+        """Write a picture under another name, behind everything else."""
+        self._pictures.keep(key, name, item)
+
+    def close(self) -> None:
+        """Write what is not written yet, as far as that is soon, and end."""
+        self._pictures.close(FLUSH_SECONDS)
+        self._writer.close()
+        self._background.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                # By the file system's clock: a server whose own clock jumps deletes nothing.
+                older = time.time() - 2 * self._idle_seconds
+                swept = await sweep(self._store, older, frozenset(self._open))
+                if swept:
+                    log.info("%d sessions of other servers have expired in the journal", swept)
+            except StoreError as error:
+                log.warning("the journal could not be swept: %s", error)
+            await asyncio.sleep(SWEEP_SECONDS)

@@ -1,0 +1,317 @@
+"""The engines behind the adapter, a Triton each: which of them a turn goes to.
+
+Where a session is, its engine knows. What is kept of that here may be forgotten at any time, as
+after a restart of the adapter: then the engines are asked. So a session may have any ID, and the
+client may have chosen it.
+
+- A new session opens on the engine with the fewest.
+- A turn without a session goes to the engine with the fewest turns under way.
+- A session that no engine has is resumed from the journal, where there is one, on the engine with
+  the fewest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from llava_sagemaker.adapter.session_ids import is_named
+from llava_sagemaker.adapter.turns import Triton, Turn
+from llava_triton.contract.answers import ANSWER
+from llava_triton.contract.delta import Delta
+from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.contract.operations import FORK, RESUME, STOP_ANSWER
+from llava_triton.contract.settings import Settings
+
+SETTLED_SECONDS = 2.0
+"""When the adapter starts, it knows within this time which engines serve."""
+LOOK_SECONDS = 5.0
+"""An engine that is asked for a session and does not answer has it: the question waits behind a
+turn of the session."""
+
+
+@dataclass(eq=False)
+class Engine:
+    """One of them, as the adapter sees it."""
+
+    number: int
+    """From 0: of several GPUs, the GPU's."""
+    triton: Triton
+    serves: bool = False
+    """Whether there is a connection to it."""
+    serves_since: float = 0.0
+    """On time.monotonic's clock."""
+    turns: int = 0
+    """Under way."""
+    sessions: int = 0
+    """That are known to be there."""
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when `serves` has been found out once."""
+
+
+@dataclass(eq=False)
+class _Home:
+    """Where a session is."""
+
+    engine: Engine
+    used_at: float
+    """When a turn of it last began or ended, on time.monotonic's clock."""
+    turns: int = 0
+    """Under way."""
+
+
+class Engines:
+    """Sends turns to engines; make it inside the event loop that uses it.
+
+    Args:
+        addresses: `host:port` of the gRPC endpoint of each.
+        settings: of the model repository.
+    """
+
+    def __init__(self, addresses: Sequence[str], settings: Settings) -> None:
+        self.all = [Engine(number, Triton(address)) for number, address in enumerate(addresses)]
+        self.resumed = 0
+        """Turns that were sent again for the journal to bring their session back."""
+        self._journal = bool(settings.journal)
+        self._homes = _Homes(settings.session_idle_seconds)
+        self._looks: dict[str, asyncio.Task[Engine | None]] = {}
+        """By session."""
+        self._watches = [asyncio.create_task(self._watch(engine)) for engine in self.all]
+
+    async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
+        """Send a turn; the pieces of its answer, and its errors, as for `Triton.pieces`."""
+        again: Turn | None = turn
+        del turn  # with its pictures: the answer may take long
+        while again is not None:
+            try:
+                async with contextlib.aclosing(self._at(await self._place(again), again)) as pieces:
+                    async for piece in pieces:
+                        again = None
+                        yield piece
+                again = None
+            except SessionError as error:
+                if again is None or not self._may_resume(again, error):
+                    raise
+                again = await self._resuming(again)
+
+    async def whole(self, turn: Turn) -> Delta:
+        """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
+        pieces = [piece async for piece in self.pieces(turn)]
+        if not pieces or not pieces[-1].is_final:
+            raise SessionError(ErrorCode.INTERNAL, "the answer broke off")
+        return ANSWER.joined(pieces)
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        tasks = [*self._watches, *self._looks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for engine in self.all:
+            await engine.triton.close()
+
+    async def _at(self, engine: Engine, turn: Turn) -> AsyncGenerator[Delta, None]:
+        """A turn, sent to an engine; what is known of its session follows from how it ends."""
+        is_open, start, end, session_id = False, turn.start, turn.end, turn.session_id
+        engine.turns += 1
+        home = None if start and end else self._homes.begins(session_id, engine)
+        answer = engine.triton.pieces(turn)
+        del turn  # with its pictures
+        try:
+            async with contextlib.aclosing(answer) as pieces:
+                async for piece in pieces:
+                    is_open = is_open or piece.is_final
+                    yield piece
+        except SessionError as error:
+            is_open = error.code is not ErrorCode.NOT_FOUND and not start
+            raise
+        except BaseException:  # its client has left, or the engine is lost
+            is_open = not start
+            raise
+        finally:
+            engine.turns -= 1
+            if home is not None:
+                self._homes.ended(session_id, home, is_open and not end)
+
+    # Where a turn goes.
+
+    async def _place(self, turn: Turn) -> Engine:
+        if len(self.all) == 1:
+            return self.all[0]
+        await self._settle()
+        other = turn.parameters.get(STOP_ANSWER, turn.parameters.get(FORK))
+        if other is not None:  # of an open session
+            return await self._find(str(other), turn.tenant) or self._fewest_sessions()
+        if turn.start and turn.end and RESUME not in turn.parameters:
+            return min(self._serving(), key=lambda engine: (engine.turns, engine.sessions))
+        if turn.start and RESUME not in turn.parameters and not is_named(turn.session_id):
+            return self._fewest_sessions()  # we have just made the ID
+        found = await self._find(turn.session_id, turn.tenant)
+        # Others may have waited for the same answer, and one of them was first.
+        return found or self._homes.engine_of(turn.session_id) or self._fewest_sessions()
+
+    def _serving(self) -> list[Engine]:
+        """Those to choose from. Where none serves, all of them: their errors say why."""
+        return [engine for engine in self.all if engine.serves] or self.all
+
+    def _fewest_sessions(self) -> Engine:
+        self._homes.forget_expired()  # (as `begins` does, but before it is counted)
+        return min(self._serving(), key=lambda engine: (engine.sessions, engine.turns))
+
+    async def _find(self, session_id: str, tenant: str) -> Engine | None:
+        """The engine that has a session; None: none of those that serve."""
+        known = self._homes.engine_of(session_id)
+        if known is not None:
+            return known
+        serving = self._serving()
+        if len(serving) == 1:
+            return serving[0]  # it will say
+        look = self._looks.get(session_id)
+        if look is None:
+            look = self._looks[session_id] = asyncio.create_task(
+                self._look(serving, session_id, tenant)
+            )
+            look.add_done_callback(lambda _: self._looks.pop(session_id, None))
+        return await asyncio.shield(look)
+
+    async def _look(self, engines: list[Engine], session_id: str, tenant: str) -> Engine | None:
+        """Ask engines for a session, by a turn that asks for nothing."""
+        nothing = Turn(session_id, tenant=tenant)
+        found = await asyncio.gather(*(_has(engine, nothing) for engine in engines))
+        return next((engine for engine, has in zip(engines, found, strict=True) if has), None)
+
+    # Bringing sessions back.
+
+    def _may_resume(self, turn: Turn, error: SessionError) -> bool:
+        """Whether a turn that was refused may be answered from the journal."""
+        is_new = turn.start and FORK not in turn.parameters  # or resumed already
+        return self._journal and error.code is ErrorCode.NOT_FOUND and not is_new
+
+    async def _resuming(self, turn: Turn) -> Turn:
+        """The same turn, its session brought back first."""
+        self.resumed += 1
+        source = turn.parameters.get(FORK)
+        if source is None:
+            return _resumed(turn)
+        with contextlib.suppress(SessionError):  # the turn says what has become of it
+            await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
+        return turn
+
+    # Which engines serve.
+
+    async def _settle(self) -> None:
+        if not all(engine.settled.is_set() for engine in self.all):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLED_SECONDS):
+                    for engine in self.all:
+                        await engine.settled.wait()
+
+    async def _watch(self, engine: Engine) -> None:
+        """Keep `serves` true to the connection. An engine that has gone has lost its sessions."""
+        channel = engine.triton.channel
+        while True:
+            state = channel.get_state(try_to_connect=True)
+            if state is grpc.ChannelConnectivity.READY and not engine.serves:
+                engine.serves, engine.serves_since = True, time.monotonic()
+            elif state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and engine.serves:
+                engine.serves = False
+                self._homes.forget_engine(engine)
+            if state in _KNOWN:
+                engine.settled.set()
+            await channel.wait_for_state_change(state)
+
+
+_KNOWN = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
+
+
+class _Homes:
+    """Where sessions are, those used last at the end.
+
+    Args:
+        idle_seconds: after so long an engine closes a session.
+    """
+
+    def __init__(self, idle_seconds: float) -> None:
+        self._idle_seconds = idle_seconds
+        self._homes: OrderedDict[str, _Home] = OrderedDict()
+
+    def engine_of(self, session_id: str) -> Engine | None:
+        """Where a session is; None: not known."""
+        home = self._homes.get(session_id)
+        return None if home is None else home.engine
+
+    def begins(self, session_id: str, engine: Engine) -> _Home:
+        """A turn of a session goes to an engine."""
+        self.forget_expired()
+        home = self._homes.get(session_id)
+        if home is None or home.engine is not engine:
+            self._forget(session_id)
+            home = self._homes[session_id] = _Home(engine, 0.0)
+            engine.sessions += 1
+        home.turns += 1
+        self._use(session_id, home)
+        return home
+
+    def ended(self, session_id: str, home: _Home, is_open: bool) -> None:
+        """Such a turn has ended, and its session is still there, or not."""
+        home.turns -= 1
+        if self._homes.get(session_id) is not home:
+            return  # forgotten meanwhile
+        if is_open:
+            self._use(session_id, home)
+        else:
+            self._forget(session_id)
+
+    def forget_engine(self, engine: Engine) -> None:
+        """It has lost its sessions."""
+        for session_id in [each for each, home in self._of(engine)]:
+            self._forget(session_id)
+
+    def forget_expired(self) -> None:
+        """Sessions that nobody has used for so long that their engines have closed them."""
+        until = time.monotonic() - self._idle_seconds
+        while self._homes:
+            session_id, home = next(iter(self._homes.items()))
+            if home.turns:
+                self._use(session_id, home)
+            elif home.used_at > until:
+                return
+            else:
+                self._forget(session_id)
+
+    def _of(self, engine: Engine) -> Iterator[tuple[str, _Home]]:
+        return (each for each in self._homes.items() if each[1].engine is engine)
+
+    def _use(self, session_id: str, home: _Home) -> None:
+        home.used_at = time.monotonic()
+        self._homes.move_to_end(session_id)
+
+    def _forget(self, session_id: str) -> None:
+        home = self._homes.pop(session_id, None)
+        if home is not None:
+            home.engine.sessions -= 1
+
+
+async def _has(engine: Engine, nothing: Turn) -> bool:
+    """Whether an engine has the session of a turn that asks for nothing."""
+    try:
+        async with asyncio.timeout(LOOK_SECONDS):
+            await engine.triton.whole(nothing)
+    except SessionError as error:
+        return error.code is ErrorCode.INVALID_ARG  # there is one, and it was asked nothing
+    except TimeoutError:
+        return True
+    except grpc.aio.AioRpcError:
+        return False  # it has just gone, with its sessions
+    return True
+
+
+def _resumed(turn: Turn) -> Turn:
+    """A turn that brings its session back, or goes on in the open one."""
+    return replace(turn, start=True, parameters={**turn.parameters, RESUME: True})
