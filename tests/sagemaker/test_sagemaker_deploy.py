@@ -65,7 +65,7 @@ def test_up_creates_everything(account: Account, repository: Path, image: str) -
         "LLAVA_ENDPOINT_NAME": "chat",
         "LLAVA_IMAGE_HOSTS": "example.org",
         "LLAVA_IMAGE_BUCKETS": "pictures",
-        "LLAVA_SETTINGS": json.dumps({"journal": f"s3://{BUCKET}/journal"}),
+        "LLAVA_SETTINGS": json.dumps({"journal": f"s3://{BUCKET}/journal", "log_turns": True}),
         "AWS_DEFAULT_REGION": REGION,
     }
     role = f"arn:aws:iam::123456789012:role/{role_of(account)}"
@@ -130,13 +130,13 @@ def test_settings_of_the_server(account: Account, repository: Path, image: str) 
     def settings() -> Any:
         return json.loads(describe(account)[2]["PrimaryContainer"]["Environment"]["LLAVA_SETTINGS"])
 
-    assert settings() == {"max_sessions": 10, "journal": ""}
-    good("update", "chat", "--setting", "max_sessions=null", "--setting", "weights=int8")
-    assert settings() == {"weights": "int8", "journal": ""}
+    assert settings() == {"max_sessions": 10, "journal": "", "log_turns": True}
+    good("update", "chat", "--setting", "log_turns=null", "--setting", "weights=int8")
+    assert settings() == {"max_sessions": 10, "weights": "int8", "journal": ""}
     assert "unknown settings: wieghts" in bad("update", "chat", "--setting", "wieghts=int8")
     assert "NAME=VALUE is expected" in bad("update", "chat", "--setting", "weights")
     assert "vision_max_batch" in bad("update", "chat", "--setting", "vision_max_batch=2")
-    assert settings() == {"weights": "int8", "journal": ""}
+    assert settings() == {"max_sessions": 10, "weights": "int8", "journal": ""}
 
 
 def test_routing_by_prefix(account: Account, repository: Path, image: str) -> None:

@@ -102,6 +102,9 @@ class Settings:
     journal_sync: bool = False
     """Whether the end of an answer waits until the turn is in the journal. Where it cannot be
     written, the turn fails. false: turns are written behind their answers."""
+    log_turns: bool = False
+    """Whether the log has a line of JSON for each turn: tokens, times, outcome, and a hash of the
+    session's ID."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

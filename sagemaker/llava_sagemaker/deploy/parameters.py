@@ -98,14 +98,14 @@ def changed_settings(place: Place, text: str | None, assignments: Iterable[str])
 
     Args:
         place: where.
-        text: what it was; None before the first time, when the journal is switched on.
+        text: what it was; None before the first time, when journal and log are switched on.
         assignments: values are JSON, or else texts; `null` takes a setting back.
 
     Raises:
         DeployError: not NAME=VALUE, or too many for a variable.
     """
-    journal = {"journal": f"s3://{place.bucket}/journal"}
-    settings = journal if text is None else json.loads(text)
+    first = {"journal": f"s3://{place.bucket}/journal", "log_turns": True}
+    settings = first if text is None else json.loads(text)
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
