@@ -18,7 +18,7 @@ from tests.stub_triton import StubTriton
 
 SETTINGS = Settings(max_sessions=64, max_queued_turns=64)
 PICTURE = b"\x89PNG a picture"
-NO_PICTURE = "data:image/png;base64,bm8gcGljdHVyZQ=="
+SHOWN = "data:image/png;base64,iVBORw0KGgo="
 
 
 class Pair:
@@ -169,7 +169,7 @@ def test_a_dead_engine_takes_its_own_sessions_only(pair: Pair) -> None:
     assert pair.engine_of(pair.open()) == 0
     pair.lose(0)
     pair.lose(1)
-    assert pair.adapter.ping() == 503
+    pair.adapter.wait_until(lambda: pair.adapter.ping() == 503)
 
 
 def test_sessions_of_a_dead_engine_are_resumed_on_another(with_journal: Pair) -> None:
@@ -221,14 +221,11 @@ def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:
             engine.open.clear()
 
     adapter, asked = pair.adapter, {"requestType": "NEW_SESSION", "resume": session}
-    for body in (asked, {**asked, "text": "Hello?"}, {**asked, "image": NO_PICTURE}):
+    for body in (asked, {**asked, "text": "Hello?"}, {**asked, "image": SHOWN}):
         lost()
         told = adapter.invoke(body, "NEW_SESSION")
-        if "image" in body:
-            assert (told.status, told.code) == (400, "image_invalid")
-        else:
-            assert told.new_session == session
-            assert text_of(pair.ask(session, "And?")) == "And?"
+        assert told.new_session == session
+        assert text_of(pair.ask(session, "And?")) == "And?"
     for data in (b"", json.dumps(question("Hello?")).encode()):
         lost()
         headers = {

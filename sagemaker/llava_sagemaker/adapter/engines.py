@@ -31,6 +31,8 @@ from llava_triton.contract.settings import Settings
 
 SETTLED_SECONDS = 2.0
 """When the adapter starts, it knows within this time which engines serve."""
+WAIT_SECONDS = 30.0
+"""So long a turn waits for an engine to be started again, where a journal has its session."""
 LOOK_SECONDS = 5.0
 """An engine that is asked for a session and does not answer has it: the question waits behind a
 turn of the session."""
@@ -80,6 +82,7 @@ class Engines:
         """Turns that were sent again for the journal to bring their session back."""
         self._journal = bool(settings.journal)
         self._homes = _Homes(settings.session_idle_seconds)
+        self._any_serves = asyncio.Event()
         self._looks: dict[str, asyncio.Task[Engine | None]] = {}
         """By session."""
         self._watches = [asyncio.create_task(self._watch(engine)) for engine in self.all]
@@ -142,6 +145,10 @@ class Engines:
     # Where a turn goes.
 
     async def _place(self, turn: Turn) -> Engine:
+        if self._journal and not self._any_serves.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WAIT_SECONDS):
+                    await self._any_serves.wait()
         if len(self.all) == 1:
             return self.all[0]
         await self._settle()
@@ -222,6 +229,10 @@ class Engines:
             elif state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and engine.serves:
                 engine.serves = False
                 self._homes.forget_engine(engine)
+            if any(each.serves for each in self.all):
+                self._any_serves.set()
+            else:
+                self._any_serves.clear()
             if state in _KNOWN:
                 engine.settled.set()
             await channel.wait_for_state_change(state)
@@ -278,10 +289,10 @@ class _Homes:
         until = time.monotonic() - self._idle_seconds
         while self._homes:
             session_id, home = next(iter(self._homes.items()))
+            if home.used_at > until:
+                return
             if home.turns:
                 self._use(session_id, home)
-            elif home.used_at > until:
-                return
             else:
                 self._forget(session_id)
 

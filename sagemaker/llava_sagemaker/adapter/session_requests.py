@@ -94,7 +94,8 @@ def resumed_session(request: Request) -> Invocation:
     """The header alone asks for a session that is to be brought back."""
     assert request.session is not None
     told = _Created(request.session)
-    return Invocation("open", turn(request.session), told, only_resumes=True)
+    asked = turn(request.session)
+    return Invocation("open", asked, told, opened=request.session, only_resumes=True)
 
 
 def raw_picture(request: Request) -> Invocation:
