@@ -189,7 +189,7 @@ def test_no_model(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_exist(demo_repository: Path, tmp_path: Path) -> None:
-    said = 'LLAVA_SETTINGS={"max_session": 3}'
+    said = 'LLAVA_CHANGED_SETTINGS={"max_session": 3}'
     container = Container(demo_repository, tmp_path / "log", before=["env", said])
     try:
         assert container.wait() == 1

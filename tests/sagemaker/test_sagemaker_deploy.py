@@ -65,7 +65,9 @@ def test_up_creates_everything(account: Account, repository: Path, image: str) -
         "LLAVA_ENDPOINT_NAME": "chat",
         "LLAVA_IMAGE_HOSTS": "example.org",
         "LLAVA_IMAGE_BUCKETS": "pictures",
-        "LLAVA_SETTINGS": json.dumps({"journal": f"s3://{BUCKET}/journal", "log_turns": True}),
+        "LLAVA_CHANGED_SETTINGS": json.dumps(
+            {"journal": f"s3://{BUCKET}/journal", "log_turns": True}
+        ),
         "AWS_DEFAULT_REGION": REGION,
     }
     role = f"arn:aws:iam::123456789012:role/{role_of(account)}"
@@ -128,7 +130,9 @@ def test_settings_of_the_server(account: Account, repository: Path, image: str) 
     good(*up, "--setting", "max_sessions=10", "--setting", "journal=")
 
     def settings() -> Any:
-        return json.loads(describe(account)[2]["PrimaryContainer"]["Environment"]["LLAVA_SETTINGS"])
+        return json.loads(
+            describe(account)[2]["PrimaryContainer"]["Environment"]["LLAVA_CHANGED_SETTINGS"]
+        )
 
     assert settings() == {"max_sessions": 10, "journal": "", "log_turns": True}
     good("update", "chat", "--setting", "log_turns=null", "--setting", "weights=int8")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE_NAME = "settings.json"
-VARIABLE = "LLAVA_SETTINGS"
+VARIABLE = "LLAVA_CHANGED_SETTINGS"
 """An environment variable: settings that differ from the repository's, a JSON object."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("unrounded", "int8")
@@ -169,7 +169,7 @@ class Settings:
     @classmethod
     def of_repository(cls, repository: Path) -> Settings:
         """The settings that the export wrote into a model repository, and what the environment
-        variable LLAVA_SETTINGS says instead.
+        variable LLAVA_CHANGED_SETTINGS says instead.
 
         Raises:
             OSError: there are none.

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_settings(repository: Path) -> None:
-    """Raises ContainerError where settings.json, or LLAVA_SETTINGS, does not say settings."""
+    """Raises ContainerError where settings.json or LLAVA_CHANGED_SETTINGS has none that fit."""
     try:
         Settings.of_repository(repository)
     except (ValueError, TypeError) as error:
