@@ -159,7 +159,9 @@ class CloudFormation:
 
     def _update(self, stack: Stack, params: dict[str, Any]) -> dict[str, Any]:
         given = {p["ParameterKey"]: p["ParameterValue"] for p in params["Parameters"]}
-        if given == stack.parameters and params["TemplateBody"] == stack.body:
+        if self._wanted(stack, given) == {
+            name: made.properties for name, made in stack.resources.items()
+        }:
             raise StackError("ValidationError", "No updates are to be performed.")
         stack.doing = "UPDATE_IN_PROGRESS"
         if self._apply(stack, given):
@@ -185,23 +187,32 @@ class CloudFormation:
             del stack.resources[name]
         stack.status = "DELETE_COMPLETE"
 
+    def _resolver(self, stack: Stack, parameters: dict[str, str]) -> Resolver:
+        """Knows what the stack has by now."""
+        place = Place(boto3.Session(region_name="us-east-1"), parameters["Name"], "123456789012")
+        known = {}
+        for name, made in stack.resources.items():
+            known[name] = made.name
+            known |= {f"{name}.{attribute}": v for attribute, v in made.attributes.items()}
+        return Resolver(place, parameters, known)
+
+    def _wanted(self, stack: Stack, parameters: dict[str, str]) -> dict[str, Properties]:
+        """What the resources would be."""
+        resolver = self._resolver(stack, parameters)
+        return {
+            name: resolver.of(definition["Properties"])
+            for name, definition in TEMPLATE["Resources"].items()
+            if "Condition" not in definition or resolver.holds(definition["Condition"])
+        }
+
     def _apply(self, stack: Stack, parameters: dict[str, str]) -> bool:
         """Bring the resources to what the template says; False: it failed, and all is as before."""
-        place = Place(boto3.Session(region_name="us-east-1"), parameters["Name"], "123456789012")
         before = dict(stack.resources)
         undo: list[Callable[[], Any]] = []
         garbage: list[Made] = []
         wanted = []
         for name in _order():
-            known = {
-                key: value
-                for logical, made in stack.resources.items()
-                for key, value in {
-                    logical: made.name,
-                    **{f"{logical}.{a}": v for a, v in made.attributes.items()},
-                }.items()
-            }
-            resolver = Resolver(place, parameters, known)
+            resolver = self._resolver(stack, parameters)
             definition = TEMPLATE["Resources"][name]
             if "Condition" in definition and not resolver.holds(definition["Condition"]):
                 continue

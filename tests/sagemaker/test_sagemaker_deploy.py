@@ -143,6 +143,14 @@ def test_settings_of_the_server(account: Account, repository: Path, image: str) 
     assert settings() == {"max_sessions": 10, "weights": "int8", "journal": ""}
 
 
+def test_an_option_that_does_not_matter_yet(account: Account, repository: Path, image: str) -> None:
+    good("up", "chat", "--repository", repository, "--image", image, "--yes")
+    before = account.everything()
+    output = good("update", "chat", "--sessions-per-instance", 5)  # nothing scales
+    assert "changes nothing" in output
+    assert account.everything() == before
+
+
 def test_routing_by_prefix(account: Account, repository: Path, image: str) -> None:
     up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
     good(*up, "--routing", "prefix-aware", "--max", 2)

@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 
 from llava_sagemaker.deploy import place as places
 from llava_sagemaker.deploy import report, storage, template
-from llava_sagemaker.deploy.errors import DeployError, explain_reason, is_absent
+from llava_sagemaker.deploy.errors import DeployError, explain_reason, is_absent, message_of
 from llava_sagemaker.deploy.place import Place
 
 _UPDATABLE = {
@@ -125,7 +125,14 @@ def bring(place: Place, wanted: Mapping[str, str]) -> Stack:
         stack_id = client.create_stack(**arguments, OnFailure="DELETE")["StackId"]
     else:
         began = _last_event(place, now.id)
-        stack_id = client.update_stack(**arguments)["StackId"]
+        try:
+            stack_id = client.update_stack(**arguments)["StackId"]
+        except ClientError as error:
+            if "No updates are to be performed" not in message_of(error):
+                raise
+            # An option of the autoscaling, for example, where there is none.
+            report.say("that changes nothing as things are; give it again when it matters")
+            return now
     found, reasons = _wait(place, stack_id, began)
     if found["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
         return _stack(found)
@@ -240,7 +247,8 @@ def _wait(place: Place, stack_id: str, after: str | None) -> tuple[Any, list[str
     Returns:
         DescribeStacks' answer, and what the events say of faults.
     """
-    began, reasons = time.monotonic(), []
+    began, reasons, first = time.monotonic(), [], after
+    quiet = False
     while True:
         found = _describe(place, stack_id)
         changing = found["StackStatus"].endswith("_IN_PROGRESS")
@@ -253,8 +261,10 @@ def _wait(place: Place, stack_id: str, after: str | None) -> tuple[Any, list[str
             minutes = int((time.monotonic() - began) / 60)
             if what != place.stack:
                 report.say(f"  {what} {status.lower().replace('_', ' ')}, {minutes} min")
-        if not changing:
+        # The state may still be the one before the change: an event tells, or a second look.
+        if not changing and (quiet or after != first):
             return found, reasons
+        quiet = not changing
         time.sleep(places.POLL_SECONDS)
 
 
