@@ -455,6 +455,19 @@ def test_a_name_that_somebody_has_is_left_alone(
     assert account.everything() == before
 
 
+def test_a_stack_that_somebody_left_half_made(
+    account: Account, repository: Path, image: str
+) -> None:
+    """As `aws cloudformation deploy` leaves it when its change set fails."""
+    before = account.everything()
+    tags = [{"Key": "llava-triton:endpoint", "Value": "chat"}]
+    account.stacks.stacks.append(Stack(STACK, tags, "", {}, status="REVIEW_IN_PROGRESS"))
+    up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
+    assert "is REVIEW_IN_PROGRESS and cannot be changed" in bad(*up)
+    good("down", "chat", "--yes")
+    assert account.everything() == before
+
+
 def test_status_tells_how_it_is(account: Account, repository: Path, image: str) -> None:
     good("up", "chat", "--repository", repository, "--image", image, "--max", 2, "--yes")
     minute_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=1)

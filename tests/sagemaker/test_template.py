@@ -39,6 +39,10 @@ def test_the_linter_has_nothing_to_say() -> None:
     assert lint(template.TEXT, REGIONS) == []
 
 
+def test_it_may_be_sent_as_it_is() -> None:
+    assert len(template.TEXT.encode()) < 51_200  # a larger one would have to lie in S3
+
+
 def test_the_linter_would_see_it() -> None:
     (found,) = lint(template.TEXT.replace("Strategy: !Ref Routing", "Strategy: NEAR"), REGIONS[:1])
     assert "NEAR" in found

@@ -303,8 +303,8 @@ def _list(items: list[str] | None) -> str | None:
 
 
 def _list_resources(place: Place) -> None:
-    for resource in stacks.resources(place):
-        report.say(f"{resource.logical_id + ':':24}{resource.name}")
+    for logical, name in stacks.resources(place):
+        report.say(f"{logical + ':':24}{name}")
 
 
 def _place(name: str, region: str | None, account: str | None = None) -> Place:

@@ -40,14 +40,6 @@ class Stack:
         return self.parameters.get("ImageUri", "")
 
 
-@dataclass(frozen=True)
-class Resource:
-    """Something in the stack."""
-
-    logical_id: str
-    name: str
-
-
 def read(place: Place) -> Stack | None:
     """The stack, when nothing changes in it any more; None when there is none.
 
@@ -58,7 +50,7 @@ def read(place: Place) -> Stack | None:
     if found is None:
         return None
     place.must_own("CloudFormation stack", place.stack, found.get("Tags", []))
-    if found["StackStatus"].endswith("_IN_PROGRESS"):
+    if _is_changing(found):
         report.say(f"{place.stack} is changing already: waiting for that")
         found = _wait(place, found["StackId"], _last_event(place, found["StackId"]))[0]
     if found["StackStatus"] == "DELETE_COMPLETE":
@@ -66,18 +58,13 @@ def read(place: Place) -> Stack | None:
     return _stack(found)
 
 
-def resources(place: Place) -> list[Resource]:
-    """All that the stack has; nothing when there is no stack."""
-    try:
-        found = place.client("cloudformation").describe_stack_resources(StackName=place.stack)
-    except ClientError as error:
-        if is_absent(error):
-            return []
-        raise
+def resources(place: Place) -> list[tuple[str, str]]:
+    """What the stack has: names in the template, and in AWS."""
+    found = place.client("cloudformation").describe_stack_resources(StackName=place.stack)
     return [
-        Resource(r["LogicalResourceId"], r["PhysicalResourceId"].split("/endpoint/")[-1])
-        for r in found["StackResources"]
-        if r["ResourceStatus"] != "DELETE_COMPLETE" and r.get("PhysicalResourceId")
+        (resource["LogicalResourceId"], resource["PhysicalResourceId"])
+        for resource in found["StackResources"]
+        if resource["ResourceStatus"] != "DELETE_COMPLETE" and "PhysicalResourceId" in resource
     ]
 
 
@@ -227,6 +214,12 @@ def _describe(place: Place, name: str) -> Any:
         raise
 
 
+def _is_changing(found: Any) -> bool:
+    # A change set that nobody has executed is nothing that ends.
+    status = str(found["StackStatus"])
+    return status.endswith("_IN_PROGRESS") and status != "REVIEW_IN_PROGRESS"
+
+
 def _template(place: Place) -> str:
     body = place.client("cloudformation").get_template(
         StackName=place.stack, TemplateStage="Original"
@@ -251,7 +244,7 @@ def _wait(place: Place, stack_id: str, after: str | None) -> tuple[Any, list[str
     quiet = False
     while True:
         found = _describe(place, stack_id)
-        changing = found["StackStatus"].endswith("_IN_PROGRESS")
+        changing = _is_changing(found)
         for event in _events(place, stack_id, after):
             after = event["EventId"]
             status, what = event["ResourceStatus"], event["LogicalResourceId"]
