@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,7 +160,7 @@ class Client(threading.Thread):
 
         self._until_answered(close, f"the end of {session}")
 
-    def _until_answered(self, ask: Any, what: str) -> Told:
+    def _until_answered(self, ask: Callable[[], Told], what: str) -> Told:
         began, tries, said = time.monotonic(), 0, ""
         while time.monotonic() - began < HUNG_SECONDS:
             try:

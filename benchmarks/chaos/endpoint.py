@@ -23,8 +23,13 @@ SESSION = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION = "X-Amzn-SageMaker-New-Session-Id"
 RESTARTS = "100000"
 """What dies too often ends an instance; here everything does."""
-_STUBS = ("language_model", "image_encoder", "vision_encoder", "answer_collector")
-_STUBS += ("disconnect_watch",)
+_STUBS = (
+    "language_model",
+    "image_encoder",
+    "vision_encoder",
+    "answer_collector",
+    "disconnect_watch",
+)
 
 
 class Told(NamedTuple):

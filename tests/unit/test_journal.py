@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_triton.contract.settings import Settings
@@ -34,6 +33,7 @@ from llava_triton.journal.records import (
 )
 from llava_triton.journal.store import Store, StoreError
 from llava_triton.journal.writer import ElsewhereError, Log, Writer
+from tests.properties import given
 
 PATIENCE_SECONDS = 60.0
 KEY = session_key("s", "")

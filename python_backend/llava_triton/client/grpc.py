@@ -58,9 +58,7 @@ class GrpcTransport(Transport):
         """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
         ended = False
         try:
-            arrived = self._open_stream()
-            request = turn.request(triton, self.parameters)
-            self._client.async_stream_infer("llava_stream", **request)
+            arrived = self._send(turn.request(triton, self.parameters))
             while not ended:
                 result, error = arrived.get()
                 if error is not None:
@@ -88,6 +86,21 @@ class GrpcTransport(Transport):
             self._client = _connect(self._address)
             self._arrived = None
         return told
+
+    def _send(self, request: dict[str, Any]) -> queue.SimpleQueue[tuple[Any, Exception | None]]:
+        """Send a turn over the stream; over another one where that has broken since the last turn,
+        as when its server was started again. Returns where its responses arrive."""
+        stale = self._arrived is not None
+        arrived = self._open_stream()
+        try:
+            self._client.async_stream_infer("llava_stream", **request)
+        except InferenceServerException:
+            if not stale:
+                raise
+            self._break_stream()
+            arrived = self._open_stream()
+            self._client.async_stream_infer("llava_stream", **request)
+        return arrived
 
     def _open_stream(self) -> queue.SimpleQueue[tuple[Any, Exception | None]]:
         if self._arrived is None:

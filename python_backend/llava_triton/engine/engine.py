@@ -121,7 +121,8 @@ class Engine:
         self._journal = journal
         self._expired = expired
         self._sessions = SessionTable(
-            self._memory, self._images, settings, clock, self._statistics, expired, journal
+            *(self._memory, self._images, settings, clock, self._statistics, expired),
+            dropped=self._dropped,
         )
         self._lanes = Lanes()
         self._running: dict[str, RunningTurn] = {}
@@ -478,6 +479,10 @@ class Engine:
         self._statistics.turns_completed += turn.asked_for
         self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0))
         self._leave(turn)
+
+    def _dropped(self, session: Session, forgotten: bool) -> None:
+        if self._journal is not None:
+            (self._journal.forget if forgotten else self._journal.leave)(session)
 
     def _make_room(self, request: TurnRequest) -> None:
         """Where as many sessions are open as may be, let the longest idle one go that the journal

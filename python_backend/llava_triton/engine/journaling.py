@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from llava_triton.contract.errors import invalid, not_found, unavailable
 from llava_triton.conversation.prompt import CompletedTurn
 from llava_triton.device import work_beside
-from llava_triton.engine.image_store import Digest, Image, digest_of
+from llava_triton.engine.image_store import Image, digest_of
+from llava_triton.engine.resumed import Resumed
 from llava_triton.engine.session import PictureSpan, Session
 from llava_triton.engine.session_table import unknown
 from llava_triton.engine.turn import RunningTurn, TurnRequest
@@ -27,16 +27,6 @@ EncodePictures = Callable[[Sequence[bytes], str], Sequence[Tensor]]
 several threads. Raises SessionError."""
 AT_ONCE = 4
 """Sessions that are read at the same time."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """A session that was read from the journal."""
-
-    found: Journaled
-    features: Sequence[Tensor]
-    """Of its pictures, in order."""
-    digests: Sequence[Digest]
 
 
 class SessionJournal:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING
 
 from llava_triton.contract.errors import SessionError, invalid, not_found, unavailable
 from llava_triton.contract.protocol import NO_TENANT
@@ -13,9 +12,6 @@ from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.statistics import Statistics
-
-if TYPE_CHECKING:
-    from llava_triton.engine.journaling import SessionJournal
 
 
 def unknown(session_id: SessionId) -> SessionError:
@@ -41,7 +37,8 @@ class SessionTable:
         clock: seconds.
         statistics: to count in.
         expired: is called with the ID of every session that is closed because its time is over.
-        journal: what sessions say is written there; None: nowhere.
+        dropped: is called with every session that is closed, and whether that is for good; else it
+            may be resumed.
     """
 
     def __init__(
@@ -52,7 +49,7 @@ class SessionTable:
         clock: Callable[[], float],
         statistics: Statistics,
         expired: Callable[[SessionId], None],
-        journal: SessionJournal | None = None,
+        dropped: Callable[[Session, bool], None] = lambda *_: None,
     ) -> None:
         self._memory = memory
         self._images = images
@@ -60,7 +57,7 @@ class SessionTable:
         self._clock = clock
         self._statistics = statistics
         self._expired = expired
-        self._journal = journal
+        self._dropped = dropped
         self._sessions: OrderedDict[SessionId, Session] = OrderedDict()
         """Longest unused first."""
         self._by_age: dict[SessionId, Session] = {}
@@ -154,8 +151,7 @@ class SessionTable:
             self._memory.truncate(session, 0)
             self.forget_taken_back(session)
             self.forget_images(session, 0)
-            if self._journal is not None:
-                (self._journal.forget if forgotten else self._journal.leave)(session)
+            self._dropped(session, forgotten)
             self._statistics.sessions_closed += 1
 
     def forget_images(self, session: Session, first: int) -> None:

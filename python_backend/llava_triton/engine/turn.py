@@ -31,7 +31,7 @@ from llava_triton.model.sampling import Draws, SamplingParameters
 from llava_triton.model.step import Choice
 
 if TYPE_CHECKING:
-    from llava_triton.engine.journaling import Resumed
+    from llava_triton.engine.resumed import Resumed
 
 Listener = Callable[[Delta | SessionError], None]
 """Called on the engine's thread: pieces of the answer in order, the last one final, or an error."""

@@ -49,8 +49,7 @@ class Journal:
         self.counters = self._writer.counters
         self._open: set[str] = set()
         """Keys of the sessions that are open here."""
-        if self._store.is_folder:
-            self._background.run(self._sweep())
+        self._background.run(self._sweep() if self._store.is_folder else self._look())
 
     # What the engine's thread asks for; nothing waits.
 
@@ -160,6 +159,13 @@ class Journal:
         self._pictures.close(FLUSH_SECONDS)
         self._writer.close()
         self._background.close()
+
+    async def _look(self) -> None:
+        """Say at once, and not with the first turn, where the bucket cannot be used."""
+        try:
+            await self._store.folders()
+        except StoreError as error:
+            log.error("the journal %s does not answer: %s", self._store.url, error)
 
     async def _sweep(self) -> None:
         while True:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -20,6 +20,10 @@ CALL_SECONDS = 10.0
 """A call that takes longer has failed."""
 AT_ONCE = 32
 """Calls at the same time."""
+
+
+_TOLD = (AlreadyExistsError, PreconditionError, NotFoundError, FileNotFoundError)
+"""What a call may say without having failed."""
 
 
 class StoreError(Exception):
@@ -62,7 +66,11 @@ class Store:
                     url,
                     # The writer tries again by itself.
                     retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=5)},
-                    client_options={"timeout": timedelta(seconds=CALL_SECONDS)},
+                    # An endpoint without TLS is one that the operator has named.
+                    client_options={
+                        "timeout": timedelta(seconds=CALL_SECONDS),
+                        "allow_http": True,
+                    },
                 )
         except Exception as error:
             raise StoreError(f"the journal {url} cannot be used: {_first_line(error)}") from error
@@ -71,14 +79,14 @@ class Store:
     async def create(self, path: str, data: bytes) -> bool:
         """Write an object; False where there is one already."""
         try:
-            await self._call(obstore.put_async(self._store, path, data, mode="create"))
+            await self._put(path, data, "create")
         except (AlreadyExistsError, PreconditionError):
             return False
         return True
 
     async def replace(self, path: str, data: bytes) -> None:
         """Write an object, whether there is one or not."""
-        await self._call(obstore.put_async(self._store, path, data))
+        await self._put(path, data, "overwrite")
 
     async def read(self, path: str) -> bytes | None:
         """An object; None where there is none."""
@@ -122,7 +130,10 @@ class Store:
 
     async def folders(self) -> list[str]:
         """The folders at the top."""
-        found = await self._call(obstore.list_with_delimiter_async(self._store))
+        try:
+            found = await self._call(obstore.list_with_delimiter_async(self._store))
+        except (NotFoundError, FileNotFoundError) as error:  # the bucket, or the folder
+            raise StoreError(_first_line(error)) from error
         return list(found["common_prefixes"])
 
     async def delete(self, paths: Sequence[str]) -> None:
@@ -133,6 +144,12 @@ class Store:
             except (NotFoundError, FileNotFoundError):
                 continue
 
+    async def _put(self, path: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        try:
+            await self._call(obstore.put_async(self._store, path, data, mode=mode))
+        except (NotFoundError, FileNotFoundError) as error:  # the bucket, or the folder
+            raise StoreError(_first_line(error)) from error
+
     async def read_all(self, paths: Iterable[str]) -> list[bytes | None]:
         """Several objects at once, in the order of their paths."""
         return await asyncio.gather(*(self.read(path) for path in paths))
@@ -141,7 +158,7 @@ class Store:
         try:
             async with self._calls:
                 return await asyncio.wait_for(call, CALL_SECONDS)
-        except (AlreadyExistsError, PreconditionError, NotFoundError, FileNotFoundError):
+        except _TOLD:
             raise
         except TimeoutError:
             raise StoreError(f"the store does not answer within {CALL_SECONDS:g} s") from None

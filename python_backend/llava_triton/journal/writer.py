@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from llava_triton.journal.background import Background
@@ -227,7 +228,7 @@ class Writer:
                 if isinstance(work, _Append):
                     await self._append(work)
                 else:
-                    await self._until_done(lambda each=work: self._forget(each))
+                    await self._until_done(partial(self._forget, work))
         except asyncio.CancelledError:
             raise
         except Exception:  # a fault of ours; the sessions' answers go on

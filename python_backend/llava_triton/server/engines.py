@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava_triton.contract.settings import Settings
+from llava_triton.server.installation import find_installation
 from llava_triton.server.machine import Share
-from llava_triton.server.restarts import RESTARTS, keep_serving
+from llava_triton.server.restarts import POLL_SECONDS, RESTARTS, keep_serving
 from llava_triton.server.server_error import ServerError
-from llava_triton.server.triton_server import START_SECONDS, TritonServer
+from llava_triton.server.triton_server import START_SECONDS, TritonServer, keeps_journal
 
 PORTS = 3
 """Of each engine."""
+WRITING_SECONDS = 8.0
+"""So long, at the end, an engine may take to write what its journal has not."""
+METRICS_SECONDS = 0.6
+"""Its metrics are no older."""
+_WAITING = re.compile(r"^llava_journal_records_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past any proxy that the environment names: what it reads is on this machine."""
 
 
 def servers_on(
@@ -57,13 +65,20 @@ def servers_on(
     return servers
 
 
-def becomes_of_sessions(repository: Path) -> str:
-    """What becomes of the sessions of a server that has died, for the operator."""
-    try:
-        has_journal = bool(Settings.of_repository(repository).journal)
-    except (OSError, ValueError, TypeError):  # its models will say so
-        has_journal = False
-    return "its sessions go on from the journal" if has_journal else "its sessions are lost"
+def _wait_until_written(server: TritonServer) -> None:
+    """Return when the journal has all turns. Triton does not end its models in order where
+    sessions are open, so they cannot write at their end."""
+    deadline = time.monotonic() + WRITING_SECONDS
+    time.sleep(METRICS_SECONDS)
+    while server.alive and time.monotonic() < deadline:
+        try:
+            with _DIRECT.open(server.metrics_url, timeout=1.0) as page:
+                waiting = _WAITING.findall(page.read().decode())
+        except OSError:
+            return
+        if not sum(map(float, waiting)):
+            return
+        time.sleep(POLL_SECONDS)
 
 
 class Engines:
@@ -88,20 +103,30 @@ class Engines:
         self._say = say
         self._restarts = restarts
         self._start_seconds = start_seconds
-        self._lost = becomes_of_sessions(servers[0].repository)
+        self._has_journal = keeps_journal(servers[0].repository)
+        self._lost = "its sessions are lost"
+        if self._has_journal:
+            self._lost = "its sessions go on from the journal"
         self._stopping = threading.Event()
         self._starts = [0] * len(servers)
         """How often each has become ready."""
         self._began = [0.0] * len(servers)
         self._seconds = [0.0] * len(servers)
-        self._failures: list[ServerError | OSError] = []
+        self._failures: list[Exception] = []
         self._threads = [
             threading.Thread(target=self._keep, args=(number,), name=f"engine {number}")
             for number in range(len(servers))
         ]
 
     def start(self) -> None:
-        """Start all of them side by side; returns at once."""
+        """Start all of them side by side; returns at once.
+
+        Raises:
+            InstallationError: there is no Triton on this machine.
+        """
+        # Here also because it uses `sysconfig`, which two threads must not use first (Python 3.11:
+        # one of them finds no values).
+        find_installation()
         for thread in self._threads:
             thread.start()
 
@@ -109,8 +134,9 @@ class Engines:
         """Whether all are served, or will be.
 
         Raises:
-            ServerError, OSError: one of them is not to be started (again): it did not load, or has
-                died too often.
+            ServerError: one of them is not to be started (again): it did not load, or has died too
+                often.
+            Exception: a fault in its thread.
         """
         if self._failures:
             raise self._failures[0]
@@ -145,11 +171,13 @@ class Engines:
                 restarts=self._restarts,
                 lost=self._lost,
             )
-        except (ServerError, OSError) as error:
-            if not self._stopping.is_set():
-                with contextlib.suppress(IndexError):  # else of a class that says more, as it is
-                    error.args = (self._named(number, str(error.args[0])), *error.args[1:])
-                self._failures.append(error)
+        except Exception as error:
+            if isinstance(error, ServerError) and error.args:
+                error.args = (self._named(number, str(error.args[0])), *error.args[1:])
+            self._failures.append(error)
+        else:
+            if self._has_journal:
+                _wait_until_written(server)
         finally:
             server.stop()
 

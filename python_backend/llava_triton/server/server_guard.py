@@ -31,9 +31,8 @@ NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
 and its shared-memory files begin with it and a hyphen. No name is the beginning of another."""
 LOCK = "guard.lock"
 """In a run folder: locked for as long as its guard lives."""
-GRACE_SECONDS = 8.0
-"""How long tritonserver may take over its own shutdown before it is killed. It takes little more
-than a second, unless its models still have something to write to a journal."""
+GRACE_SECONDS = 2.0
+"""How long tritonserver may take over its own shutdown before it is killed."""
 KILL = b"k"
 """What the parent writes to have no grace; to be told to end at all, it closes the pipe."""
 _SHARED_MEMORY = Path("/dev/shm")

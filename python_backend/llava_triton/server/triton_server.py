@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from llava_triton.contract.settings import Settings
 from llava_triton.server import server_guard
 from llava_triton.server.crash_handler import CrashHandler
 from llava_triton.server.installation import CPU_ENVIRONMENT, Installation, find_installation
@@ -37,7 +38,8 @@ START_SECONDS = 300.0
 """Loading a large language model takes minutes; a server that dies is noticed at once anyway."""
 _GPU_POOL_BYTES = 512 * 1024 * 1024
 _EXIT_SECONDS = 1
-"""Triton's own wait, at its end, for open sequences and running requests."""
+"""Triton's own wait, at its end, for open sequences and running requests. Where there are any then,
+it ends without ending its models."""
 
 _RESTRICT = ("http-restricted-api", "grpc-restricted-protocol")
 _CONTROL = ("model-repository", "trace", "logging")
@@ -55,6 +57,14 @@ def _closed(*protocols: str) -> str:
     the case that it could.
     """
     return f"{','.join(protocols)}:(closed: by this server)={secrets.token_urlsafe(32)}"
+
+
+def keeps_journal(repository: Path) -> bool:
+    """Whether the models of a repository write their sessions down."""
+    try:
+        return bool(Settings.of_repository(repository).journal)
+    except (OSError, ValueError, TypeError):  # its models will say so
+        return False
 
 
 class TritonServer:
@@ -293,8 +303,7 @@ class TritonServer:
             connection.close()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Stop the server and everything it started, within 9 seconds and usually 2; twice does no
-        harm.
+        """Stop the server and everything it started, within 3 seconds; twice does no harm.
 
         Args:
             at_once: kill it. Triton's own end waits for answers under way, which may never come.
