@@ -458,9 +458,13 @@ def test_a_name_that_somebody_has_is_left_alone(
 def test_a_stack_that_somebody_left_half_made(
     account: Account, repository: Path, image: str
 ) -> None:
-    """As `aws cloudformation deploy` leaves it when its change set fails."""
+    """As `aws cloudformation deploy` leaves it when its change set fails. A bucket of our name is
+    not the stack's then, and stays as it is."""
+    account.client("s3").create_bucket(Bucket=BUCKET)
+    account.client("s3").put_object(Bucket=BUCKET, Key="file", Body=b"theirs")
     before = account.everything()
     tags = [{"Key": "llava-triton:endpoint", "Value": "chat"}]
+    assert before["stacks"] == []
     account.stacks.stacks.append(Stack(STACK, tags, "", {}, status="REVIEW_IN_PROGRESS"))
     up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
     assert "is REVIEW_IN_PROGRESS and cannot be changed" in bad(*up)

@@ -149,13 +149,15 @@ def remove(place: Place) -> None:
         stack = read(place)
         if stack is None:
             return
-        storage.empty_bucket(place)
+        ours = ("Bucket", place.bucket) in resources(place)
+        if ours:
+            storage.empty_bucket(place)
         began = _last_event(place, stack.id)
         place.client("cloudformation").delete_stack(StackName=place.stack)
         found, reasons = _wait(place, stack.id, began)
         if found["StackStatus"] == "DELETE_COMPLETE":
             return
-        if not storage.has_objects(place):
+        if not (ours and storage.has_objects(place)):
             break
     left = "\n".join(map(explain_reason, reasons))
     raise DeployError(f"not everything could be removed; run it again.\n{left}")
