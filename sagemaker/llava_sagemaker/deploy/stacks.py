@@ -74,8 +74,15 @@ def bring_base(place: Place, given: Mapping[str, str]) -> Stack:
     Args:
         place: where.
         given: parameters that differ from the template's defaults.
+
+    Raises:
+        DeployError: it could not be made, or cannot be changed.
     """
-    return read(place) or bring(place, {**template.defaults(), **given, "Name": place.name})
+    now = read(place)
+    if now is None:
+        return bring(place, {**template.defaults(), **given, "Name": place.name})
+    _check_updatable(place, now)
+    return now
 
 
 def bring(place: Place, wanted: Mapping[str, str]) -> Stack:
@@ -91,11 +98,8 @@ def bring(place: Place, wanted: Mapping[str, str]) -> Stack:
     """
     client = place.client("cloudformation")
     now = read(place)
-    if now is not None and now.status not in _UPDATABLE:
-        raise DeployError(
-            f"the CloudFormation stack {place.stack} is {now.status} and cannot be changed: "
-            f"`llava-sagemaker down {place.name}`, then `up` again"
-        )
+    if now is not None:
+        _check_updatable(place, now)
     if now is not None and now.parameters == dict(wanted) and _template(place) == template.TEXT:
         return now
     arguments: dict[str, Any] = {
@@ -200,6 +204,14 @@ def bring_instances(place: Place, minimum: int, maximum: int) -> None:
         if endpoint["EndpointStatus"] == "Failed":
             raise DeployError(explain_reason(endpoint.get("FailureReason", "no reason is given")))
         time.sleep(places.POLL_SECONDS)
+
+
+def _check_updatable(place: Place, stack: Stack) -> None:
+    if stack.status not in _UPDATABLE:
+        raise DeployError(
+            f"the CloudFormation stack {place.stack} is {stack.status} and cannot be changed: "
+            f"`llava-sagemaker down {place.name}`, then `up` again"
+        )
 
 
 def _stack(found: Any) -> Stack:

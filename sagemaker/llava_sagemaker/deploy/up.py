@@ -64,8 +64,7 @@ def up(
     if not running or any(now[name] != wanted[name] for name in costs):
         confirm()
 
-    if stack is None:
-        stacks.bring_base(place, {"KmsKeyArn": wanted["KmsKeyArn"]})
+    stacks.bring_base(place, {"KmsKeyArn": wanted["KmsKeyArn"]})
     if build:
         new_image = image.build_and_push(place)
     else:
