@@ -12,7 +12,7 @@ from llava_sagemaker.adapter.metrics import joined
 
 from llava_triton.server.engines import Engines, servers_on
 from llava_triton.server.machine import Share
-from llava_triton.server.server_error import ServerError
+from llava_triton.server.server_error import ServerError, StartCrashError
 
 PATIENCE_SECONDS = 20.0
 
@@ -102,6 +102,22 @@ def test_a_failed_restart_is_one_more_fault(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="its port is taken; parts of Triton died 2 times"):
         wait_until(lambda: fails(engines.look))
     engines.stop()
+
+
+def test_a_crash_at_the_first_start_is_tried_again(tmp_path: Path) -> None:
+    servers: list[Any] = [Server(tmp_path)]
+    said: list[str] = []
+
+    def mended(text: str) -> None:
+        said.append(text)
+        servers[0].fails = None
+
+    servers[0].fails = StartCrashError("it did not start")
+    engines = Engines(servers, mended)
+    engines.start()
+    wait_until(lambda: engines.starts == (1,))
+    engines.stop()
+    assert said == ["it did not start: starting Triton again; its sessions are lost"]
 
 
 def test_ports_of_several(tmp_path: Path) -> None:
