@@ -47,6 +47,7 @@ def test_a_session_in_a_bucket(bucket: Any) -> None:
     assert hands.write(log) is None
     assert hands.write(log, **NEXT) is None
     found = background.run(read_session(store, KEY, 0.0)).result()
+    assert found is not None
     assert found.conversation.tokens == [1, 5, 5, 5, 2, 3, 4]
     there = [each["Key"] for each in bucket.list_objects_v2(Bucket=BUCKET)["Contents"]]
     assert all(each.startswith(f"some/prefix/{KEY}/") for each in there)
