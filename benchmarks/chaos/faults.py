@@ -43,6 +43,8 @@ class Faults(threading.Thread):
         self._endpoint = endpoint
         self._between = between
         self._rng = random.Random(seed)
+        # Each kind once, before chance decides.
+        self._next = self._rng.sample([*FAULTS], len(FAULTS))
         self._told = threading.Event()
 
     def end(self) -> None:
@@ -54,6 +56,7 @@ class Faults(threading.Thread):
         """See `threading.Thread`."""
         while not self._told.wait(self._rng.uniform(*self._between)):
             fault = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
+            fault = self._next.pop() if self._next else fault
             instances = list(self._endpoint.instances())
             if instances and self._do(fault, self._rng.choice(instances)):
                 self.counts[fault] += 1

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 from llava_sagemaker.adapter import json_body, off_loop, request_reading
+from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.json_body import JsonReader
 from llava_sagemaker.adapter.metrics import AdapterMetrics
 from llava_sagemaker.adapter.request_handling import RequestHandler
-from llava_sagemaker.adapter.turns import Triton
 from starlette.requests import Request as HttpRequest
 
 from tests.adapter_process import Adapter
@@ -416,9 +416,9 @@ def test_small_bodies_have_room_beside_large_ones() -> None:
 @contextlib.asynccontextmanager
 async def in_process() -> AsyncIterator[RequestHandler]:
     """The adapter's handler in the running loop, nobody behind it."""
-    triton = Triton("127.0.0.1:1")
-    yield RequestHandler(triton, AdapterMetrics(), SETTINGS)
-    await triton.close()
+    engines = Engines(["127.0.0.1:1"], SETTINGS)
+    yield RequestHandler(engines, AdapterMetrics(engines), SETTINGS)
+    await engines.close()
 
 
 def test_a_refused_request_leaves_nothing_to_the_garbage_collector() -> None:

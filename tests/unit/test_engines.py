@@ -12,7 +12,7 @@ from llava_sagemaker.adapter.metrics import joined
 
 from llava_triton.server.engines import Engines, servers_on
 from llava_triton.server.machine import Share
-from llava_triton.server.server_error import ServerError
+from llava_triton.server.server_error import ServerError, StartCrashError
 
 PATIENCE_SECONDS = 20.0
 
@@ -50,6 +50,12 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def fails(look: Callable[[], None]) -> bool:
+    """False, or what it raises."""
+    look()
+    return False
+
+
 def test_one_that_dies_is_started_again_alone(tmp_path: Path) -> None:
     said: list[str] = []
     servers: list[Any] = [Server(tmp_path), Server(tmp_path)]
@@ -82,7 +88,7 @@ def test_a_start_that_fails_is_told(tmp_path: Path, fault: Exception) -> None:
     engines = Engines(servers, print)
     engines.start()
     with pytest.raises(type(fault), match=str(fault)):
-        wait_until(lambda: engines.look() is not None)
+        wait_until(lambda: fails(engines.look))
     engines.stop()
 
 
@@ -94,8 +100,24 @@ def test_a_failed_restart_is_one_more_fault(tmp_path: Path) -> None:
     servers[0].fails = ServerError("its port is taken")
     servers[0].happens = "it has died"
     with pytest.raises(ServerError, match="its port is taken; parts of Triton died 2 times"):
-        wait_until(lambda: engines.look() is not None)
+        wait_until(lambda: fails(engines.look))
     engines.stop()
+
+
+def test_a_crash_at_the_first_start_is_tried_again(tmp_path: Path) -> None:
+    servers: list[Any] = [Server(tmp_path)]
+    said: list[str] = []
+
+    def mended(text: str) -> None:
+        said.append(text)
+        servers[0].fails = None
+
+    servers[0].fails = StartCrashError("it did not start")
+    engines = Engines(servers, mended)
+    engines.start()
+    wait_until(lambda: engines.starts == (1,))
+    engines.stop()
+    assert said == ["it did not start: starting Triton again; its sessions are lost"]
 
 
 def test_ports_of_several(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_several_engines_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("LLAVA_ENGINES", raising=False)
     assert machine.shares() == [machine.Share()]
     two = machine.shares(2)
-    assert [share.cores for share in two] == [{0, 1}, {2, 5, 6}]
+    assert [share.cores for share in two] == [frozenset({0, 1}), frozenset({2, 5, 6})]
     assert all(share.environment == {"LLAVA_ENGINES": "2"} for share in two)
     many = machine.shares(6)  # more than cores: some of them share one
     assert [len(share.cores or ()) for share in many] == [1] * 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from llava_triton.server.server_error import ServerError
+from llava_triton.server.server_error import ServerError, StartCrashError
 
 POLL_SECONDS = 0.2
 """Time between two looks at what serves: clients are to hear of its death within a second."""
@@ -46,7 +46,7 @@ def keep_serving(
 
     Args:
         start: starts what serves, and returns when it does. A start that fails is a fault like any
-            other, except for the first one, which ends everything.
+            other, except for the first one, which ends everything unless it was a crash.
         fault: asked every 0.2 s: what has broken what serves, None while it is well. What it
             raises ends everything.
         stop_at_once: ends what is left of it. Connections must break: only by that do clients hear
@@ -69,7 +69,7 @@ def keep_serving(
         except ServerError as error:
             if told():
                 return
-            if not has_served:
+            if not has_served and not isinstance(error, StartCrashError):
                 raise
             found = str(error)
         else:

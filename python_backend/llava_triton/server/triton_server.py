@@ -30,7 +30,7 @@ from llava_triton.server.machine import Share
 from llava_triton.server.model_processes import ModelProcesses, is_dead
 from llava_triton.server.ports import check_ports, free_ports
 from llava_triton.server.run_folder import make_run_folder
-from llava_triton.server.server_error import ServerError
+from llava_triton.server.server_error import ServerError, StartCrashError
 
 __all__ = ["CPU_ENVIRONMENT", "ServerError", "TritonServer", "free_ports"]
 
@@ -184,6 +184,7 @@ class TritonServer:
 
         Raises:
             PortError: a port is taken.
+            StartCrashError: a signal killed it.
             ServerError: there is no Triton server on this machine or no such repository, a model
                 failed to load, `timeout` seconds passed, or it is not wanted any more.
         """
@@ -271,7 +272,10 @@ class TritonServer:
                 raise ServerError("the Triton server was told to end while it started")
             if not self.alive:
                 check_ports(self.host, self.ports)  # another program was faster
-                raise ServerError(f"the Triton server did not start:\n{self._failure()}")
+                assert self._guard is not None
+                crashed = self._guard.wait() > 128
+                kind = StartCrashError if crashed else ServerError
+                raise kind(f"the Triton server did not start:\n{self._failure()}")
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"the Triton server was not ready after {timeout:.0f} seconds; the end of its "
