@@ -19,6 +19,7 @@ WEB_PORT ?= 7860
 INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
+STEP ?= 1
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -99,8 +100,9 @@ chaos: .venv/runtime compiler ## Everything is killed and stopped, beside sessio
 gpu-wheels: .venv/runtime ## What a GPU machine without a network lacks, into build/gpu-wheels
 	$(python) -m benchmarks.gpu_check.wheels --output build/gpu-wheels
 
-gpu-check: ## Tests and figures of an NVIDIA GPU, by PYTHON= itself, no .venv (9 minutes; docs/gpu.md)
-	'$(PYTHON)' -m benchmarks.gpu_check --wheels build/gpu-wheels --output benchmarks/results
+gpu-check: ## What an NVIDIA GPU does, STEP=1, 2, 3 by PYTHON= itself, no .venv (10 minutes each; docs/gpu.md)
+	'$(PYTHON)' -m benchmarks.gpu_check --step '$(STEP)' --wheels build/gpu-wheels \
+	    --scratch build/gpu-check --output benchmarks/results
 
 profile: .venv/runtime compiler libb64 $(demo_repository) ## Whole sessions under NVIDIA's perf_analyzer
 	$(python) -m benchmarks.profile
@@ -147,19 +149,19 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
 .venv/runtime: .venv/checkout pyproject.toml constraints.txt
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker)
 	touch $@
 
 .venv/web: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)web)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)web)
 	touch $@
 
 .venv/bench: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)bench)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)bench)
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.

@@ -162,6 +162,7 @@ class EngineHarness:
         history: Sequence[PastTurn] = (),
         tenant: str = NO_TENANT,
         operation: Operation = NO_OPERATION,
+        request_id: str = "",
         listen: Callable[[Any], None] | None = None,
         **sampling: Any,
     ) -> Pending:
@@ -177,6 +178,7 @@ class EngineHarness:
             history=tuple(history),
             tenant=tenant,
             operation=operation,
+            request_id=request_id,
             sampling=SamplingParameters(**sampling),
         )
 

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_triton.contract.models import MODELS
+
 WAIT_SECONDS = 60.0
+EVERY_OUTPUT = MODELS["language_model"].outputs
+"""Of a request to it that names none."""
 
 
 class Tensor:
@@ -68,6 +72,7 @@ class Sender:
 
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
+        self.cancelled = False
         self._ended = threading.Event()
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
@@ -76,6 +81,10 @@ class Sender:
             self.responses.append(response)
         if flags:
             self._ended.set()
+
+    def is_cancelled(self) -> bool:
+        assert not self._ended.is_set(), "nobody knows any more"
+        return self.cancelled
 
     def wait(self) -> list[InferenceResponse]:
         """All responses, once the last one has been sent."""
@@ -94,14 +103,24 @@ class Request:
         flags: int = 0,
         parameters: dict[str, Any] | None = None,
         cancelled: bool = False,
+        request_id: str = "",
+        outputs: Sequence[str] | None = None,
     ) -> None:
         self.tensors = {name: Tensor(name, array) for name, array in (arrays or {}).items()}
         self.sender = Sender()
         self._session, self._flags, self._cancelled = session, flags, cancelled
         self._parameters = json.dumps(parameters or {})
+        self._request_id = request_id
+        self._outputs = [spec.name for spec in EVERY_OUTPUT] if outputs is None else list(outputs)
 
     def inputs(self) -> list[Tensor]:
         return list(self.tensors.values())
+
+    def requested_output_names(self) -> list[str]:
+        return self._outputs
+
+    def request_id(self) -> str:
+        return self._request_id
 
     def correlation_id(self) -> int | str:
         return self._session

@@ -27,6 +27,7 @@ class Seen:
     inputs: dict[str, list[bytes]] = field(default_factory=dict)
     rewind: int | None = None
     """How many turns it keeps."""
+    model: str = ""
     resume: bool = False
     fork: str = ""
     stop: str = ""
@@ -38,7 +39,8 @@ class Seen:
 
 
 class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers each turn with its text in two pieces, once `may_answer` is set.
+    """Answers each turn with its text in two pieces, once `may_answer` is set; the second one once
+    `may_end` is, too.
 
     Turns that name no open session are refused as Triton does it, and pictures that begin with
     `no picture` as the engine does.
@@ -54,8 +56,13 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.journal = journal
         self.calls_ended = 0
         """Calls that were cancelled, or whose channel was closed."""
-        self.may_answer = threading.Event()
+        self.cancelled: list[tuple[str, str]] = []
+        """Sessions and request IDs of the turns that were cancelled by requests."""
+        self.knows_waiting = True
+        """Whether such a request finds its turn."""
+        self.may_answer, self.may_end = threading.Event(), threading.Event()
         self.may_answer.set()
+        self.may_end.set()
         self._once = threading.Event()
         port = port or free_ports(1)[0]
         self.port = port
@@ -71,6 +78,7 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     def stop(self) -> None:
         self.may_answer.set()
+        self.may_end.set()
         self._server.stop(0).wait()
 
     def go_on_once(self) -> None:
@@ -82,16 +90,25 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         for request in requests:
             yield from self._answer(request)
 
+    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return list(self._answer(request))[-1].infer_response
+
     def _count_ended(self) -> None:
         self.calls_ended += 1
 
     def _answer(self, request: Any) -> Iterator[Any]:
         parameters = request.parameters
+        if "cancel_answer" in parameters:
+            cancelled = parameters["cancel_answer"], parameters["cancel_request"]
+            self.cancelled.append((cancelled[0].string_param, cancelled[1].string_param))
+            yield _piece(request.id, "", "stopped")
+            return
         seen = Seen(
             parameters["sequence_id"].string_param,
             parameters["sequence_start"].bool_param,
             parameters["sequence_end"].bool_param,
             rewind=parameters["rewind"].int64_param if "rewind" in parameters else None,
+            model=request.model_name,
             resume="resume" in parameters and parameters["resume"].bool_param,
             fork=parameters["fork"].string_param if "fork" in parameters else "",
             stop=parameters["stop_answer"].string_param if "stop_answer" in parameters else "",
@@ -106,14 +123,22 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 if self._once.is_set():
                     self._once.clear()
                     break
+                if self._is_cancelled(seen, request):
+                    yield _error(request.id, "CANCELLED: the turn was cancelled")
+                    return
         refusal = self._refusal(seen)
         if refusal:
-            response = service_pb2.ModelStreamInferResponse(error_message=refusal)
-            response.infer_response.id = request.id
-            yield response
+            yield _error(request.id, refusal)
             return
         yield _piece(request.id, seen.text[:1], "")
+        while not self.may_end.wait(0.01):
+            if self._is_cancelled(seen, request):
+                yield _error(request.id, "CANCELLED: the turn was cancelled")
+                return
         yield _piece(request.id, seen.text[1:], "stop")
+
+    def _is_cancelled(self, seen: Seen, request: Any) -> bool:
+        return self.knows_waiting and (seen.session, request.id) in self.cancelled
 
     def _refusal(self, seen: Seen) -> str:
         if seen.resume and seen.session not in self.open | (self.journal or set()):
@@ -144,10 +169,18 @@ def _elements(data: bytes) -> Iterator[bytes]:
         data = data[4 + size :]
 
 
+def _error(request_id: str, text: str) -> Any:
+    response = service_pb2.ModelStreamInferResponse(error_message=text)
+    response.infer_response.id = request_id
+    return response
+
+
 def _piece(request_id: str, text: str, reason: FinishReason) -> Any:
     response = service_pb2.ModelStreamInferResponse()
     response.infer_response.id = request_id
-    for name, value in ANSWER.to_raw(Delta(text, reason, 1, 1, 1, 1.0)).items():
-        response.infer_response.outputs.add().name = name
-        response.infer_response.raw_output_contents.append(value)
+    raw = ANSWER.to_raw(Delta(text, reason, 1, 1, 1, 1.0))
+    for spec in ANSWER.outputs:
+        output = response.infer_response.outputs.add(name=spec.name, datatype=spec.datatype)
+        output.shape.append(0 if spec.is_list else 1)
+        response.infer_response.raw_output_contents.append(raw[spec.name])
     return response

@@ -1,7 +1,8 @@
-"""`make gpu-check`: everything that only a GPU can show, on a machine without a network.
+"""`make gpu-check STEP=1..3`: what only a GPU can show, on a machine without a network.
 
-Stages run one after the other, each in a process and with a time limit of its own, and the report
-is written anew after each: what is cut off leaves what was found before.
+Three commands of less than ten minutes. Stages run one after the other, each in a process and with
+a time limit of its own, and the report is written anew after each: what is cut off leaves what was
+found before.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from typing import Any
 from benchmarks.findings import ROOT, commit
 from benchmarks.gpu_check.pythons import NO_GPU, Pythons, WheelsError
 from benchmarks.gpu_check.report import FILE_NAME, Outcome, Report
-from benchmarks.gpu_check.stage import MISTRAL, SEVEN, read_findings
+from benchmarks.gpu_check.stage import MISTRAL, PARAMETERS, SEVEN, read_findings
 
-SECONDS = 530.0
-"""For everything: ten minutes less what starting and copying the results take."""
+SECONDS = 560.0
+"""For a step: ten minutes less what starting and copying the results take."""
 LEAST_SECONDS = 15.0
 """A stage that has less left is not begun."""
+CPU_PATIENCE = 4.0
+"""Times a stage's limit, where there is no GPU: nothing is to be learned from how long it takes."""
 TAIL_LINES = 40
 """Of a failed stage's output, in the report."""
 NO_DEVICE_CODE = 2
@@ -49,28 +52,38 @@ class Stage:
     geometry: str = ""
     on_server: bool = False
     """Whether it needs Triton."""
-    beside: bool = False
-    """Whether it runs beside those after it, up to the first that is `prepared`."""
-    prepared: bool = True
-    """Whether it needs what is made beside."""
 
 
-STAGES = (
-    Stage("prepare", "checkpoints and repositories", "prepare", 240, SEVEN, beside=True),
-    Stage("tests", "tests on the device", "device_tests", 200, prepared=False),
-    Stage("rows", f"the engine's speed, {SEVEN}", "rows", 100, SEVEN),
-    Stage(
-        "triton", f"the same through Triton, {SEVEN}", "through_triton", 130, SEVEN, on_server=True
+STEPS: dict[int, tuple[Stage, ...]] = {
+    # No wheels, no checkpoint.
+    1: (
+        Stage("kernels", "each kernel by itself, and its parameters", "kernels", 200),
+        Stage("step", f"whole steps of random weights, {SEVEN}", "synthetic", 130, SEVEN),
+        Stage("tests", "tests of the kernels and of graphs", "device_tests", 170),
+        Stage("ncu", "NVIDIA's profiler on two kernels", "ncu", 80),
     ),
-    Stage("memory", f"sessions that left and came back, {SEVEN}", "return_from_host", 60, SEVEN),
-    Stage("openings", f"openings on pictures, {SEVEN}", "openings", 50, SEVEN),
-    Stage("agreement", "answers beside transformers'", "agreement", 160, SEVEN),
-    Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
-    Stage("baselines", f"transformers, {SEVEN}", "baselines", 90, SEVEN),
-    Stage("rows-int8", f"the same with 8-bit weights, {SEVEN}", "rows_int8", 60, SEVEN),
-    Stage("prepare-mistral", "the other checkpoint", "prepare", 90, MISTRAL, prepared=False),
-    Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "rows", 90, MISTRAL, prepared=False),
-)
+    # With wheels; the checkpoint is written once, and stays for step 3.
+    2: (
+        Stage("prepare", "checkpoint and repository", "prepare", 240, SEVEN),
+        Stage("rows", f"the engine's speed, {SEVEN}", "rows", 100, SEVEN),
+        Stage("triton", f"through Triton, {SEVEN}", "through_triton", 150, SEVEN, on_server=True),
+        Stage("openings", f"openings on pictures, {SEVEN}", "openings", 60, SEVEN),
+        Stage(
+            "memory", f"sessions that left and came back, {SEVEN}", "return_from_host", 60, SEVEN
+        ),
+    ),
+    3: (
+        Stage("prepare", "checkpoint, if it is missing", "prepare_again", 200, SEVEN),
+        Stage("agreement", "answers beside transformers'", "agreement", 160, SEVEN),
+        Stage("engine-tests", "tests of the engine on the device", "engine_tests", 120),
+        Stage("open", f"open sessions, {SEVEN}", "open_sessions", 120, SEVEN),
+        Stage("rows-int8", f"8-bit weights, {SEVEN}", "rows_int8", 60, SEVEN),
+        Stage("rows-again", f"the engine's speed once more, {SEVEN}", "rows", 80, SEVEN),
+        Stage("prepare-mistral", "the other checkpoint", "prepare", 90, MISTRAL),
+        Stage("rows-mistral", f"the engine's speed, {MISTRAL}", "rows", 80, MISTRAL),
+        Stage("baselines", f"transformers, {SEVEN}", "baselines", 90, SEVEN),
+    ),
+}
 """The most wanted first: whatever the deadline leaves out is at the end."""
 
 
@@ -94,7 +107,8 @@ class Check:
         self._cpu = cpu
         self._ends_at = ends_at
         self._running: set[subprocess.Popen[str]] = set()
-        self._beside: list[threading.Thread] = []
+        self.parameters = report.file.with_name(PARAMETERS)
+        """Of the kernels: what step 1 chose, and the others take."""
         self.stopped = False
         """Whether `stop` was called."""
 
@@ -108,34 +122,20 @@ class Check:
             stages: to be run.
             no_server: why no Triton server can run, if so.
         """
-        try:
-            for stage in stages:
-                if stage.prepared and not stage.beside:
-                    self._wait_beside()
-                if self.stopped:
-                    return
-                if stage.on_server and no_server is not None:
-                    why = no_server
-                    self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=why))
-                elif stage.beside:
-                    thread = threading.Thread(target=self._run, args=(stage,))
-                    thread.start()
-                    self._beside.append(thread)
-                else:
-                    self._run(stage)
-        finally:
-            self._wait_beside()
+        for stage in stages:
+            if self.stopped:
+                return
+            if stage.on_server and no_server is not None:
+                why = no_server
+                self._report.add(Outcome(stage.name, stage.title, "not run", 0.0, why=why))
+            else:
+                self._run(stage)
 
     def stop(self) -> None:
         """End what still runs, so that `run` returns; from any thread, and signal handlers."""
         self.stopped = True
         for process in list(self._running):
             _kill(process)
-
-    def _wait_beside(self) -> None:
-        while self._beside:
-            self._beside[-1].join()
-            self._beside.pop()
 
     def _run(self, stage: Stage) -> None:
         began = time.monotonic()
@@ -145,9 +145,10 @@ class Check:
             why = "the time of the whole check was used up"
             self._report.add(replace(outcome, why=why))
             return
-        limit = min(stage.seconds, left)
+        limit = min(stage.seconds * (CPU_PATIENCE if self._cpu else 1.0), left)
         print(f"--- {stage.name}: {stage.title} (at most {limit:.0f} s)", flush=True)
         findings = self._folder / f"findings-{stage.name}.json"
+        findings.unlink(missing_ok=True)  # of an earlier run in this folder
         lines: list[str] = []
         code = self._process(stage, findings, limit, lines)
         found = read_findings(findings)
@@ -165,6 +166,20 @@ class Check:
             outcome = replace(outcome, output_end=lines[-TAIL_LINES:])
         print(f"--- {outcome.name}: {outcome.result} after {outcome.seconds:.1f} s", flush=True)
         self._report.add(outcome)
+        self._keep_parameters()
+
+    def _keep_parameters(self) -> None:
+        """Beside the report, where the next steps find them."""
+        found = self._folder / PARAMETERS
+        if found.exists():
+            self.parameters.parent.mkdir(parents=True, exist_ok=True)
+            self.parameters.write_text(found.read_text())
+
+    def _chosen(self, stage: Stage) -> dict[str, str]:
+        """The environment that names the kernels' parameters."""
+        if stage.name == "kernels" or not self.parameters.exists():
+            return {}
+        return {"LLAVA_GPU_PARAMETERS": str(self.parameters.resolve())}
 
     def _process(self, stage: Stage, findings: Path, limit: float, lines: list[str]) -> int | None:
         """Exit status (None: cut off); the output is appended to `lines`."""
@@ -176,7 +191,7 @@ class Check:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment() | (NO_GPU if self._cpu else {}),
+            env=_environment() | (NO_GPU if self._cpu else {}) | self._chosen(stage),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -254,14 +269,6 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _with_what_they_need(chosen: Sequence[Stage]) -> list[Stage]:
-    """Stages, and those before them that make their checkpoints."""
-    prepared = any(stage.prepared for stage in chosen)
-    other = any(stage.geometry == MISTRAL for stage in chosen)
-    needed = {"prepare": prepared, "prepare-mistral": other}
-    return [stage for stage in STAGES if stage in chosen or needed.get(stage.name)]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command.
 
@@ -277,16 +284,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the report")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU: tests this")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
-    names = [stage.name for stage in STAGES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names)
+    parser.add_argument("--step", type=int, choices=list(STEPS), required=True)
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for checkpoints: steps 2 and 3 share one; it stays"
+    )
+    parser.add_argument("--stages", nargs="+", help="of the step; all by default")
     options = parser.parse_args(arguments)
-    chosen = _with_what_they_need([stage for stage in STAGES if stage.name in options.stages])
-    earlier = options.output / FILE_NAME
-    if len(chosen) < len(STAGES) and earlier.exists():
+    stages = STEPS[options.step]
+    names = [stage.name for stage in stages]
+    if unknown := [name for name in options.stages or [] if name not in names]:
+        parser.error(f"step {options.step} has no stage {unknown[0]}; it has {', '.join(names)}")
+    # What makes a checkpoint goes along.
+    chosen = [
+        stage
+        for stage in stages
+        if not options.stages or stage.name in options.stages or stage.name.startswith("prepare")
+    ]
+    earlier = options.output / FILE_NAME.format(step=options.step)
+    if len(chosen) < len(stages) and earlier.exists():
         parser.error(f"some stages' report would replace {earlier}; name another --output")
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="llava-gpu-check-") as scratch:
         folder = Path(scratch)
+        shared = options.scratch or folder
+        shared.mkdir(parents=True, exist_ok=True)
         try:
             pythons = Pythons(folder, options.wheels)
         except WheelsError as error:
@@ -302,8 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
             return NO_DEVICE_CODE
         now = datetime.now(UTC).isoformat(timespec="seconds")
         facts = machine | {"date": now, "commit": commit(), "wheels": pythons.wheels}
-        report = Report(options.output, facts, cpu=options.cpu, stages=tuple(names))
-        check = Check(folder, pythons, report, cpu=options.cpu, ends_at=began + options.seconds)
+        report = Report(options.output, options.step, facts, cpu=options.cpu, stages=tuple(names))
+        check = Check(shared, pythons, report, cpu=options.cpu, ends_at=began + options.seconds)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: check.stop())
         with ThreadPoolExecutor(1) as pool:

@@ -1,31 +1,46 @@
-"""A stage of `make gpu-check`: the tests that need the device, by pytest."""
+"""A stage of `make gpu-check`: the tests of kernels and graphs on the device, by pytest."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.findings import ROOT
 from benchmarks.gpu_check.stage import Options, run_stage
 
-BY_THEMSELVES = ["tests/engine/test_on_gpu.py", "tests/unit/test_gpu_attention.py"]
+BY_THEMSELVES = ["tests/unit/test_gpu_attention.py"]
 """They need nothing of conftest.py, which needs Triton's client."""
 WITH_FIXTURES = ["tests/engine/test_decode_graphs.py"]
 
 
 def measure(options: Options) -> None:
-    """The stage."""
-    findings = options.findings
-    chosen = [*BY_THEMSELVES, *WITH_FIXTURES]
-    more: list[str] = []
+    """The stage. (Where there is no GPU, these tests run anyhow, and are not run once more.)"""
     if options.place.device.type == "cpu":
-        chosen = ["tests/engine/test_on_gpu.py"]  # the others run anyhow where there is no GPU
+        options.findings.add("passed", 0, "without a GPU there is nothing to run here")
+    else:
+        run_tests(options, BY_THEMSELVES, WITH_FIXTURES)
+
+
+def run_tests(options: Options, by_themselves: Sequence[str], with_fixtures: Sequence[str]) -> None:
+    """Run files of tests, and count what passed.
+
+    Args:
+        options: of the stage.
+        by_themselves: files that need nothing of conftest.py.
+        with_fixtures: files that do; left out where conftest.py cannot be imported.
+    """
+    findings = options.findings
+    chosen = [*by_themselves, *with_fixtures]
+    more: list[str] = []
     if importlib.util.find_spec("tritonclient") is None:
-        chosen, more = [each for each in chosen if each in BY_THEMSELVES], ["--noconftest"]
-        findings.leave_out("tests with fixtures", f"without tritonclient: {WITH_FIXTURES}")
+        chosen, more = [*by_themselves], ["--noconftest"]
+        if with_fixtures:
+            why = f"without tritonclient: {', '.join(with_fixtures)}"
+            findings.leave_out("tests with fixtures", why)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more]
     passed, skipped = 0, 0
     running = {}

@@ -16,6 +16,9 @@ PICTURES = 10_001
 """A load's number that nothing else has."""
 
 
+FIRST_AT_ONCE = 8
+
+
 class Openings:
     """Sessions opened on pictures that nobody has seen, until they are ready for questions.
 
@@ -29,6 +32,18 @@ class Openings:
         self._workload = Workload(str(options.checkpoint), "none")
         self._sizes = options.place.sizes
         self._findings = options.findings
+
+    def at_once(self) -> None:
+        """The server's very first pictures, all at once: where one never comes back, this is cut
+        off. (NVIDIA's Python backend has a deadlock there before release 26.07.)"""
+        waiting = []
+        for number in range(FIRST_AT_ONCE):
+            picture = self._workload.picture(PICTURES + 1, number)
+            session = f"first-{number}"
+            waiting.append(self._way.ask(Ask(session, start=True, end=True, images=[picture])))
+        seconds = [answer.wait().seconds for answer in waiting]
+        told = f"the first {FIRST_AT_ONCE} pictures at once: {max(seconds) * 1000:.0f} ms for all"
+        self._findings.add("first_at_once_ms", max(seconds) * 1000, told)
 
     def small(self) -> None:
         """A PNG as large as the encoder's input."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from transformers import MistralConfig
 
-from benchmarks.export import DEMO, export
+from benchmarks.export import export
 from benchmarks.gpu_check.stage import (
     MISTRAL,
     Options,
@@ -28,17 +28,25 @@ def geometry_of(name: str, *, cpu: bool) -> Geometry:
     return QUICK
 
 
-def prepare(options: Options) -> None:
-    """The stage: a geometry's checkpoint; of the one that Triton serves, repositories, too."""
-    place, folder = options.place, options.folder
-    cpu = place.device.type == "cpu"
+def write(options: Options) -> None:
+    """The checkpoint of a stage's geometry, unless an earlier step has written it."""
+    place, name = options.place, options.geometry
+    target = checkpoint_folder(options.folder, name)
+    if target.exists():
+        return
+    partial = target.with_name(f"{name}.partial")  # a step that is cut off leaves no half of one
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    geometry = geometry_of(name, cpu=place.device.type == "cpu")
+    write_checkpoint(partial, geometry, place.dtype, place.device)
+    partial.rename(target)
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    options.findings.add(f"{name}_bytes", size, f"{name}: {size / 1e9:.2f} GB of weights")
 
-    def write(name: str) -> None:
-        target = checkpoint_folder(folder, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(target, geometry_of(name, cpu=cpu), place.dtype, place.device)
-        size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        options.findings.add(f"{name}_bytes", size, f"{name}: {size / 1e9:.2f} GB of weights")
+
+def prepare(options: Options) -> None:
+    """The stage: a geometry's checkpoint; of the one that Triton serves, its repository, too."""
+    place, folder, name = options.place, options.folder, options.geometry
 
     def serve() -> None:
         settings = {
@@ -48,21 +56,11 @@ def prepare(options: Options) -> None:
             # What keeps a session that is measured from being encoded again would hide the encoder.
             "encoded_images_bytes": 1,
         }
-        name = options.geometry
         export(checkpoint_folder(folder, name), repository_folder(folder, name), settings)
 
-    def demo() -> None:
-        export(DEMO, repository_folder(folder, "demo"), {})
-
-    attempt = options.findings.attempt
-    if options.geometry == MISTRAL:
-        attempt("writing the checkpoint", lambda: write(options.geometry))
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(demo)  # on the CPU meanwhile
-        attempt("writing the checkpoint", lambda: write(options.geometry))
-        attempt("exporting the checkpoint", serve)
-        attempt("exporting the demo checkpoint", coming.result)
+    options.findings.attempt("writing the checkpoint", lambda: write(options))
+    if name != MISTRAL:
+        options.findings.attempt("exporting the checkpoint", serve)
 
 
 if __name__ == "__main__":

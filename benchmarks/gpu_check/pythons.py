@@ -17,8 +17,9 @@ HIDDEN = ("scipy", "sklearn", "skimage", "pandas", "pyarrow", "numba", "cv2", "h
 """From the server's Python: they may want a newer NumPy than it has, and transformers, which
 imports what it finds, is as good without."""
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""In the environment of a process that shall not see the GPU."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+"""In the environment of a process that shall not see the GPU. Its kernels for one, if it launches
+any, run in the Triton language's interpreter, which is chosen before anything imports it."""
 
 
 class WheelsError(RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.findings import Verdict, first_line, save, table, verdict_table
 
-FILE_NAME = "gpu-check.json"
+FILE_NAME = "gpu-check-{step}.json"
 CPU_WARNING = """\
 THIS WAS A RUN WITHOUT A GPU, of a tiny model on a CPU. It tests the command; its figures say
 nothing about any GPU, and its targets were not judged.
@@ -56,6 +56,14 @@ def _share(text: str, stage: str, finding: str, bound: float | None = None) -> R
 ROWS = (
     Row("answer tokens that differ without cause", "agreement", "unexplained", "", 0),
     Row("demo checkpoint: correct answers fewer than on the CPU", "agreement", "fewer", "", 0),
+    Row("an empty node of a CUDA graph", "kernels", "node_plain_us", "us"),
+    Row("  with dependent launch", "kernels", "node_dependent_us", "us"),
+    _share("decode, 1 session, of the limit, synthetic", "step", "decode_one_share", 85),
+    Row("  a step", "step", "decode_one_ms", "ms"),
+    _share("decode, many sessions, of the limit, synthetic", "step", "decode_many_share", 75),
+    Row("  a step", "step", "decode_many_ms", "ms"),
+    Row("a question's tokens, synthetic", "step", "question_ms", "ms"),
+    _share("prefill, of the matrix rate, synthetic", "step", "prefill_share", 50),
     _share("decode, 1 session, of the limit, through Triton", "triton", "decode_one_share", 85),
     _share("  the engine alone", "rows", "decode_one_share"),
     _share("decode, many sessions, of the limit, engine alone", "rows", "decode_many_share", 75),
@@ -80,7 +88,8 @@ ROWS = (
         at_most=False,
     ),
     Row("  really opened", "open", "sessions_opened", ""),
-    Row("tests passed", "tests", "passed", ""),
+    Row("tests of kernels and graphs passed", "tests", "passed", ""),
+    Row("tests of the engine passed", "engine-tests", "passed", ""),
     Row("transformers, stateless: first token of a later turn", "baselines", "S_later_ms", "ms"),
     Row("  between tokens", "baselines", "S_between_ms", "ms"),
     Row("transformers, kept cache: first token of a later turn", "baselines", "K_later_ms", "ms"),
@@ -89,6 +98,8 @@ ROWS = (
     Row("  between tokens", "rows", "decode_one_ms", "ms"),
     Row("8-bit weights: decode, 1 session, times as fast", "rows-int8", "decode_one_ms_gain", "x"),
     Row("  many sessions", "rows-int8", "decode_many_tokens_per_second_gain", "x"),
+    _share("once more: decode, 1 session, of the limit", "rows-again", "decode_one_share"),
+    _share("  many sessions", "rows-again", "decode_many_share"),
     _share("grouped-query: decode, 1 session, of the limit", "rows-mistral", "decode_one_share"),
     _share("  many sessions", "rows-mistral", "decode_many_share"),
     _share("  prefill, of the matrix rate", "rows-mistral", "prefill_share"),
@@ -101,15 +112,22 @@ class Report:
 
     Args:
         folder: for `FILE_NAME`, and the same as text.
+        step: which of the three commands this is.
         facts: machine, versions, date, commit.
         cpu: whether this is a run without a GPU.
         stages: names of all there are, in their order.
     """
 
     def __init__(
-        self, folder: Path, facts: Mapping[str, Any], *, cpu: bool, stages: Sequence[str]
+        self,
+        folder: Path,
+        step: int,
+        facts: Mapping[str, Any],
+        *,
+        cpu: bool,
+        stages: Sequence[str],
     ) -> None:
-        self.file = folder / FILE_NAME
+        self.file = folder / FILE_NAME.format(step=step)
         self._facts = dict(facts)
         self._cpu = cpu
         self._stages = stages
@@ -142,7 +160,7 @@ class Report:
         parts[-1] += f"Python {facts['python']}\n"
         parts[-1] += ", ".join(f"{name} {number}" for name, number in versions.items() if number)
         parts[-1] += f"\n{facts['date']}, commit {facts['commit'] or 'unknown'}\n"
-        parts.append(verdict_table(self._judge(row) for row in ROWS))
+        parts.append(verdict_table(self._judge(row) for row in self._rows()))
         stages = [
             (each.name, each.result, f"{each.seconds:.1f} s", first_line(each.why))
             for each in self._in_order()
@@ -152,7 +170,11 @@ class Report:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row with its value and verdict."""
-        return [asdict(row) | self._judge(row).values() for row in ROWS]
+        return [asdict(row) | self._judge(row).values() for row in self._rows()]
+
+    def _rows(self) -> list[Row]:
+        """Those of this step's stages."""
+        return [row for row in ROWS if row.stage in self._stages]
 
     def _judge(self, row: Row) -> Verdict:
         outcome = self._outcomes.get(row.stage)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.engine_way import EngineWay
+from benchmarks.gpu_check.kernel_times import kernel_table, kernel_times
 from benchmarks.gpu_check.stage import Options, read_findings, run_stage
 from benchmarks.limits import Limits, decode_step_bytes, measure_limits, prefill_flops
 from benchmarks.load import Answer, Ask, Way, exactly, joint_tokens_per_second
@@ -123,6 +124,19 @@ class Rows:
         told = f"  {100 * share:.1f} % of the matrix rate"
         self._findings.add("prefill_share", share, told)
 
+    def by_kernel(self, device: torch.device) -> None:
+        """Where the time of an answer goes, and of an opening."""
+        session = self._open(self._sizes.context_tokens)
+        tokens = self._sizes.question_tokens
+        for name, steps, run in (
+            ("decode_one_kernels", tokens, lambda: self._question(session, tokens).wait()),
+            ("opening_kernels", 1, lambda: self._end(self._open(self._sizes.context_tokens))),
+        ):
+            times = kernel_times(run, device)
+            told = f"{name}, time by kernel:\n{kernel_table(times, steps)}"
+            self._findings.add(name, times, told)
+        self._end(session)
+
     def _step_limit(self, contexts: list[float]) -> float:
         """Seconds of one step, at the least."""
         read = decode_step_bytes(
@@ -201,6 +215,7 @@ def measure(options: Options) -> None:
     """The stage."""
     rows, way = engine_rows(options)
     rows.measure(rows.warm_up, rows.decode_one, rows.later_turn, rows.prefill, rows.decode_many)
+    options.findings.attempt("time by kernel", lambda: rows.by_kernel(options.place.device))
     way.close()
 
 

@@ -16,6 +16,8 @@ import torch
 
 SEVEN, MISTRAL = "llava-1.5-7b", "llava-1.6-mistral-7b"
 """The geometries; the second one's heads share keys and values."""
+PARAMETERS = "gpu-parameters.json"
+"""The kernels' parameters that step 1 chose, beside the findings and then beside the report."""
 
 
 @dataclass(frozen=True)

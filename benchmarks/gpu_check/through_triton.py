@@ -53,6 +53,7 @@ def measure(options: Options) -> None:
         rows = Rows(way, options, limits)
         openings = Openings(way, options)
         rows.measure(
+            openings.at_once,
             rows.warm_up,
             rows.decode_one,
             rows.later_turn,

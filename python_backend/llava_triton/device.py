@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         ]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # A T4 has no products in bfloat16; torch would compute them in another way, slowly.
+    exact = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if exact else torch.float16
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -66,7 +69,9 @@ class DeviceTimer:
     def __init__(self, device: torch.device) -> None:
         self._events = None
         if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            # Blocking: the thread that waits for the end would else spin, on a core that the
+            # thread that launches could use.
+            self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
             self._events[0].record()
         self._began = time.perf_counter()
 
@@ -96,6 +101,13 @@ def work_beside(device: torch.device) -> AbstractContextManager[Any]:
 @functools.cache
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def switch_threads_quickly(device: torch.device) -> None:
+    """On a GPU the thread that launches steps gets Python's lock within a millisecond, where others
+    want it too: Python's own 5 ms are as long as a step."""
+    if device.type == "cuda":
+        sys.setswitchinterval(0.001)
 
 
 def is_lost(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.gpu_check.__main__ import STAGES, Check, Stage, server_problem
+from benchmarks.gpu_check.__main__ import SECONDS, STEPS, Check, Stage, server_problem
 from benchmarks.gpu_check.agreement import Agreement, Difference
 from benchmarks.gpu_check.pythons import NO_GPU, Pythons, WheelsError
 from benchmarks.gpu_check.report import ROWS, Outcome, Report
-from benchmarks.gpu_check.stage import TINY, Findings, Place, read_findings
+from benchmarks.gpu_check.stage import PARAMETERS, TINY, Findings, Place, read_findings
 from benchmarks.gpu_check.wheels import NEEDED, pinned, shrink
 from benchmarks.load import Answer, joint_tokens_per_second
 from benchmarks.processes import this_process
 from benchmarks.references import Transformers
 from llava_triton.contract.delta import Delta
+from llava_triton.kernels.gpu.parameters import Parameters
 from tests.conftest import ROOT
 from tests.engine.test_on_gpu import (
     check_answers_agree,
@@ -48,22 +50,42 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_whole_check_runs_without_a_gpu_and_says_so(tmp_path: Path) -> None:
-    output = tmp_path / "results of a test"
-    done = run("--cpu", "--output", str(output), "--wheels", str(tmp_path / "none"))
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For checkpoints and results of all steps."""
+    return tmp_path_factory.mktemp("steps of a test")
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+def test_a_step_runs_without_a_gpu_and_says_so(step: int, shared: Path) -> None:
+    output = shared / "results"
+    given = ["--cpu", "--step", str(step), "--output", str(output), "--wheels", str(shared / "no")]
+    done = run(*given, "--scratch", str(shared / "scratch"), "--seconds", "2000")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    values = json.loads((output / "gpu-check.json").read_text())
-    text = (output / "gpu-check.txt").read_text()
+    values = json.loads((output / f"gpu-check-{step}.json").read_text())
+    text = (output / f"gpu-check-{step}.txt").read_text()
     assert text in done.stdout
     assert values["run_without_a_gpu"] is True
     assert values["complete"] is True
     assert text.startswith("THIS WAS A RUN WITHOUT A GPU")
-    assert [stage["result"] for stage in values["stages"]] == ["passed"] * len(STAGES)
-    assert {row["verdict"] for row in values["rows"]} == {"measured"}, text
+    assert [stage["result"] for stage in values["stages"]] == ["passed"] * len(STEPS[step])
+    not_here = {"  with dependent launch"}
+    verdicts = {row["verdict"] for row in values["rows"] if row["text"] not in not_here}
+    assert verdicts == {"measured"}, text
     found = {stage["name"]: stage["values"] for stage in values["stages"]}
-    assert found["agreement"]["agreement_demo"]["tokens"] > 0
-    assert found["open"]["sessions_opened"] == TINY.wanted_sessions
-    assert found["prepare"]["llava-1.5-7b_bytes"] < 10 * MIB
+    if step == 1:
+        parameters = Parameters.from_json((output / PARAMETERS).read_text())
+        assert asdict(parameters) == found["kernels"]["prompt_parameters"]
+        assert {"product_qkv_1", "node_plain_us"} <= found["kernels"].keys()
+        assert found["step"]["decode_one_kernels"]
+    elif step == 2:
+        assert found["prepare"]["llava-1.5-7b_bytes"] < 10 * MIB
+        assert found["triton"]["first_at_once_ms"] > 0
+        assert found["rows"]["opening_kernels"]
+    else:
+        assert found["agreement"]["agreement_demo"]["tokens"] > 0
+        assert found["open"]["sessions_opened"] == TINY.wanted_sessions
+        assert "llava-1.5-7b_bytes" not in found["prepare"]  # step 2 had written it
 
 
 def test_the_command_itself_needs_nothing_that_is_ours() -> None:
@@ -75,7 +97,9 @@ def test_the_command_itself_needs_nothing_that_is_ours() -> None:
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:
-    done = run("--output", str(tmp_path / "results"), "--wheels", str(tmp_path / "none"))
+    done = run(
+        "--step", "1", "--output", str(tmp_path / "results"), "--wheels", str(tmp_path / "none")
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: torch finds no NVIDIA GPU on this machine")
     assert done.stderr.count("\n") == 1
@@ -89,8 +113,9 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     output = tmp_path / "results"
-    stages = ["prepare", "tests"]
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--cpu", "--output", str(output)]
+    stages = ["kernels"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--cpu", "--step", "1"]
+    command += ["--output", str(output)]
     process = subprocess.Popen(
         [*command, "--wheels", str(tmp_path / "none"), "--stages", *stages],
         cwd=ROOT,
@@ -116,7 +141,7 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
         process.wait()
     assert left == []
     assert process.returncode == 1, told + rest + errors
-    report = output / "gpu-check.json"
+    report = output / "gpu-check-1.json"
     assert f"stopped; what was found is in {report}" in errors
     assert "Traceback" not in errors
     found = {stage["name"]: stage for stage in json.loads(report.read_text())["stages"]}
@@ -127,12 +152,16 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
 
 
 def test_a_few_stages_do_not_replace_a_whole_report(tmp_path: Path) -> None:
-    report = tmp_path / "gpu-check.json"
+    report = tmp_path / "gpu-check-3.json"
     report.write_text("{}")
-    done = run("--cpu", "--output", str(tmp_path), "--stages", "rows-mistral")
+    step = ["--cpu", "--step", "3", "--output", str(tmp_path)]
+    done = run(*step, "--stages", "rows-mistral")
     assert done.returncode == 2
     assert f"would replace {report}; name another --output" in done.stderr
     assert report.read_text() == "{}"
+    done = run(*step, "--stages", "rows")
+    assert done.returncode == 2
+    assert "step 3 has no stage rows; it has prepare, agreement," in done.stderr
 
 
 def processes_with(variable: str) -> list[psutil.Process]:
@@ -168,7 +197,7 @@ FACTS: dict[str, Any] = {
 
 
 def check(tmp_path: Path, pythons: Pythons, *stages: Stage, seconds: float = 100.0) -> Report:
-    report = Report(tmp_path / "out", FACTS, cpu=True, stages=[stage.name for stage in stages])
+    report = Report(tmp_path / "out", 2, FACTS, cpu=True, stages=[stage.name for stage in stages])
     ends_at = time.monotonic() + seconds
     Check(tmp_path, pythons, report, cpu=True, ends_at=ends_at).run(stages, "no wheel of it")
     return report
@@ -184,7 +213,7 @@ def test_a_stage_that_breaks_or_hangs_does_not_stop_the_others(
 ) -> None:
     # No checkpoint was prepared: the rows break in the middle, the findings before stay.
     rows = Stage("rows", "rows", "rows", 60, "llava-1.5-7b")
-    hangs = Stage("tests", "hangs", "device_tests", 0.2)
+    hangs = Stage("tests", "hangs", "device_tests", 0.05)
     served = Stage("triton", "served", "triton", 60, on_server=True)
     missing = Stage("memory", "missing", "no_such_stage", 60)
     report = check(tmp_path, pythons, rows, hangs, served, missing)
@@ -231,16 +260,23 @@ def test_targets_are_judged_on_a_gpu_only(tmp_path: Path) -> None:
     met = {"decode_one_share": 0.9, "later_excess_ms": 3.5, "many_of_engine": 0.9}
     verdicts = {}
     for cpu in (False, True):
-        report = Report(tmp_path, FACTS, cpu=cpu, stages=["triton"])
+        report = Report(tmp_path, 2, FACTS, cpu=cpu, stages=["triton"])
         report.add(Outcome("triton", "", "passed", 1.0, values=met))
-        verdicts[cpu] = {row["finding"]: row["verdict"] for row in report.rows()[2:8:2]}
+        verdicts[cpu] = {row["finding"]: row["verdict"] for row in report.rows()[:3]}
         assert report.text().startswith("THIS WAS") == cpu
     assert list(verdicts[False].values()) == ["met", "not measured", "NOT MET"]
     assert verdicts[True]["decode_one_share"] == "measured"
 
 
 def test_every_row_names_a_stage() -> None:
-    assert {row.stage for row in ROWS} <= {stage.name for stage in STAGES}
+    names = {stage.name for stages in STEPS.values() for stage in stages}
+    assert {row.stage for row in ROWS} <= names
+
+
+def test_no_step_plans_more_than_ten_minutes() -> None:
+    # Step 1 as a whole; in the others the limits are where a stage has hung.
+    assert sum(stage.seconds for stage in STEPS[1]) <= 600
+    assert SECONDS < 600
 
 
 # Wheels.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.model.decode_graphs import DecodeGraphs
+from llava_triton.model.runner import ModelRunner
 from llava_triton.model.step import StepPart
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, long_ask
@@ -93,14 +96,14 @@ def test_only_the_sessions_own_blocks_and_the_spare_one_are_written(
 def test_a_step_that_was_not_recorded_is_left_alone() -> None:
     shapes: list[tuple[int, int]] = []
 
-    def decode(ids: Tensor, rows: Rows) -> Tensor:
+    def decode(ids: Tensor, rows: Rows, out: Tensor) -> Tensor:
         shapes.append(tuple(rows.block_tables.shape))  # type: ignore[arg-type]
         assert torch.equal(rows.starts, torch.arange(len(ids) + 1, dtype=torch.int32))
         assert torch.equal(rows.positions, rows.contexts.long())
-        return torch.stack((ids, rows.contexts, rows.block_tables[:, 0]), dim=1).float()
+        return out.copy_(torch.stack((ids, rows.contexts, rows.block_tables[:, 0]), dim=1))
 
     context = 100 * BLOCK_TOKENS
-    records = DecodeGraphs(decode, torch.device("cpu"), 999, sequences=3, context_length=context)
+    records = DecodeGraphs(decode, torch.device("cpu"), 999, 3, context, vocabulary=3)
 
     def part(tokens: int, blocks: int) -> StepPart:
         return StepPart([7] * tokens, 16 * blocks - 1, list(range(5, 5 + blocks)))
@@ -112,8 +115,41 @@ def test_a_step_that_was_not_recorded_is_left_alone() -> None:
     assert not records.takes([part(1, 129)])
     shapes.clear()
     assert records.logits([part(1, 1)] * 3).tolist() == [[7.0, 15.0, 5.0]] * 3
-    assert records.logits([part(1, 65)]).tolist() == [[7.0, 16.0 * 65 - 1, 5.0]]
-    assert shapes == [(4, 64), (1, 128)]
+    several = records.logits([part(1, 1)] * 3)
+    one = records.logits([part(1, 65)])
+    assert one.data_ptr() == several.data_ptr()  # no record keeps logits of its own
+    assert one.tolist() == [[7.0, 16.0 * 65 - 1, 5.0]]
+    assert shapes == [(4, 64), (4, 64), (1, 128)]
+
+
+def test_prompts_of_all_sizes_are_computed_before_the_first_client(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    logits = ModelRunner._logits
+
+    def noted(self: ModelRunner, embeddings: Tensor, *given: Any, **named: Any) -> Tensor:
+        computed.append(len(embeddings))
+        return logits(self, embeddings, *given, **named)
+
+    monkeypatch.setattr(ModelRunner, "_logits", noted)
+    start(record=True, prefill_chunk_tokens=300)
+    assert computed == [2, 16, 64, 256]
+    computed.clear()
+    start()
+    assert computed == []  # without graphs there are no kernels to be compiled
+
+
+def test_a_device_that_does_not_run_the_kernels_is_an_error_when_the_model_loads(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OutOfResourcesError(Exception):
+        """As Triton's own, no RuntimeError."""
+
+    fails = mock.Mock(side_effect=OutOfResourcesError("out of resource: shared memory"))
+    monkeypatch.setattr(ModelRunner, "_logits", fails)
+    with pytest.raises(RuntimeError, match="do not run on cpu: out of resource: shared memory"):
+        start(record=True)
 
 
 @pytest.mark.skipif(

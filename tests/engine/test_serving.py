@@ -198,6 +198,15 @@ def image_encoder(
         model.finalize()
 
 
+def encoded(model: ImageEncoder, *requests: Request) -> list[InferenceResponse]:
+    """The response to each request: returned, or sent later."""
+    returned = model.execute(list(requests))
+    return [
+        request.sender.wait()[0] if response is None else response
+        for request, response in zip(requests, returned, strict=True)
+    ]
+
+
 def mean_colors(call: Any) -> list[InferenceResponse]:
     """For a vision encoder: features [N, 1, 3]."""
     pixels = call.inputs[0].as_numpy()
@@ -220,14 +229,12 @@ def test_pictures_become_flat_features_in_their_order(
         Request({"image": strings(picture("red"), picture("blue"))}, session="a", flags=START),
         Request({"image": strings(picture("blue"))}, session="b"),
     )
-    model.execute([one, other])
-    both, single = (
-        request.sender.wait()[0].tensors["image_features"].as_numpy() for request in (one, other)
-    )
+    responses = encoded(model, one, other)
+    both, single = (each.tensors["image_features"].as_numpy() for each in responses)
     assert (both.dtype, both.shape, single.shape) == (np.uint8, (24,), (12,))
     assert (both[12:] == single).all()
     assert (both[:12] != single).any()
-    lengths = one.sender.wait()[0].tensors["image_lengths"].as_numpy()
+    lengths = responses[0].tensors["image_lengths"].as_numpy()
     assert lengths.view(np.int32).tolist() == [1, 1]
     asked = [call.parameters for call in backend.calls if call.model_name == "language_model"]
     assert asked == [{protocol.ROOM: "a"}]
@@ -235,8 +242,8 @@ def test_pictures_become_flat_features_in_their_order(
 
 def test_no_picture_is_an_empty_tensor(image_encoder: Callable[..., ImageEncoder]) -> None:
     request = Request(session="a")
-    image_encoder(PythonBackend()).execute([request])
-    (response,) = request.sender.wait()
+    (response,) = image_encoder(PythonBackend()).execute([request])
+    assert request.sender.responses == []  # it costs no message of its own
     assert set(response.tensors) == {spec.name for spec in MODELS["image_encoder"].outputs}
     for tensor in response.tensors.values():
         nothing = tensor.as_numpy()
@@ -264,8 +271,7 @@ def test_pictures_that_cannot_be_encoded_are_refused(
         ),
     ]
     for request, backend, code, text in cases:
-        image_encoder(backend).execute([request])
-        (response,) = request.sender.wait()
+        (response,) = encoded(image_encoder(backend), request)
         assert refusal(response)[0] == code
         assert text in refusal(response)[1]
 
@@ -321,6 +327,24 @@ def test_an_answer_is_streamed_with_every_output(served: Served) -> None:
     assert responses[-1].value("num_output_tokens") == 4
     again = served.send("And now?").sender.wait()
     assert again[-1].value("num_cached_tokens") >= responses[-1].value("num_input_tokens")
+
+
+def test_a_client_that_calls_it_itself_is_looked_after_here(served: Served) -> None:
+    """Who does not ask for the turn's ID has no disconnect_watch."""
+    outputs = [spec.name for spec in ANSWER.outputs]
+    endless = {"sampling_parameters": strings('{"max_tokens": 900, "ignore_eos": true}')}
+    request = Request(
+        {"text_input": strings("What is it?"), **endless},
+        session="a",
+        flags=BOTH,
+        outputs=outputs,
+    )
+    served.model.execute([request])
+    wait_for(lambda: bool(request.sender.responses))
+    request.sender.cancelled = True
+    *pieces, last = request.sender.wait()
+    assert refusal(last)[0] == TritonError.CANCELLED
+    assert all(set(piece.tensors) == set(outputs) for piece in pieces)
 
 
 def test_an_answer_that_is_wanted_whole_leaves_an_empty_response(served: Served) -> None:

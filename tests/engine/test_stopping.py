@@ -154,3 +154,33 @@ def test_who_does_not_have_a_session_does_not_stop_it(start: Start, session_id: 
     assert isinstance(told, SessionError)
     assert told.code is ErrorCode.NOT_FOUND
     harness.engine.cancel(running.id)
+
+
+def cancel(
+    harness: EngineHarness, session_id: SessionId, request_id: str, tenant: str = NO_TENANT
+) -> Delta | SessionError:
+    told: queue.SimpleQueue[Delta | SessionError] = queue.SimpleQueue()
+    harness.engine.cancel_answer(session_id, tenant, request_id, told.put)
+    return told.get(timeout=HANG_SECONDS)
+
+
+def test_a_turn_is_cancelled_by_its_request(start: Start, alone: Alone) -> None:
+    """The one that runs, or one that waits; nobody else's, and none of another name."""
+    harness = start()
+    first = Ask("What is it?", (PICTURES[0],))
+    texts = [first.wait(harness, "s", start=True)[0]]
+    running = LONG.submit(harness, "s", request_id="1")
+    pieces = running.deltas()
+    next(pieces)
+    waiting = LATER.submit(harness, "s", request_id="2")
+    for request_id, tenant in (("3", NO_TENANT), ("1", "somebody")):
+        cancel(harness, "s", request_id, tenant)
+        assert harness.engine.statistics().turns_cancelled == 0
+    assert cancel(harness, "nowhere", "1") == Delta("", "stopped", 0, 0, 0, 0.0)
+    for request_id, turn in (("2", waiting), ("1", running)):
+        cancel(harness, "s", request_id)
+        with pytest.raises(SessionError) as caught:
+            turn.wait()
+        assert caught.value.code is ErrorCode.CANCELLED
+    texts.append(LATER.wait(harness, "s")[0])
+    assert texts == alone(first, LATER)

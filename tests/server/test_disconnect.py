@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llava_triton.server.triton_server import TritonServer
 from tests.triton import Answer, Stream, ask
 
@@ -16,6 +18,19 @@ PICTURE = sorted((ROOT / "examples" / "pictures").glob("*.*"))[0]
 LIMIT = {"max_tokens": 24}
 LONG = {"max_tokens": 700, "ignore_eos": True}
 QUESTIONS = ("Describe the picture.", "How many shapes are there?")
+
+STREAM_PAST_THE_ENSEMBLE = """
+import asyncio
+import sys
+from llava_sagemaker.adapter.turns import Triton, turn
+
+async def stream():
+    asked = turn(sys.argv[2], text="Go on.", sampling={parameters})
+    async for piece in Triton(sys.argv[1]).pieces(asked):
+        print("piece", flush=True)
+
+asyncio.run(stream())
+"""
 
 STREAM_FOREVER = """
 import sys
@@ -53,12 +68,12 @@ def test_a_cancelled_stream_stops_and_is_undone(server: TritonServer, grpc_clien
     assert second.num_input_tokens < first.num_input_tokens + first.num_output_tokens + 50
 
 
-def answer_after_a_killed_client(server: TritonServer, grpc_client: Any) -> Answer:
+def answer_after_a_killed_client(server: TritonServer, grpc_client: Any, program: str) -> Answer:
     """A session's second answer, its client having been killed in the middle of another one."""
     session = uuid.uuid4().hex
     picture = [PICTURE.read_bytes()]
     ask(grpc_client, QUESTIONS[0], session=session, images=picture, start=True, parameters=LIMIT)
-    program = STREAM_FOREVER.replace("{parameters}", repr(LONG))
+    program = program.replace("{parameters}", repr(LONG))
     client = subprocess.Popen(
         [sys.executable, "-c", program, server.grpc_address, session],
         stdout=subprocess.PIPE,
@@ -73,11 +88,14 @@ def answer_after_a_killed_client(server: TritonServer, grpc_client: Any) -> Answ
     return ask(grpc_client, QUESTIONS[1], session=session, end=True, parameters=LIMIT)
 
 
-def test_a_killed_client_stops_its_turn(server: TritonServer, grpc_client: Any) -> None:
+@pytest.mark.parametrize("program", [STREAM_FOREVER, STREAM_PAST_THE_ENSEMBLE])
+def test_a_killed_client_stops_its_turn(
+    server: TritonServer, grpc_client: Any, program: str
+) -> None:
     _, expected = answers_of_an_undisturbed_session(grpc_client)
     # On a busy machine the answer may be complete before the system tells of the client's end.
     for _ in range(5):
-        second = answer_after_a_killed_client(server, grpc_client)
+        second = answer_after_a_killed_client(server, grpc_client, program)
         if second.num_input_tokens < 200:
             break
     assert second.num_input_tokens < 200

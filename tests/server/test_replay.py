@@ -21,6 +21,7 @@ from llava_triton.client.transport import (
 )
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import not_found
+from llava_triton.contract.history import history_from_json, history_to_json
 from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.conftest import ROOT
 
@@ -229,6 +230,20 @@ def test_what_was_taken_back_is_not_told_again() -> None:
     assert told(transport) == ([("A", "one", 1)], [b"1", b"2"])
     assert transport.ask(rewinding("any", 0)).finish_reason == "prefilled"
     assert told(transport) == ([], [])
+
+
+def test_pictures_are_told_again_where_they_stood() -> None:
+    """Those that came before a question, without one, are before its text."""
+    transport = session_on(Scripted([""], ["one"], ["two"], [not_found("gone")], ["three"]))
+    transport.ask(TurnMessage("any", images=[b"1"]))
+    transport.ask(TurnMessage("any", text="A or B", images=[b"2", b"3"], positions=(2, 5)))
+    transport.ask(TurnMessage("any", text="C", images=[b"4"]))
+    assert transport.ask(TurnMessage("any", text="D")).text == "three"
+    inner = transport._transport
+    assert isinstance(inner, Scripted)
+    history = inner.opened[-1].history
+    assert [(each.images, each.image_positions) for each in history] == [(3, (2, 5)), (1, None)]
+    assert history_from_json(history_to_json(list(history))) == history
 
 
 def test_a_session_that_cannot_be_rewound_is_remembered_whole() -> None:

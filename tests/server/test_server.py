@@ -61,12 +61,12 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serve(repository: Path) -> Iterator[Callable[[], Command]]:
+def serve(repository: Path) -> Iterator[Callable[..., Command]]:
     """Starts the command; kills what a failed test leaves."""
     commands: list[Command] = []
 
-    def start() -> Command:
-        commands.append(Command(repository, free_ports(3)))
+    def start(*options: str) -> Command:
+        commands.append(Command(repository, free_ports(3), *options))
         return commands[-1]
 
     yield start
@@ -188,8 +188,8 @@ def test_server_dies_with_its_killed_parent(serve: Callable[[], Command]) -> Non
     family.assert_gone(within=STOP_SECONDS)
 
 
-def test_killed_guard_is_cleaned_up_by_the_parent(serve: Callable[[], Command]) -> None:
-    command = serve()
+def test_killed_guard_is_cleaned_up_by_the_parent(serve: Callable[..., Command]) -> None:
+    command = serve("--no-restart")
     family = command.wait_until_ready()
     family.parents[0].kill()
     assert command.wait() == 1

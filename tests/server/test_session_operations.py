@@ -150,6 +150,8 @@ def test_tenants_neither_fork_nor_stop_one_another(url: str) -> None:
         ("fork", "x", "send it with the sequence start flag"),
         ("stop_answer", 0, "stop_answer is 0; it must be the ID"),
         ("stop_answer", "x", "stop_answer came with a turn"),
+        ("cancel_answer", 0, "cancel_answer is 0; it must be the ID"),
+        ("cancel_answer", "x", "cancel_request is ''; beside cancel_answer it must be"),
     ],
 )
 def test_bad_parameters(

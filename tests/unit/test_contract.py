@@ -25,6 +25,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "model_repository").glob
 PUBLIC_INPUTS = [
     ("text_input", "TYPE_STRING", [1], True),
     ("image", "TYPE_STRING", [-1], True),
+    ("video", "TYPE_STRING", [-1], True),
     ("image_positions", "TYPE_STRING", [1], True),
     ("sampling_parameters", "TYPE_STRING", [1], True),
     ("history", "TYPE_STRING", [1], True),

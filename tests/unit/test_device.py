@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor
 
 from llava_triton import device as device_module
-from llava_triton.device import compute_dtype, cuda_graph, is_lost
+from llava_triton.device import (
+    DeviceTimer,
+    compute_dtype,
+    cuda_graph,
+    is_lost,
+    switch_threads_quickly,
+)
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +45,42 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.Monke
     del replay
     gc.collect()
     assert starts() is None
+
+
+@pytest.mark.parametrize(
+    ("emulated", "exact", "dtype"),
+    [(True, True, torch.bfloat16), (True, False, torch.float16)],
+    ids=["A10G", "T4"],
+)
+def test_bfloat16_is_taken_where_the_gpu_has_it(
+    emulated: bool, exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return emulated if including_emulation else exact
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert compute_dtype("auto", torch.device("cuda")) is dtype
+
+
+def test_whoever_waits_for_a_gpu_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mock.Mock()
+    made.return_value.elapsed_time.return_value = 1500.0
+    monkeypatch.setattr(torch.cuda, "Event", made)
+    timer = DeviceTimer(torch.device("cuda"))
+    timer.end()
+    assert timer.wait() == 1.5
+    assert made.call_args_list == [mock.call(enable_timing=True, blocking=True)] * 2
+
+
+def test_the_interpreters_switch_interval_is_a_gpus_only() -> None:
+    before = sys.getswitchinterval()
+    try:
+        switch_threads_quickly(torch.device("cpu"))
+        assert sys.getswitchinterval() == before
+        switch_threads_quickly(torch.device("cuda"))
+        assert sys.getswitchinterval() == pytest.approx(0.001)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_float16_is_for_gpus() -> None:

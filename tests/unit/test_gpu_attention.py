@@ -23,22 +23,24 @@ from llava_triton.kernels import gpu, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Rows
 from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.reference import ReferenceAttention
+from llava_triton.model.sampling import Draw, gpu_draws, next_tokens
 from tests.unit.test_paged_attention import Step
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-INTERPRETER_SECONDS = 300.0
+INTERPRETER_SECONDS = 600.0
 
 if ON_GPU or INTERPRETED:
     from llava_triton.kernels.gpu.attention import (
         MAX_SPLITS,
-        MIN_SPLIT_TOKENS,
         GpuAttention,
         add_rms_norm,
         int8_product,
         silu_multiply,
     )
+    from llava_triton.kernels.gpu.parameters import Parameters
+    from llava_triton.kernels.gpu.sampling import draw_tokens
 
 runs_kernels = pytest.mark.skipif(
     not (ON_GPU or INTERPRETED), reason="runs within test_by_the_interpreter"
@@ -101,17 +103,24 @@ def make_step(
     return Step(
         rows,
         step.qkv.to(DEVICE),
-        step.keys.to(DEVICE),
+        step.keys.mT.contiguous().to(DEVICE),  # as values lie
         step.values.to(DEVICE),
         (angles * 6.3).cos().to(DEVICE),
         (angles * 6.3).sin().to(DEVICE),
     )
 
 
+def run_reference(shape: AttentionGeometry, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Step.run`; the reference has a block's tokens side by side."""
+    turned = replace(step, keys=step.keys.mT.contiguous())
+    keys, values, result = turned.run(ReferenceAttention(shape))
+    return keys.mT, values, result
+
+
 def check(shape: AttentionGeometry, step: Step, tolerance: float | None = None) -> None:
     """The step's pages and result are those of the reference."""
     keys, values, result = step.run(GpuAttention(shape))
-    slow_keys, slow_values, slow_result = step.run(ReferenceAttention(shape))
+    slow_keys, slow_values, slow_result = run_reference(shape, step)
     if tolerance is None:
         tolerance = TOLERANCES[step.qkv.dtype]
     # Slots that hold nothing are NaN before and after.
@@ -153,7 +162,35 @@ def test_more_sequences_than_are_searched_at_once() -> None:
 @runs_kernels
 def test_splits_grow_with_a_context_that_needs_more_than_there_are() -> None:
     shape = geometry(2, 1, 16)
-    check(shape, make_step(shape, [(MAX_SPLITS * MIN_SPLIT_TOKENS + 1, 1), (130, 1)]))
+    check(shape, make_step(shape, [(MAX_SPLITS * Parameters().min_split_tokens + 1, 1), (130, 1)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("window", [None, 150])
+def test_few_rows_share_the_keys_of_a_long_context(window: int | None) -> None:
+    # More splits than there may be; two tiles of rows; one that is not split beside it.
+    shape = geometry(2, 1, 16, window)
+    few = [(600, 35), (5, 3), (300, 1), (0, 40)]
+    check(shape, make_step(shape, few))
+    check(shape, make_step(shape, few[:1]))
+
+
+@runs_kernels
+def test_many_rows_are_enough_without_splits() -> None:
+    shape = geometry(2, 1, 16)
+    rows = Parameters().prompt_split_rows
+    check(shape, make_step(shape, [(300, rows + 1), (300, 2)]))
+
+
+@runs_kernels
+def test_few_programs_do_the_work_of_many_sequences() -> None:
+    shape = geometry(2, 2, 16)
+    sequences = [(300, 1), (5, 1), (20, 2), (0, 1), (129, 1)]
+    step = make_step(shape, sequences)
+    check(shape, step)
+    one = replace(Parameters(), decode_programs=1)
+    together = step.run(GpuAttention(shape))[2]
+    assert torch.equal(step.run(GpuAttention(shape, one))[2], together)
 
 
 @runs_kernels
@@ -182,7 +219,7 @@ def test_large_scores(size: float) -> None:
     # Scores in the ten thousands are themselves known to some 0.01 only in float32.
     tolerance = 1e-4 if size < 100 else 0.1
     _, _, result = step.run(GpuAttention(shape))
-    _, _, expected = step.run(ReferenceAttention(shape))
+    _, _, expected = run_reference(shape, step)
     torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -235,6 +272,65 @@ def test_int8_product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
         result = int8_product(x, weight.integers, weight.scales, shift)
         expected = (exact if shift is None else exact + shift.double()).to(dtype)
         torch.testing.assert_close(result, expected, atol=tolerance * 10, rtol=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("vocabulary", "limits"),
+    [
+        (50, {"top_k": 7}),
+        (50, {"top_p": 0.6003}),
+        (50, {"min_p": 0.05}),
+        (1100, {"top_k": 40, "top_p": 0.9007, "min_p": 0.01}),  # several chunks of tokens
+        (50, {"top_k": 1}),
+        (50, {"top_p": 1e-6}),
+        (50, {"temperature": 1e-300}),
+        (1100, {"temperature": 5.0}),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_with_a_sort(vocabulary: int, limits: dict[str, Any]) -> None:
+    # (No limit here falls between two tokens: float32 would choose the other one.)
+    torch.manual_seed(vocabulary)
+    # Rounded: of a model in a half type, many logits are equal.
+    logits = (torch.randn(3, vocabulary) * 3).bfloat16().float()
+    logits[1, ::3] = -torch.inf
+    logits[2] = 1.5
+    numbers = torch.rand(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    numbers[0, 0] = 0.0
+    for number in numbers.T.tolist():
+        draws = [
+            Draw(**({"temperature": 0.8, "top_k": 0, "top_p": 1.0} | limits), number=each)
+            for each in number
+        ]
+        expected = next_tokens(logits, draws)
+        largest, tokens = logits.to(DEVICE).max(-1)
+        table = torch.from_numpy(gpu_draws(list(enumerate(draws))))
+        draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+        assert tokens.tolist() == expected.tolist()
+
+
+@runs_kernels
+def test_the_largest_number_draws_a_token_that_may_come() -> None:
+    logits = torch.randn(1, 300) * 9
+    logits[0, 7:] = -torch.inf
+    largest, tokens = logits.to(DEVICE).max(-1)
+    for top_k in (0, 5):
+        table = torch.from_numpy(gpu_draws([(0, Draw(1.0, top_k, 1.0, 1.0 - 2.0**-53))]))
+        draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+        assert int(tokens[0]) < 7
+
+
+@runs_kernels
+def test_rows_that_are_not_drawn_stay_and_broken_ones_stay_inside() -> None:
+    logits = torch.randn(3, 60)
+    logits[1, 5] = torch.nan
+    largest, tokens = logits.to(DEVICE).max(-1)
+    before = tokens.tolist()
+    table = torch.from_numpy(gpu_draws([(1, Draw(1.0, 5, 0.5, 0.3))]))
+    draw_tokens(logits.to(DEVICE), largest, table.to(DEVICE), tokens)
+    assert [tokens[0], tokens[2]] == [before[0], before[2]]
+    assert 0 <= int(tokens[1]) < 60
 
 
 @needs_gpu

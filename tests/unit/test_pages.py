@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_triton.kernels.base import AttentionGeometry
+from llava_triton.model import kv_pages
 from llava_triton.model.kv_pages import CHUNK_BLOCKS, Pages
 
 BLOCKS = 60
@@ -40,3 +41,29 @@ def test_any_stretch_of_a_copy_comes_back_where_it_is_wanted(pages: Pages, count
     pages.keys.fill_(0)
     pages.from_host(copies, 0, list(range(count)))
     assert pages.keys[:, count:].count_nonzero() == 0  # nothing else is written
+
+
+def test_memory_is_pinned_at_start_in_the_sizes_that_copies_take(
+    pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch hands pinned memory out again in the sizes that it was asked for."""
+    asked: list[tuple[int, ...]] = []
+
+    def noted(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        asked.append(shape)
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(kv_pages, "_host_memory", noted)
+    piece = pages.host_bytes(CHUNK_BLOCKS)
+    pages.pin_host_memory(3 * piece + 1)
+    copies = pages.to_host(range(CHUNK_BLOCKS))
+    assert asked == [tuple(each.shape) for each in copies[0]] * 3
+    asked.clear()
+    pages.pin_host_memory(piece - 1)
+    assert asked == []
+
+
+def test_keys_lie_as_values_where_the_kernels_want_it() -> None:
+    geometry = AttentionGeometry(heads=4, kv_heads=2, head_dim=8, scale=1.0)
+    by_token = Pages(1, 2, geometry, torch.float32, torch.device("cpu"), keys_by_token=True)
+    assert by_token.keys.shape == by_token.values.shape == (1, 3, 2, 16, 8)

@@ -1,27 +1,34 @@
-"""Loading a LLaVA checkpoint, whole or not at all."""
+"""A LLaVA checkpoint that is about to be loaded: all of it is checked, and nothing read yet."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import GenerationConfig
 
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.tokenizer import load_tokenizer
-from llava_triton.checkpoint.weights import CheckpointError
+from llava_triton.checkpoint.vision_tower import checked_skeleton
+from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A LLaVA checkpoint in memory."""
+    """A LLaVA checkpoint, and where its text model is to compute."""
 
-    model: Any
-    """Transformers' class of its family, `LlavaForConditionalGeneration` for one; in eval mode."""
+    skeleton: Any
+    """transformers' class of its family, `LlavaForConditionalGeneration` for one, on the device
+    "meta": its weights have shapes and no numbers."""
+    weights: CheckpointWeights
+    """Where the numbers are."""
     tokenizer: Any
     """The checkpoint's fast tokenizer, with its chat template."""
+    dtype: torch.dtype
+    device: torch.device
 
 
 def load_checkpoint(
@@ -29,29 +36,20 @@ def load_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
 ) -> Checkpoint:
-    """Load a checkpoint's directory.
+    """Open a checkpoint's directory.
 
     Raises:
         ValueError: it is no LLaVA checkpoint, or a weight is missing, unexpected or of the wrong
-            shape. transformers would fill a missing weight with random numbers and go on, which
-            is how a vision tower saved under another release's names turns into noise.
+            shape.
     """
     try:
-        llava_config(directory)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        config = llava_config(directory)
+        weights = CheckpointWeights(directory)
+        skeleton = checked_skeleton(config, weights)
+        with contextlib.suppress(OSError):  # without one, the configuration has what there is
+            skeleton.generation_config = GenerationConfig.from_pretrained(directory)
         tokenizer = load_tokenizer(directory)
     except (CheckpointError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{directory} cannot be loaded as a LLaVA checkpoint: {error}") from error
-    faults = {kind: names for kind, names in report.items() if names and kind != "error_msgs"}
-    if faults or report.get("error_msgs"):
-        found = faults or report["error_msgs"]
-        raise ValueError(f"{directory} does not fit this release of transformers: {found}")
-    return Checkpoint(model=model.eval().to(device), tokenizer=tokenizer)
+    return Checkpoint(skeleton, weights, tokenizer, dtype, torch.device(device))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_triton.checkpoint.families import Config
+from llava_triton.checkpoint.families import Config, family_of
 from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
 
 PATCHES = "vision_tower.embeddings.patch_embedding.weight"
@@ -28,6 +30,7 @@ class VisionEncoder(nn.Module):
         layers = config.vision_feature_layer
         self._layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
         self._drops_class_token = config.vision_feature_select_strategy == "default"
+        self._pooler = family_of(config).pooler()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode tiles.
@@ -36,13 +39,17 @@ class VisionEncoder(nn.Module):
             pixel_values: float32 [N, 3, H, W], normalized by the checkpoint's image processor.
 
         Returns:
-            float32 [N, T, D]: T tokens a tile, D the language model's hidden size.
+            float32 [N, T, D]: T tokens a tile, D the language model's hidden size. Where the
+            family has a pooler, the last of the T are those that a video's frame has.
         """
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         selected = [hidden_states[layer] for layer in self._layers]
         if self._drops_class_token:
             selected = [states[:, 1:] for states in selected]
-        features: torch.Tensor = self.multi_modal_projector(torch.cat(selected, dim=-1))
+        whole = torch.cat(selected, dim=-1)
+        if self._pooler is not None:
+            whole = torch.cat([whole, self._pooler(whole)], dim=1)
+        features: torch.Tensor = self.multi_modal_projector(whole)
         return features
 
 
@@ -53,15 +60,27 @@ def load_vision_encoder(config: Config, weights: CheckpointWeights) -> VisionEnc
         CheckpointError: a weight of the checkpoint, wherever, is missing, unexpected or of the
             wrong shape.
     """
-    _check_patches(config, weights)
-    with torch.device("meta"):
-        whole = AutoModelForImageTextToText.from_config(config)
-    text = config.get_text_config()
-    tied = ["lm_head.weight"] if text.tie_word_embeddings or config.tie_word_embeddings else []
-    weights.check({name: tuple(each.shape) for name, each in whole.state_dict().items()}, tied)
+    checked_skeleton(config, weights)
     encoder = VisionEncoder(config)
     encoder.load_state_dict(weights.load(encoder.state_dict()), assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def checked_skeleton(config: Config, weights: CheckpointWeights) -> Any:
+    """transformers' model of a checkpoint on the device "meta": all but its weights.
+
+    Raises:
+        CheckpointError: a weight of the checkpoint is missing, unexpected or of the wrong shape.
+            transformers would fill it with random numbers and go on, which is how a vision tower
+            saved under another release's names turns into noise.
+    """
+    _check_patches(config, weights)
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config).eval()
+    text = config.get_text_config()
+    tied = ["lm_head.weight"] if text.tie_word_embeddings or config.tie_word_embeddings else []
+    weights.check({name: tuple(each.shape) for name, each in whole.state_dict().items()}, tied)
+    return whole
 
 
 def load_newline(weights: CheckpointWeights) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """A checkpoint's weights as they lie on disk: what is there, what it hashes to, parts of it loaded.
 
-The vision encoder is a few percent of a LLaVA. Reading it alone keeps the export of a 13B model
-within the memory of a laptop; the names and shapes of everything else are checked all the same.
+The vision encoder is a few percent of a LLaVA. The export and the encoder's process read it alone,
+the language model's process reads the rest, each tensor straight to where it is used: so a host
+needs little more memory than a piece of a tensor. Names and shapes are checked for all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from io import RawIOBase
+
     import torch
 
 CONFIG = "config.json"
@@ -23,6 +26,10 @@ _WRAPPERS = {"model", "vision_model", "language_model"}
 _COMPUTED = ("position_ids", "inv_freq")
 """Buffers that some published checkpoints contain and no release of transformers reads."""
 _VISION = ("vision_tower.", "multi_modal_projector.")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's names of what safetensors calls the types that weights are read in."""
+PIECE_BYTES = 32 * 1024 * 1024
+"""What is in host memory at a time of a tensor that is read to a GPU or into another type."""
 
 
 class CheckpointError(Exception):
@@ -124,16 +131,56 @@ class CheckpointWeights:
 
         Raises:
             KeyError: the checkpoint has none of that name; see `check`.
+            CheckpointError: as `read_into`.
         """
         import torch
-        from safetensors import safe_open
 
         loaded = {}
         for name in names:
             stored = self._tensors[canonical_name(name)]
-            with safe_open(stored.file, framework="pt") as file:
-                loaded[name] = file.get_tensor(stored.name).to(torch.float32)
+            loaded[name] = torch.empty(stored.shape, dtype=torch.float32)
+            self.read_into(name, loaded[name])
         return loaded
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Read a tensor from its file to where it is used, without another copy of the whole.
+
+        Args:
+            name: of any release.
+            target: of its shape, contiguous, of any float type, on any device.
+
+        Raises:
+            KeyError: the checkpoint has none of that name; see `check`.
+            CheckpointError: it is of another shape, of no float type, or its file has changed.
+        """
+        import torch
+
+        stored = self._tensors[canonical_name(name)]
+        if stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{name} in {stored.file} is stored as {stored.dtype}; weights are read from "
+                f"{', '.join(_DTYPES)}: give the checkpoint that it was made from"
+            )
+        if tuple(target.shape) != stored.shape:
+            raise CheckpointError(
+                f"{name} in {stored.file} is {list(stored.shape)}, and the model needs "
+                f"{list(target.shape)}; give a checkpoint that fits its config.json"
+            )
+        assert target.is_contiguous()
+        dtype: torch.dtype = getattr(torch, _DTYPES[stored.dtype])
+        flat = target.view(-1)
+        step = PIECE_BYTES // dtype.itemsize
+        between = None
+        if target.device.type != "cpu" or target.dtype != dtype:
+            size = min(step, len(flat))
+            between = torch.empty(size, dtype=dtype, pin_memory=target.device.type == "cuda")
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.begin)
+            for part in flat.split(step):
+                read = part if between is None else between[: len(part)]
+                _read_exactly(file, read, stored)
+                if between is not None:
+                    part.copy_(read)
 
     def vision_sha256(self) -> str:
         """SHA-256 over `config.json` and the names, types, shapes and bytes of the vision tower's
@@ -192,6 +239,18 @@ def _read_header(file: Path) -> list[StoredTensor]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is no intact safetensors file: {error}") from error
     return tensors
+
+
+def _read_exactly(file: RawIOBase, target: torch.Tensor, stored: StoredTensor) -> None:
+    """The next bytes of a file, as many as a contiguous tensor in host memory has."""
+    import torch
+
+    left = target.view(torch.uint8).numpy().data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise CheckpointError(f"{stored.file} ended amid {stored.name}; give an intact file")
+        left = left[count:]
 
 
 def _few(names: list[str]) -> str:

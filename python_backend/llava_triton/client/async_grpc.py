@@ -11,8 +11,8 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.client.async_transport import LET_GO_SECONDS, AsyncTransport, each
-from llava_triton.client.grpc import CHANNEL
-from llava_triton.client.transport import TurnMessage, delta_of, session_error
+from llava_triton.client.grpc import CHANNEL, is_of_a_turn
+from llava_triton.client.transport import TurnMessage, cancelling, delta_of, named, session_error
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 
@@ -46,8 +46,10 @@ class AsyncGrpcTransport(AsyncTransport):
             raise session_error(error, self._address) from error
 
     async def stream(self, turn: TurnMessage) -> AsyncGenerator[Delta, None]:
-        """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
+        """Pieces as they come; left early, the turn is cancelled."""
+        turn = named(turn)
         begun = ended = False
+        reading: asyncio.Future[Any] | None = None
         try:
             if self._responses is None:
                 self._turns = asyncio.Queue()
@@ -55,33 +57,61 @@ class AsyncGrpcTransport(AsyncTransport):
             request = turn.request(triton, self.parameters)
             self._turns.put_nowait({"model_name": "llava_stream", **request})
             while not ended:
-                result, error = await (anext(self._responses) if begun else self._first())
-                begun = True
+                reading = asyncio.ensure_future(anext(self._responses))
+                # Who waits for it may be cancelled, and the stream with it.
+                result, error = await asyncio.shield(reading)
+                reading = None
                 if error is not None:
+                    ended = is_of_a_turn(error)
                     raise error
+                begun = True
                 delta = delta_of(result)
                 ended = delta.is_final
                 yield delta
         except (InferenceServerException, grpc.RpcError, StopAsyncIteration) as error:
+            if not ended:  # the stream's own: it is of no use any more
+                ended = True
+                self._break_stream()
             raise self._told(error) from error
         finally:
-            # After an error too: it may have been the stream's own, which is of no use then.
             if not ended:
-                self._break_stream()
+                await self._leave(turn, reading, begun)
 
-    async def _first(self) -> Any:
-        """A turn's first response, a heartbeat if nothing else.
-
-        Cancelled, it is waited for all the same, for at most LET_GO_SECONDS: where a turn is
-        cancelled that Triton has not handed on yet, Triton ends the whole session.
-        """
-        reading = asyncio.ensure_future(anext(self._responses))
+    async def _leave(
+        self, turn: TurnMessage, reading: asyncio.Future[Any] | None, begun: bool
+    ) -> None:
+        """Cancel a turn; the stream breaks off only where it does not come to the answer's end."""
+        cancelled = False
         try:
-            return await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            await asyncio.wait((reading,), timeout=LET_GO_SECONDS)
-            reading.cancel()
-            raise
+            async with asyncio.timeout(LET_GO_SECONDS):
+                cancelled = await self._cancel(turn, reading, begun)
+        except (InferenceServerException, grpc.RpcError, StopAsyncIteration, TimeoutError):
+            pass  # the server has gone, or hangs
+        finally:
+            if not cancelled:
+                self._break_stream()
+                if reading is not None:
+                    reading.cancel()
+
+    async def _cancel(
+        self, turn: TurnMessage, reading: asyncio.Future[Any] | None, begun: bool
+    ) -> bool:
+        """Cancel a turn and read the stream to its answer's end; whether it goes on behind it."""
+        if self._responses is None:
+            return False
+        await self._client.infer("llava", **cancelling(turn).request(triton, self.parameters))
+        while True:
+            result, error = await (reading or anext(self._responses))
+            reading = None
+            if error is not None:
+                return is_of_a_turn(error)
+            if delta_of(result).is_final:
+                return True
+            if not begun:  # it was on its way to the engine, which did not know it
+                begun = True
+                await self._client.infer(
+                    "llava", **cancelling(turn).request(triton, self.parameters)
+                )
 
     async def close(self) -> None:
         """Let the stream and the connection go."""

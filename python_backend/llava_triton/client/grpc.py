@@ -13,7 +13,9 @@ from llava_triton.client.transport import (
     LostConnectionError,
     Transport,
     TurnMessage,
+    cancelling,
     delta_of,
+    named,
     session_error,
 )
 from llava_triton.contract.delta import Delta
@@ -26,6 +28,9 @@ CHANNEL = [
     # minutes, before it looks for their server again.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+CANCEL_SECONDS = 5.0
+"""A server that does not answer for so long has gone, or hangs."""
 
 
 class GrpcTransport(Transport):
@@ -55,22 +60,27 @@ class GrpcTransport(Transport):
         return delta_of(result)
 
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
-        """Pieces as they come; left early, the gRPC stream breaks off and so cancels the turn."""
-        ended = False
+        """Pieces as they come; left early, the turn is cancelled."""
+        turn = named(turn)
+        begun = ended = False
         try:
             arrived = self._send(turn.request(triton, self.parameters))
             while not ended:
                 result, error = arrived.get()
                 if error is not None:
+                    ended = is_of_a_turn(error)
                     raise error
+                begun = True
                 delta = delta_of(result)
                 ended = delta.is_final
                 yield delta
         except InferenceServerException as error:
+            if not ended:  # the stream's own: it is of no use any more
+                ended = True
+                self._break_stream()
             raise self._told(error) from error
         finally:
-            # After an error too: it may have been the stream's own, which is of no use then.
-            if not ended:
+            if not ended and not (begun and self._cancel(turn)):
                 self._break_stream()
 
     def close(self) -> None:
@@ -109,9 +119,30 @@ class GrpcTransport(Transport):
             self._arrived = arrived
         return self._arrived
 
+    def _cancel(self, turn: TurnMessage) -> bool:
+        """Cancel a turn that has begun, and read the stream to its answer's end; whether that was
+        possible. Breaking the stream off would cancel it later, and cost a new stream."""
+        assert self._arrived is not None
+        request = cancelling(turn).request(triton, self.parameters)
+        try:
+            self._client.infer("llava", **request, client_timeout=CANCEL_SECONDS)
+            while True:
+                result, error = self._arrived.get(timeout=CANCEL_SECONDS)
+                if error is not None:
+                    return is_of_a_turn(error)
+                if delta_of(result).is_final:
+                    return True
+        except (InferenceServerException, queue.Empty):
+            return False
+
     def _break_stream(self) -> None:
         self._client.stop_stream(cancel_requests=True)
         self._arrived = None
+
+
+def is_of_a_turn(error: Exception) -> bool:
+    """Whether a stream's error ends a turn, and not the stream."""
+    return isinstance(error, InferenceServerException) and error.status() is None
 
 
 def _connect(address: str) -> triton.InferenceServerClient:

@@ -145,7 +145,7 @@ class ReplayTransport(Transport):
         self._pictures += turn.images
         if turn.text:
             images = pending + len(turn.images)
-            self._turns.append(PastTurn(turn.text, answer, images))
+            self._turns.append(PastTurn(turn.text, answer, images, turn.positions))
             self._pending.append(pending)
 
     def _rewind_anew(self, turn: TurnMessage, lost: SessionError) -> Delta:

@@ -7,7 +7,7 @@ import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from types import ModuleType
 from typing import Any
@@ -26,8 +26,15 @@ from llava_triton.contract.errors import (
     invalid,
 )
 from llava_triton.contract.history import PastTurn, history_to_json
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
-from llava_triton.contract.operations import NO_OPERATION, REWIND, STOP_ANSWER, Operation
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE,
+    IMAGE_POSITIONS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+)
+from llava_triton.contract.operations import NO_OPERATION, REWIND, Ending, Operation
+from llava_triton.contract.positions import Positions
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -40,21 +47,25 @@ class TurnMessage:
     end: bool = False
     text: str | None = None
     images: Sequence[bytes] = ()
-    """Encoded picture files."""
+    """Encoded pictures, and videos as elements of the input `image` hold them."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """See `llava_triton.model.sampling.SamplingParameters`."""
     history: Sequence[PastTurn] = ()
     """What was said before, where the turn opens a session; `images` begins with its pictures."""
     operation: Operation = NO_OPERATION
     """What is done to the session first."""
-    stop_answer: int | str | None = None
-    """The ID of a session whose answer is to end as it is; the message has no other meaning."""
+    ending: Ending | None = None
+    """Of another turn's answer; the message has no other meaning then."""
+    request_id: str = ""
+    """Names the turn to who cancels it."""
+    positions: Positions = None
+    """Of the pictures and videos in the text."""
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Request parameters that say what the inputs do not."""
-        stop = {} if self.stop_answer is None else {STOP_ANSWER: self.stop_answer}
-        return self.operation.to_parameters() | stop
+        ending = {} if self.ending is None else self.ending.to_parameters()
+        return self.operation.to_parameters() | ending
 
     def request(self, triton: ModuleType, common: Mapping[str, Any]) -> dict[str, Any]:
         """What `infer` and its like of `tritonclient.grpc` or `tritonclient.http` take, besides the
@@ -66,6 +77,7 @@ class TurnMessage:
         """
         return {
             "inputs": self.inputs(triton),
+            "request_id": self.request_id,
             "sequence_id": self.session_id,
             "sequence_start": self.start,
             "sequence_end": self.end,
@@ -79,6 +91,8 @@ class TurnMessage:
             strings[TEXT_INPUT] = [_utf8(self.text)]
         if self.images:
             strings[IMAGE] = self.images
+        if self.positions is not None:
+            strings[IMAGE_POSITIONS] = [json.dumps(self.positions).encode()]
         if self.sampling:
             strings[SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
         if self.history:
@@ -112,7 +126,18 @@ def forking(source: int | str, session_id: int | str | None) -> TurnMessage:
 
 def stopping(session_id: int | str) -> TurnMessage:
     """Ends a session's running answer as it is, from outside the session."""
-    return TurnMessage(uuid.uuid4().hex, start=True, end=True, stop_answer=session_id)
+    return TurnMessage(uuid.uuid4().hex, start=True, end=True, ending=Ending(session_id))
+
+
+def named(turn: TurnMessage) -> TurnMessage:
+    """The same turn with a request ID, so that it can be cancelled."""
+    return replace(turn, request_id=uuid.uuid4().hex)
+
+
+def cancelling(turn: TurnMessage) -> TurnMessage:
+    """Undoes a turn that has a request ID, from outside its session."""
+    ending = Ending(turn.session_id, turn.request_id)
+    return TurnMessage(uuid.uuid4().hex, start=True, end=True, ending=ending)
 
 
 class LostConnectionError(SessionError):

@@ -1,5 +1,5 @@
-"""What a request can ask of a session besides its next turn: to go back, to fork, to stop, to be
-brought back.
+"""What a request can ask of a session besides its next turn: to go back, to fork, to be brought
+back, to end an answer.
 
 Operations are request parameters, which Triton's ensembles hand on to every step.
 """
@@ -24,6 +24,13 @@ STOP_ANSWER = "stop_answer"
 """Request parameter: the ID of a session whose answer under way ends now, as a completed turn. It
 is a request of its own, with START, END and a sequence ID of its own, and nothing else in it: a
 turn of the session would wait for that answer."""
+CANCEL_ANSWER = "cancel_answer"
+"""Request parameter, of a request like that of `STOP_ANSWER`: the ID of a session, one of whose
+turns is undone, as if its client had gone. `CANCEL_REQUEST` says which."""
+CANCEL_REQUEST = "cancel_request"
+"""Request parameter beside `CANCEL_ANSWER`: the request ID of the turn."""
+OF_ENDINGS = (STOP_ANSWER, CANCEL_ANSWER, CANCEL_REQUEST)
+"""Those that an `Ending` is made of."""
 OF_TURNS = (REWIND, REGENERATE, FORK, RESUME)
 """Those that change what a turn does."""
 MAX_ID_CHARACTERS = 128
@@ -91,6 +98,47 @@ class Operation:
 
 
 NO_OPERATION = Operation()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a request does to an answer that another request is given."""
+
+    session_id: int | str
+    """Whose answer."""
+    cancelled: str | None = None
+    """The request ID of the turn to undo; None: the running answer ends, and is kept."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Ending | None:
+        """Read a request's parameters; None where it ends no answer.
+
+        Raises:
+            SessionError: INVALID_ARG, a value has the wrong type or range.
+        """
+        if STOP_ANSWER in parameters:
+            return cls(check_session_id(STOP_ANSWER, parameters[STOP_ANSWER]))
+        if CANCEL_ANSWER not in parameters:
+            return None
+        session_id = check_session_id(CANCEL_ANSWER, parameters[CANCEL_ANSWER])
+        request_id = parameters.get(CANCEL_REQUEST, "")
+        if not isinstance(request_id, str) or not request_id:
+            raise invalid(
+                f"the parameter {CANCEL_REQUEST} is {_shown(request_id)}; beside {CANCEL_ANSWER} "
+                "it must be the request ID with which the turn was sent"
+            )
+        return cls(session_id, request_id)
+
+    def to_parameters(self) -> dict[str, Any]:
+        """The request parameters that say so."""
+        if self.cancelled is None:
+            return {STOP_ANSWER: self.session_id}
+        return {CANCEL_ANSWER: self.session_id, CANCEL_REQUEST: self.cancelled}
+
+    @property
+    def name(self) -> str:
+        """Of the parameter that asks for it."""
+        return STOP_ANSWER if self.cancelled is None else CANCEL_ANSWER
 
 
 def check_session_id(name: str, value: Any) -> int | str:

@@ -45,7 +45,7 @@ class Settings:
     answered to its end."""
     default_max_tokens: int = 256
     """Length of an answer, in tokens, when the client names none."""
-    target_between_tokens_ms: float = 50.0
+    target_between_tokens_ms: float = 80.0
     """While prompts are computed, running answers get a token about this often, and prompts the
     time that is left. Where answers alone take more than half of it, it is twice their time."""
     target_first_token_ms: float = 1000.0
@@ -91,6 +91,20 @@ class Settings:
     decided by their tokens, which must fit into the model's context."""
     max_images_bytes_per_turn: int = 256 * 1024 * 1024
     """Pictures of one turn that are longer together, as they were sent, are refused."""
+    video_frames: int | None = None
+    """Frames that are shown of a video, evenly over its length, where a request names no number;
+    null: as the checkpoint's video processor says, or 16."""
+    max_video_frames: int = 64
+    """Frames of one video at the most."""
+    max_video_bytes: int = 32 * 1024 * 1024
+    """Larger encoded videos are refused."""
+    max_video_pixels: int = 4096 * 2304
+    """Videos whose frames have more pixels are refused before they are decoded."""
+    max_video_seconds: float = 300.0
+    """Longer videos are refused before they are decoded."""
+    max_video_decode_seconds: float = 30.0
+    """A video that takes longer to decode is given up. Meanwhile other videos wait, and nothing
+    else."""
     max_text_bytes: int = 256 * 1024
     """Longer texts are refused before they are tokenized."""
     vision_max_batch: int = 8

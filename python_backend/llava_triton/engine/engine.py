@@ -187,6 +187,19 @@ class Engine:
         """
         self._command(lambda: self._stop_answer(session_id, tenant, listener))
 
+    def cancel_answer(
+        self, session_id: SessionId, tenant: str, request_id: str, listener: Listener
+    ) -> None:
+        """Undo a turn of a session, as `cancel`. Where there is none such, nothing happens.
+
+        Args:
+            session_id: whose turn.
+            tenant: whose session.
+            request_id: of the turn.
+            listener: gets one final piece without text.
+        """
+        self._command(lambda: self._cancel_answer(session_id, tenant, request_id, listener))
+
     def close(self, session_id: SessionId) -> None:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
         self._command(lambda: self._close_now(session_id))
@@ -394,7 +407,8 @@ class Engine:
             pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
             if request.end:
-                self._sessions.drop(session_id)  # Triton has ended the sequence for good
+                # Triton has ended the sequence for good.
+                self._sessions.drop(session_id, turn.arrived_at)
             else:
                 self._sessions.used(session_id, request.tenant)
             self._refuse(turn, as_session_error(error))
@@ -405,7 +419,7 @@ class Engine:
             self._images.hold_again(session.images)
         if request.start:
             if self._journal is not None:
-                self._journal.begin(session, source)
+                self._journal.begin(session, turn, source)
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
@@ -455,7 +469,7 @@ class Engine:
                 return False
             resumed = turn.resuming.result()
             if request.end and request.is_empty:
-                journal.end_unopened(resumed)
+                journal.end_unopened(resumed, turn)
                 self._answer_at_once(turn, "closed", len(resumed.found.conversation.tokens))
                 return False
             self._make_room(request)
@@ -480,9 +494,11 @@ class Engine:
         self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0))
         self._leave(turn)
 
-    def _dropped(self, session: Session, forgotten: bool) -> None:
-        if self._journal is not None:
-            (self._journal.forget if forgotten else self._journal.leave)(session)
+    def _dropped(self, session: Session, asked_at: float | None) -> None:
+        if self._journal is not None and asked_at is not None:
+            self._journal.forget(session, asked_at)
+        elif self._journal is not None:
+            self._journal.leave(session)
 
     def _make_room(self, request: TurnRequest) -> None:
         """Where as many sessions are open as may be, let the longest idle one go that the journal
@@ -721,7 +737,7 @@ class Engine:
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += running.prompt_tokens - running.cached_tokens
         if turn.request.end:  # everything is free before the client hears that it is over
-            self._sessions.drop(session.id)
+            self._sessions.drop(session.id, turn.arrived_at)
         else:
             self._sessions.used(session.id, session.tenant)
         self._tell(turn, final)
@@ -747,7 +763,7 @@ class Engine:
         if turn.request.start or turn.request.end:
             # Opened by this turn, it has no completed turn to go back to; closed by it, Triton has
             # ended the sequence and nobody can reach it again.
-            self._sessions.drop(session.id)
+            self._sessions.drop(session.id, turn.arrived_at)
         else:
             session.truncate(running.kept)
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
@@ -801,6 +817,14 @@ class Engine:
             except Exception as error:
                 self._fail(running, as_session_error(error))
         listener(told)
+
+    def _cancel_answer(
+        self, session_id: SessionId, tenant: str, request_id: str, listener: Listener
+    ) -> None:
+        for turn in self._lanes.of_session(session_id):
+            if (turn.request.tenant, turn.request.request_id) == (tenant, request_id):
+                self._cancel(turn.id)
+        listener(Delta("", "stopped", 0, 0, 0, 0.0))
 
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")

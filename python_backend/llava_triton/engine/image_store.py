@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava_triton.contract.errors import unavailable
 from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.device import host_bytes, to_host
 
 Digest = bytes
 """SHA-256 of a picture's features, of everything that an answer can depend on, and of whose they
@@ -53,6 +54,12 @@ class Image:
     def bytes(self) -> int:
         """Of the features."""
         return self.features.numel() * self.features.itemsize
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take in host memory."""
+        pinned = self.features.is_cuda or self.features.is_pinned()
+        return host_bytes(self.bytes, torch.device("cuda" if pinned else "cpu"))
 
 
 class ImageStore:
@@ -137,24 +144,26 @@ class ImageStore:
                 self.device_bytes -= image.bytes
             else:
                 del self._on_host[image.digest]
-                self.host_bytes -= image.bytes
+                self.host_bytes -= image.host_bytes
 
     def _make_room(self, wanted: int) -> None:
         on_device, on_host = self._budgets
         excess = max(0, self.device_bytes + wanted - on_device)
         # Look before anything is moved: a refusal changes nothing.
-        moved, victims = 0, []
+        moved, arriving, victims = 0, 0, []
         for image in self._on_device.values():
             if moved >= excess:
                 break
             victims.append(image)
             moved += image.bytes
-        if moved < excess or self.host_bytes + moved > on_host:
+            arriving += image.host_bytes
+        if moved < excess or self.host_bytes + arriving > on_host:
             raise unavailable("the memory for pictures is full; try again later")
         for image in victims:
             del self._on_device[image.digest]
             self._on_host[image.digest] = image
-            image.features = image.features.cpu()
+            # Not waited for: whoever shows it again copies it back in the order of the same stream.
+            image.features = to_host(image.features)
             self.device_bytes -= image.bytes
-            self.host_bytes += image.bytes
+            self.host_bytes += image.host_bytes
             self.evictions += 1

@@ -59,6 +59,8 @@ class TurnRequest:
     """Whose turn it is: a session is its tenant's alone, and shares with others of his alone."""
     operation: Operation = NO_OPERATION
     """What is done to the session first."""
+    request_id: str = ""
+    """Its client's name for it; "": it has none."""
 
     @property
     def has_message(self) -> bool:

@@ -25,6 +25,8 @@ class Kernels:
     -> the product with them. The weight is not used any more afterwards."""
     join: Callable[[Stack], HiddenStates]
     """The way through layers made of these operations."""
+    keys_by_token: bool = False
+    """Whether keys lie in their pages as values do; see `PagedAttention`."""
 
     def attention(self, geometry: AttentionGeometry, window: int | None) -> PagedAttention:
         """Attention of layers whose tokens see `window` tokens back, or all."""
@@ -38,7 +40,10 @@ def kernels_for(device: torch.device) -> Kernels:
         from llava_triton.kernels.gpu.linear import GpuLinear
 
         return Kernels(
-            GpuAttention, GpuLinear, lambda stack: OneByOne(stack, add_rms_norm, silu_multiply)
+            GpuAttention,
+            GpuLinear,
+            lambda stack: OneByOne(stack, add_rms_norm, silu_multiply),
+            keys_by_token=True,
         )
     from llava_triton.kernels.cpu.attention import CpuAttention
     from llava_triton.kernels.cpu.layers import CpuLayers

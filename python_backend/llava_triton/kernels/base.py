@@ -58,8 +58,9 @@ class Rows:
 class PagedAttention(Protocol):
     """Attention over keys and values in pages, for a ragged batch of sequences.
 
-    One layer's pages are `keys` [blocks, G, D, BLOCK_TOKENS] (a block's tokens side by side) and
-    `values` [blocks, G, BLOCK_TOKENS, D], contiguous, of the dtype of `qkv`.
+    One layer's pages are `values` [blocks, G, BLOCK_TOKENS, D] and `keys`, contiguous, of the dtype
+    of `qkv`. Keys are [blocks, G, D, BLOCK_TOKENS] (a block's tokens side by side, as a CPU's
+    vectors want them) or, where `Kernels.keys_by_token` says so, as values are.
     """
 
     def rotate_and_store(

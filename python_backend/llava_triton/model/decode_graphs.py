@@ -27,9 +27,9 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 NARROWEST = 64
 """Blocks of the narrowest tables; each next ones are twice as wide."""
 
-Decode = Callable[[Tensor, Rows], Tensor]
-"""Token IDs (or what `token_after` gives) int64 [S] and where they belong -> logits [S, V]; waits
-for nothing."""
+Decode = Callable[[Tensor, Rows, Tensor], Tensor]
+"""(token IDs int64 [S], or what `token_after` gives; where they belong; where logits float32 [S, V]
+are written to) -> these logits; waits for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ class DecodeGraphs:
         device: where it computes. Other than a GPU, it computes in the same shapes unrecorded.
         spare_block: that no session has; what fills a step up is written there.
         sequences: at once at the most.
-        context_length: of the model, in tokens.
+        context_length: of a sequence at the most, in tokens.
+        vocabulary: how many tokens there are logits for.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DecodeGraphs:
         spare_block: int,
         sequences: int,
         context_length: int,
+        vocabulary: int,
     ) -> None:
         self._decode = decode
         self._device = device
@@ -69,6 +71,10 @@ class DecodeGraphs:
         self._sizes = _up_to(SIZES, sequences)
         widths = (NARROWEST << doublings for doublings in itertools.count())
         self._widths = _up_to(widths, -(-context_length // BLOCK_TOKENS))
+        # One for all: logits that each graph kept would be gigabytes.
+        self._logits = torch.empty(
+            (self._sizes[-1], vocabulary), dtype=torch.float32, device=device
+        )
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._records: dict[tuple[int, int], _Record] = {}
         began = time.monotonic()
@@ -120,7 +126,8 @@ class DecodeGraphs:
         tables = given[2 * size :].view(size, width)
 
         def run() -> Tensor:
-            return self._decode(ids.long(), Rows(starts, contexts, tables, contexts.long()))
+            rows = Rows(starts, contexts, tables, contexts.long())
+            return self._decode(ids.long(), rows, self._logits[:size])
 
         return _Record(given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
 

@@ -31,6 +31,7 @@ class Pages:
         geometry: of its attention.
         dtype: of keys and values.
         device: where they live.
+        keys_by_token: how keys lie in them, see `Kernels`.
     """
 
     def __init__(
@@ -40,18 +41,22 @@ class Pages:
         geometry: AttentionGeometry,
         dtype: torch.dtype,
         device: torch.device,
+        keys_by_token: bool = False,
     ) -> None:
         kv_heads, width = geometry.kv_heads, geometry.head_dim
+        by_token, by_number = (BLOCK_TOKENS, width), (width, BLOCK_TOKENS)
         self.blocks = blocks
         self.spare = blocks
         """A block behind those, for what nobody will read."""
         # Not zeroed: on a CPU, pages that no session has used take no memory then.
         self.keys = torch.empty(
-            (layers, blocks + 1, kv_heads, width, BLOCK_TOKENS), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, *(by_token if keys_by_token else by_number)),
+            dtype=dtype,
+            device=device,
         )
-        """[layers, blocks + 1, G, D, BLOCK_TOKENS]"""
+        """[layers, blocks + 1, G, D, BLOCK_TOKENS] or, by token, [..., BLOCK_TOKENS, D]"""
         self.values = torch.empty(
-            (layers, blocks + 1, kv_heads, BLOCK_TOKENS, width), dtype=dtype, device=device
+            (layers, blocks + 1, kv_heads, *by_token), dtype=dtype, device=device
         )
         """[layers, blocks + 1, G, BLOCK_TOKENS, D]"""
 
@@ -70,6 +75,19 @@ class Pages:
             (_to_host(self.keys, part), _to_host(self.values, part))
             for part in index.split(CHUNK_BLOCKS)
         ]
+
+    def pin_host_memory(self, most: int) -> None:
+        """Let the host's driver pin memory for copies now, rather than amid answers, which wait for
+        it: some 100 ms for a session. torch keeps it for `to_host`.
+
+        Args:
+            most: bytes.
+        """
+        shapes = [(CHUNK_BLOCKS, *each[:, 0].shape) for each in (self.keys, self.values)]
+        kept, left = [], most
+        while left >= (piece := self.host_bytes(CHUNK_BLOCKS)):
+            kept += [_host_memory(shape, self.keys.dtype) for shape in shapes]
+            left -= piece
 
     def host_bytes(self, blocks: int) -> int:
         """Bytes of host memory that copies of so many blocks take."""
@@ -104,9 +122,13 @@ def _to_host(pages: Tensor, index: Tensor) -> Tensor:
     copied = pages.transpose(0, 1)[index].contiguous()
     if pages.device.type != "cuda":
         return copied
-    host = torch.empty((CHUNK_BLOCKS, *copied.shape[1:]), dtype=copied.dtype, pin_memory=True)
+    host = _host_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
     host[: len(copied)].copy_(copied, non_blocking=True)
     return host
+
+
+def _host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def block_bytes(layers: int, geometry: AttentionGeometry, dtype: torch.dtype) -> int:

@@ -14,21 +14,24 @@ from llava_triton.checkpoint.families import family_of
 from llava_triton.checkpoint.loader import Checkpoint
 from llava_triton.contract.settings import Settings
 from llava_triton.device import DeviceTimer, to_device, to_host
-from llava_triton.kernels.base import Rows
+from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.kernels.cpu.attention import release_workers
-from llava_triton.model.decode_graphs import DecodeGraphs
+from llava_triton.model.decode_graphs import SIZES, DecodeGraphs
 from llava_triton.model.kv_pages import Pages, block_bytes
 from llava_triton.model.logits_processors import process_logits
 from llava_triton.model.logprobs import AskedLogprobs
 from llava_triton.model.memory_size import (
+    GpuNeeds,
     blocks_for,
+    check_blocks,
     device_memory,
     features_budget,
     host_budgets,
     host_memory,
+    memory_budget,
 )
 from llava_triton.model.prefault import Prefault
-from llava_triton.model.sampling import next_tokens
+from llava_triton.model.sampling import Draw, next_tokens
 from llava_triton.model.step import LaunchedStep, Step, StepPart, StepResult, TransferError
 from llava_triton.model.text_model import TextModel
 
@@ -37,55 +40,72 @@ log = logging.getLogger(__name__)
 SMALL_MODEL_PARAMETERS = 30_000_000
 PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
 """By the device's type."""
+WARM_UP_TOKENS = (2, 16, 64, 256, 1024)
+"""Of prompts: libraries choose other kernels for other numbers of rows."""
+PINNED_AT_START = 4 << 30
+"""Bytes of host memory, at the most; a second or two. The rest is pinned when it is needed."""
 
 
 class ModelRunner:
-    """Runs a LLaVA checkpoint's text model over pages; the vision tower is not kept.
+    """Runs a LLaVA checkpoint's text model over pages; the vision tower is not read.
 
     Args:
-        checkpoint: loaded on the device and in the dtype it is to run in; its weights are moved out
-            of it.
+        checkpoint: what is to run, where and in what.
         settings: sizes of the memories.
         record: compute steps of one token a sequence in recorded shapes; None: on a GPU.
 
     Raises:
-        ValueError: a text model that is not served.
+        ValueError: a text model that is not served; too little memory for one session.
+        CheckpointError: its weights cannot be read.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, settings: Settings, record: bool | None = None
     ) -> None:
-        model = checkpoint.model
+        model = checkpoint.skeleton
         config = model.config
         self._threads = cpu_threads(model)
         self.image_token_id = int(config.image_token_id)
+        video = getattr(config, "video_token_id", None)
+        words = int(model.lm_head.weight.shape[0])
+        self._placeholders = [
+            each for each in (self.image_token_id, video) if each is not None and each < words
+        ]
+        """Tokens that stand for pictures and videos."""
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
-        # What is left refers to the text model only: the vision tower's memory goes free.
-        model.model.vision_tower = None
-        model.model.multi_modal_projector = None
-        self._text_model = TextModel(model, int8_weights=settings.weights == "int8")
+        self._text_model = TextModel(checkpoint, int8_weights=settings.weights == "int8")
         self.context_length = self._text_model.context_length
         geometry, layers = self._text_model.geometry, self._text_model.layers
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
         self.prefill_chunk_tokens = (
             settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]
         )
-        free = device_memory(self.device)
         row_bytes = self.hidden_size * self._text_model.dtype.itemsize
         self.picture_tokens = family_of(config).photograph_tokens
         """Of one ordinary picture. Memory is planned for pictures of so many; what a session brings
         may have more or fewer."""
         picture_bytes = self.picture_tokens * row_bytes
-        self.image_bytes_on_device = features_budget(settings, picture_bytes, free, self.device)
+        tower = sum(each.numel() for each in model.model.vision_tower.parameters())
+        needs = GpuNeeds.of(tower, min(settings.max_sessions, SIZES[-1]), self.vocabulary)
+        budget = memory_budget(self.device, needs)
+        self.image_bytes_on_device = features_budget(settings, picture_bytes, budget, self.device)
         blocks = blocks_for(
             settings,
             self.block_bytes,
             self.context_length,
-            free,
+            budget,
             self.image_bytes_on_device,
             self.device,
         )
-        self.pages = Pages(layers, blocks, geometry, self._text_model.dtype, self.device)
+        check_blocks(blocks, self.picture_tokens, settings, self.device)
+        self.pages = Pages(
+            layers,
+            blocks,
+            geometry,
+            self._text_model.dtype,
+            self.device,
+            keys_by_token=self._text_model.kernels.keys_by_token,
+        )
         tensors = (self.pages.keys, self.pages.values)
         self._prefault = Prefault(tensors) if self.device.type == "cpu" else None
         self.host_kv_bytes, self.host_image_bytes = host_budgets(
@@ -104,21 +124,42 @@ class ModelRunner:
                 self._recorded = self._record(settings.max_sessions)
             except RuntimeError as error:  # slower is better than not at all
                 log.warning("decode steps are computed unrecorded: %s", error)
+        if self.device.type == "cuda":
+            self.pages.pin_host_memory(min(self.host_kv_bytes, PINNED_AT_START))
+            left = device_memory(self.device) / (1 << 30)
+            log.info("%d blocks of keys and values; %.1f GiB of the GPU are free", blocks, left)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Compute a prompt: a GPU's kernels are compiled now, not while the first client waits."""
-        parts = [StepPart([0, 0], 0, [self.pages.spare])]
-        self._logits(self._embeddings(parts), self._rows(parts))
+        """Compute prompts: a GPU's kernels are compiled and its libraries' loaded now, not while
+        the first clients wait.
+
+        Raises:
+            RuntimeError: the device does not run the kernels.
+        """
+        try:
+            for tokens in WARM_UP_TOKENS:
+                if tokens <= min(self.prefill_chunk_tokens, self.context_length):
+                    blocks = [self.pages.spare] * -(-tokens // BLOCK_TOKENS)
+                    parts = [StepPart([0] * tokens, 0, blocks)]
+                    last = to_device(np.array([tokens - 1]), self.device)
+                    logits = self._logits(self._embeddings(parts), self._rows(parts), last)
+                    next_tokens(logits, [Draw(1.0, 2, 0.5, 0.5)])
+        except Exception as error:  # Triton's are of many classes
+            raise RuntimeError(f"the kernels do not run on {self.device}: {error}") from error
 
     @torch.inference_mode()
     def _record(self, sequences: int) -> DecodeGraphs:
+        blocks = self.pages.blocks  # no more sequences than blocks, and none with more than all
         return DecodeGraphs(
-            lambda ids, rows: self._logits(self._text_model.embedding[self._known(ids)], rows),
+            lambda ids, rows, out: self._logits(
+                self._text_model.embedding[self._known(ids)], rows, out=out
+            ),
             self.device,
             self.pages.spare,
-            sequences,
-            self.context_length,
+            min(sequences, blocks),
+            min(self.context_length, blocks * BLOCK_TOKENS),
+            self.vocabulary,
         )
 
     @property
@@ -201,13 +242,20 @@ class ModelRunner:
 
         return LaunchedStep(wait)
 
-    def _logits(self, embeddings: Tensor, rows: Rows, last: Tensor | None = None) -> Tensor:
-        """What follows the rows `last` (None: all of them), float32 [N, V]."""
+    def _logits(
+        self,
+        embeddings: Tensor,
+        rows: Rows,
+        last: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """What follows the rows `last` (None: all of them), float32 [N, V]; written to `out` where
+        it is given."""
         pages = self.pages
         hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
-        logits = self._text_model.logits(hidden if last is None else hidden[last])
+        logits = self._text_model.logits(hidden if last is None else hidden[last], out)
         # Spoken by the model it would stand for a picture that does not exist.
-        logits[:, self.image_token_id] = -torch.inf
+        logits[:, self._placeholders] = -torch.inf
         return logits
 
     def _known(self, ids: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from llava_triton.device import to_device
 
 __all__ = ["NO_TOKEN", "Draw", "Draws", "SamplingParameters", "next_tokens"]
 
+LOWEST_TEMPERATURE = 1e-30
+MOST_DRAWN = 1.0 - 2.0**-23
+"""Times a sum in float32 it is less than the sum."""
 NO_TOKEN = -1
 """In the place of a token's ID, where the logits are not finite."""
 
@@ -82,10 +87,36 @@ def next_tokens(logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
     """
     largest, tokens = logits.max(-1)
     drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
-    if drawn:
+    if drawn and logits.device.type == "cuda":
+        from llava_triton.kernels.gpu.sampling import draw_tokens
+
+        draw_tokens(logits, largest, to_device(gpu_draws(drawn), logits.device), tokens)
+    elif drawn:
         rows = to_device(np.array([row for row, _ in drawn]), logits.device)
         tokens[rows] = _drawn(logits[rows], [draw for _, draw in drawn])
     return torch.where(largest.isfinite(), tokens, NO_TOKEN)
+
+
+def gpu_draws(
+    drawn: Sequence[tuple[int, Draw]],
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Rows and how their tokens are drawn, as `kernels.gpu.sampling.draw_tokens` takes them.
+
+    Temperatures that float32 cannot divide by become so low a one that it is the likeliest token
+    or, of several, one of them.
+    """
+    table = [
+        (
+            row,
+            1.0 / max(draw.temperature, LOWEST_TEMPERATURE) / math.log(2.0),
+            draw.top_k,
+            draw.top_p,
+            math.log2(draw.min_p) if draw.min_p > 0.0 else -math.inf,
+            min(draw.number, MOST_DRAWN),
+        )
+        for row, draw in drawn
+    ]
+    return np.array(table, dtype=np.float32)
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

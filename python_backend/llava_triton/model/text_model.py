@@ -1,9 +1,9 @@
 """LLaVA's text model for a ragged batch of sequences over pages: Llama, Mistral, Qwen2.
 
 transformers' own modules cost 12 to 15 ms of Python and small operations per decode step of 12
-layers on two CPU cores, as much as the arithmetic; so the weights are taken out of them and the
-layers computed here: the projections of a layer joined, their weights laid out for the device,
-normalization, rotation and gating in one operation each.
+layers on two CPU cores, as much as the arithmetic. So the layers are computed here: the projections
+of a layer joined, their weights laid out for the device, normalization, rotation and gating in one
+operation each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llava_triton.checkpoint.configuration import text_model_fault
-from llava_triton.kernels import Kernels, kernels_for
+from llava_triton.checkpoint.loader import Checkpoint
+from llava_triton.kernels import kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
 from llava_triton.kernels.layers import HiddenStates, Layer, Stack
 
@@ -22,18 +23,21 @@ from llava_triton.kernels.layers import HiddenStates, Layer, Stack
 class TextModel:
     """The weights of a LLaVA's text model, and the way of a step through them.
 
+    They are read layer by layer, to the device and in the order that it wants them in: beside what
+    the model keeps, memory holds a layer at the most.
+
     Args:
-        model: transformers' model of a LLaVA family. Its text model's weights are moved
-            out of it, layer by layer; it cannot be used afterwards.
+        checkpoint: of a LLaVA family.
         int8_weights: round those of the layers to 8-bit integers.
 
     Raises:
         ValueError: a family or a feature of one that is not computed here.
+        CheckpointError: the weights cannot be read.
     """
 
-    def __init__(self, model: Any, *, int8_weights: bool = False) -> None:
-        text = model.model.language_model
-        config = model.config.get_text_config()
+    def __init__(self, checkpoint: Checkpoint, *, int8_weights: bool = False) -> None:
+        text = checkpoint.skeleton.model.language_model
+        config = checkpoint.skeleton.config.get_text_config()
         fault = text_model_fault(config)
         if fault is not None:
             raise ValueError(fault)
@@ -45,54 +49,70 @@ class TextModel:
             head_dim=width,
             scale=width**-0.5,
         )
-        self.embedding: Tensor = text.get_input_embeddings().weight.detach()
-        self.device = self.embedding.device
-        self.dtype = self.embedding.dtype
+        self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self.context_length = int(config.max_position_embeddings)
-        kernels = kernels_for(self.device)
+        self.vocabulary = int(config.vocab_size)
+        """How many tokens there are logits for."""
+        self.kernels = kernels_for(self.device)
+        self._weights, self._int8 = checkpoint.weights, int8_weights
         attentions: dict[int | None, PagedAttention] = {}
         layers: list[Layer] = []
         for index in range(len(text.layers)):
             window = _window(config, index)
             if window not in attentions:
-                attentions[window] = kernels.attention(self.geometry, window)
-            layers.append(_layer(text.layers[index], attentions[window], kernels, int8_weights))
-            text.layers[index] = None  # its weights live once, packed
+                attentions[window] = self.kernels.attention(self.geometry, window)
+            layers.append(self._layer(f"layers.{index}", attentions[window]))
         self.layers = len(layers)
-        cos, sin = _rotation(text.rotary_emb, self.context_length, self.device)
+        rotary = type(text.rotary_emb)(config)  # the one there has no numbers
+        cos, sin = _rotation(rotary, self.context_length, self.device)
         epsilon = float(config.rms_norm_eps)
-        self.hidden_states: HiddenStates = kernels.join(
-            Stack(layers, text.norm.weight.detach(), epsilon, cos, sin)
+        self.hidden_states: HiddenStates = self.kernels.join(
+            Stack(layers, self._read("norm.weight"), epsilon, cos, sin)
         )
-        self._head = _linear(kernels, False, model.lm_head)
-        self.vocabulary = int(model.lm_head.weight.shape[0])
-        """How many tokens there are logits for."""
+        self.embedding = self._read("embed_tokens.weight")
+        """[tokens, W]"""
+        head = self.embedding
+        if "lm_head.weight" in self._weights:  # else it is the embedding's
+            head = self._read("lm_head.weight")
+        self._head = self.kernels.make_linear(head, None, False)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """[N, W] -> float32 [N, V]."""
-        return self._head(hidden_states).float()
+    def logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, W] -> float32 [N, V]; `out`, of that type and shape, is where it is written to."""
+        logits = self._head(hidden_states)
+        return logits.float() if out is None else out.copy_(logits)
 
+    def _layer(self, name: str, attention: PagedAttention) -> Layer:
+        attend, mlp = f"{name}.self_attn", f"{name}.mlp"
+        return Layer(
+            attention_norm=self._read(f"{name}.input_layernorm.weight"),
+            qkv=self._linear(f"{attend}.q_proj", f"{attend}.k_proj", f"{attend}.v_proj"),
+            attention=attention,
+            output=self._linear(f"{attend}.o_proj"),
+            mlp_norm=self._read(f"{name}.post_attention_layernorm.weight"),
+            gate_up=self._linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            down=self._linear(f"{mlp}.down_proj"),
+        )
 
-def _layer(layer: Any, attention: PagedAttention, kernels: Kernels, int8: bool) -> Layer:
-    attend, mlp = layer.self_attn, layer.mlp
-    return Layer(
-        attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=_linear(kernels, int8, attend.q_proj, attend.k_proj, attend.v_proj),
-        attention=attention,
-        output=_linear(kernels, int8, attend.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_linear(kernels, int8, mlp.gate_proj, mlp.up_proj),
-        down=_linear(kernels, int8, mlp.down_proj),
-    )
+    def _linear(self, *modules: str) -> Linear:
+        """The modules' products in one: their outputs side by side."""
+        biases = [f"{name}.bias" for name in modules if f"{name}.bias" in self._weights]
+        if biases and len(biases) != len(modules):
+            raise ValueError("some projections of a layer have a bias and others have none")
+        weight = self._read(*(f"{name}.weight" for name in modules))
+        return self.kernels.make_linear(weight, self._read(*biases) if biases else None, self._int8)
 
-
-def _linear(kernels: Kernels, int8: bool, *modules: Any) -> Linear:
-    """The modules' products in one: their outputs side by side."""
-    weight = torch.cat([module.weight.detach() for module in modules])
-    biases = [module.bias.detach() for module in modules if module.bias is not None]
-    if biases and len(biases) != len(modules):
-        raise ValueError("some projections of a layer have a bias and others have none")
-    return kernels.make_linear(weight, torch.cat(biases) if biases else None, int8)
+    def _read(self, *names: str) -> Tensor:
+        """The tensors one below the other, where and in what the model computes."""
+        shapes = [self._weights.shape(name) for name in names]
+        if None in shapes:
+            raise KeyError(names[shapes.index(None)])
+        rows = [shape[0] for shape in shapes if shape is not None]
+        whole = torch.empty(
+            (sum(rows), *(shapes[0] or ())[1:]), dtype=self.dtype, device=self.device
+        )
+        for name, part in zip(names, whole.split(rows), strict=True):
+            self._weights.read_into(name, part)
+        return whole
 
 
 def _rotation(rotary: Any, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

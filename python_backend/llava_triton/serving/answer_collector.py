@@ -9,13 +9,13 @@ from typing import Any
 from llava_triton.contract import protocol
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.errors import SessionError, as_session_error, unavailable
-from llava_triton.contract.operations import OF_TURNS, STOP_ANSWER
+from llava_triton.contract.operations import OF_ENDINGS, OF_TURNS
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.whole_answers import Inbox, Outcome
 
 log = logging.getLogger(__name__)
 
-_PASSED_ON = (protocol.TENANT, STOP_ANSWER, *OF_TURNS)
+_PASSED_ON = (protocol.TENANT, *OF_ENDINGS, *OF_TURNS)
 """Parameters of a request that are language_model's to read."""
 
 
@@ -63,6 +63,7 @@ class AnswerCollector:
                 "language_model",
                 {protocol.WHOLE_ANSWER: self._inbox.token(number), **passed_on},
                 inputs=request.inputs(),
+                request_id=request.request_id(),
                 correlation_id=request.correlation_id(),
                 flags=request.flags(),
             )

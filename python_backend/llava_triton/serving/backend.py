@@ -71,7 +71,7 @@ class Backend:
             parameters: of the request.
             inputs: Triton's tensors.
             decoupled: whether the model is.
-            sequence: `correlation_id` and `flags`.
+            sequence: `correlation_id`, `flags` and `request_id`.
 
         Raises:
             SessionError: what the model answers, or Triton in its place.

@@ -1,9 +1,10 @@
-"""Encoded pictures -> image features, for all sessions at once."""
+"""Encoded pictures and videos -> image features, for all sessions at once."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from llava_triton.contract.models import (
     IMAGE_FEATURES,
     IMAGE_LENGTHS,
     PIXEL_VALUES,
+    VIDEO,
 )
 from llava_triton.contract.settings import Settings
 from llava_triton.device import default_device
@@ -30,6 +32,7 @@ from llava_triton.pictures.assembly import PictureAssembly
 from llava_triton.pictures.encoding import MOST_BEGUN, PictureEncoding
 from llava_triton.pictures.feature_cache import EncodedImages
 from llava_triton.pictures.feature_rows import flattened
+from llava_triton.pictures.videos import turn_items
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.bounded_backlog import BoundedBacklog
 from llava_triton.serving.bytes_tensors import limit_elements
@@ -63,7 +66,7 @@ class ImageEncoder:
         # Threads that handle large pictures give way to turns without one so soon (else in 5 ms).
         sys.setswitchinterval(0.0005)
         checkpoint = repository.parent / "language_model" / "1" / "checkpoint"
-        assembly = PictureAssembly(checkpoint, processor, self._settings)
+        assembly = self._assembly = PictureAssembly(checkpoint, processor, self._settings)
         # Features stay where they are computed; the language model's are there too.
         on_gpu = default_device().type == "cuda"
         self._features_memory = pb_utils.PreferredMemory(
@@ -76,7 +79,8 @@ class ImageEncoder:
             self._ask_for_room,
             EncodedImages(
                 self._settings.encoded_images_bytes,
-                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
+                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir()))
+                + repr(self._settings.video_frames).encode(),
             ),
             workers=max(2, min(MAX_WORKERS, len(os.sched_getaffinity(0)))),
             max_batch=self._settings.vision_max_batch,
@@ -93,34 +97,40 @@ class ImageEncoder:
             pb_utils, lambda: image_encoder_metrics(self._pictures, self._journal)
         )
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests without a picture at once, the others when their features are there."""
-        for request in requests:
-            sender = request.get_response_sender()
+        replies = [Reply(request, self._backend.final) for request in requests]
+        for request, reply in zip(requests, replies, strict=True):
             try:
-                self._submit(request, sender)
+                self._submit(request, reply)
             except SessionError as error:
-                self._send(sender, error)
+                reply.send(self._response(error))
             except Exception as error:  # such as an ID that is no text
-                self._send(sender, invalid(f"the request cannot be read: {error}"))
+                reply.send(self._response(invalid(f"the request cannot be read: {error}")))
+        return [reply.returned() for reply in replies]
 
     def finalize(self) -> None:
         """Let running pictures finish."""
         self._backlog.stop()
         self._pictures.shutdown()
+        self._assembly.close()
         self._metrics.stop()
         if self._journal is not None:
             self._journal.close()
 
-    def _submit(self, request: Any, sender: Any) -> None:
+    def _submit(self, request: Any, reply: Reply) -> None:
         session = request.correlation_id()
-        items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
+        images, videos = (
+            protocol.image_items(self._backend.array(request, spec), self._settings, spec)
+            for spec in (IMAGE, VIDEO)
+        )
+        items = turn_items(images, videos, self._settings)
         parameters = self._backend.parameters(request)
         tenant = protocol.parse_tenant(parameters)
-        answer = partial(self._answer, sender)
+        answer = partial(self._answer, reply)
         ends = request.flags() & self._backend.end
         if self._journal is not None and items and session and not ends:
-            answer = partial(self._answer_and_keep, sender, session, tenant, items)
+            answer = partial(self._answer_and_keep, reply, session, tenant, items)
         self._pictures.submit(
             # A turn without a picture must not overtake an earlier one of its session with a
             # picture. 0 is no session: such requests have nothing to do with one another.
@@ -131,20 +141,20 @@ class ImageEncoder:
             opening=session if session and request.flags() & self._backend.start else None,
         )
 
-    def _answer(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+    def _answer(self, reply: Reply, outcome: Sequence[Tensor] | SessionError) -> None:
         if not isinstance(outcome, SessionError):  # an error goes no further
             self._backlog.pass_one()
-        self._send(sender, outcome)
+        reply.send(self._response(outcome))
 
     def _answer_and_keep(
         self,
-        sender: Any,
+        reply: Reply,
         session: int | str,
         tenant: str,
         items: Sequence[bytes],
         outcome: Sequence[Tensor] | SessionError,
     ) -> None:
-        self._answer(sender, outcome)
+        self._answer(reply, outcome)
         if self._journal is not None and not isinstance(outcome, SessionError):
             self._journal.keep(session, tenant, items, outcome)
 
@@ -183,21 +193,49 @@ class ImageEncoder:
             flags=self._backend.start | self._backend.end,
         )
 
-    def _send(self, sender: Any, outcome: Sequence[Tensor] | SessionError) -> None:
+    def _response(self, outcome: Sequence[Tensor] | SessionError) -> Any:
         pb_utils = self._backend.pb_utils
         if isinstance(outcome, SessionError):
-            response = self._backend.refusal(outcome)
-        elif not outcome:
+            return self._backend.refusal(outcome)
+        if not outcome:
             # Empty tensors, not none: an omitted output would reset the sequence flags that Triton
             # hands to the ensemble's next step.
-            response = self._backend.response({spec.name: NOTHING for spec in ENCODED_PICTURES})
-        else:
-            rows, lengths = flattened(outcome)
-            # The tensor, not its capsule: Triton then waits for the stream that is filling it.
-            features = pb_utils.Tensor.from_dlpack(IMAGE_FEATURES.name, rows)
-            tensors = [features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)]
-            response = pb_utils.InferenceResponse(tensors)
-        sender.send(response, flags=self._backend.final)
+            return self._backend.response({spec.name: NOTHING for spec in ENCODED_PICTURES})
+        rows, lengths = flattened(outcome)
+        # The tensor, not its capsule: Triton then waits for the stream that is filling it.
+        features = pb_utils.Tensor.from_dlpack(IMAGE_FEATURES.name, rows)
+        return pb_utils.InferenceResponse([features, pb_utils.Tensor(IMAGE_LENGTHS.name, lengths)])
+
+
+class Reply:
+    """The one response to a request: returned by `execute` if it is there by then, which costs no
+    message of its own, else sent later.
+
+    Args:
+        request: Triton's.
+        final: the flag of a last response.
+    """
+
+    def __init__(self, request: Any, final: int) -> None:
+        self._sender = request.get_response_sender()
+        self._final = final
+        self._lock = threading.Lock()
+        self._response: Any = None
+        self._is_late = False
+
+    def send(self, response: Any) -> None:
+        """Answer; called once, on any thread."""
+        with self._lock:
+            if not self._is_late:
+                self._response = response
+                return
+        self._sender.send(response, flags=self._final)
+
+    def returned(self) -> Any:
+        """What `execute` returns for the request: the response, or None where it comes later."""
+        with self._lock:
+            self._is_late = True
+            return self._response
 
 
 def _picture_journal(settings: Settings) -> PictureJournal | None:

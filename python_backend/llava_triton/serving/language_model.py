@@ -41,12 +41,11 @@ from llava_triton.contract.models import (
 )
 from llava_triton.contract.operations import (
     NO_OPERATION,
-    STOP_ANSWER,
+    Ending,
     Operation,
-    check_session_id,
 )
 from llava_triton.contract.settings import Settings
-from llava_triton.device import compute_dtype, default_device, work_beside
+from llava_triton.device import compute_dtype, default_device, switch_threads_quickly, work_beside
 from llava_triton.engine import Engine, TurnRequest
 from llava_triton.engine.turn import Listener
 from llava_triton.model.runner import ModelRunner
@@ -77,6 +76,7 @@ class LanguageModel:
         repository = Path(args["model_repository"])
         settings = Settings.of_repository(repository.parent)
         device = default_device()
+        switch_threads_quickly(device)
         checkpoint = load_checkpoint(
             repository / args["model_version"] / "checkpoint",
             dtype=compute_dtype(settings.dtype, device),
@@ -133,7 +133,9 @@ class LanguageModel:
     def _take(self, request: Any, parameters: dict[str, Any]) -> None:
         """Hand a turn to the engine, or tell why not."""
         sender, whole = request.get_response_sender(), protocol.WHOLE_ANSWER in parameters
-        stream = Responder(self._backend, sender, self._responses)
+        stream = Responder(
+            self._backend, sender, self._responses, self._engine.cancel, _is_watched(request)
+        )
         tell: Listener = stream.put
         if whole:
             tell = partial(self._outbox.send, str(parameters[protocol.WHOLE_ANSWER]))
@@ -146,19 +148,23 @@ class LanguageModel:
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
-            stopped = _session_to_stop(turn, parameters)
+            ending = _ending(turn, parameters)
             if logged is not None:
                 logged.asks(turn)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
         else:
-            if stopped is not None:
-                self._engine.stop_answer(stopped, turn.tenant, listener)
-            else:
+            if ending is None:
                 stream.turn_id = self._engine.submit(turn, listener)
                 if logged is not None:
                     logged.turn_id = stream.turn_id
+            elif ending.cancelled is None:
+                self._engine.stop_answer(ending.session_id, turn.tenant, listener)
+            else:
+                self._engine.cancel_answer(
+                    ending.session_id, turn.tenant, ending.cancelled, listener
+                )
         if whole:  # the call that brought it ends here; the answer goes another way
             sender.send(flags=self._backend.final)
 
@@ -276,6 +282,7 @@ class LanguageModel:
             sampling=sampling,
             tenant=protocol.parse_tenant(parameters),
             operation=Operation.from_parameters(parameters),
+            request_id=request.request_id(),
         )
 
     def _features(self, request: Any) -> tuple[torch.Tensor, ...]:
@@ -330,22 +337,28 @@ def _session_journal(
     return journaling.SessionJournal(Journal(settings, identity), encode, runner)
 
 
-def _session_to_stop(turn: TurnRequest, parameters: dict[str, Any]) -> int | str | None:
-    """The session whose running answer a request stops; None where it stops none.
+def _ending(turn: TurnRequest, parameters: dict[str, Any]) -> Ending | None:
+    """The end of another request's answer that a request asks for; None where it asks for none.
 
     Raises:
         SessionError: INVALID_ARG, it does more than that.
     """
-    if STOP_ANSWER not in parameters:
+    ending = Ending.from_parameters(parameters)
+    if ending is None:
         return None
-    stopped = check_session_id(STOP_ANSWER, parameters[STOP_ANSWER])
-    alone = turn.start and turn.end and stopped != turn.session_id
+    alone = turn.start and turn.end and ending.session_id != turn.session_id
     if not alone or turn.has_message or turn.operation != NO_OPERATION:
         raise invalid(
-            f"{STOP_ANSWER} came with a turn, which would wait for the answer it stops; send it "
+            f"{ending.name} came with a turn, which would wait for the answer it ends; send it "
             "alone, with the sequence start and end flags and a sequence ID of its own"
         )
-    return stopped
+    return ending
+
+
+def _is_watched(request: Any) -> bool:
+    """Whether disconnect_watch looks after a request's client: it takes the turn's ID for that. A
+    client that calls this model itself has no need of it."""
+    return TURN_ID.name in request.requested_output_names()
 
 
 class Responder:
@@ -355,12 +368,23 @@ class Responder:
         backend: Triton.
         sender: Triton's response sender of the request.
         responses: the thread that sends.
+        cancel: cancels a turn by its ID.
+        watched: whether disconnect_watch asks for the client; else this does.
     """
 
-    def __init__(self, backend: Backend, sender: Any, responses: ResponseThread) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        sender: Any,
+        responses: ResponseThread,
+        cancel: Callable[[str], None],
+        watched: bool,
+    ) -> None:
         self._backend = backend
         self._sender = sender
         self._responses = responses
+        self._cancel = cancel
+        self._watched = watched
         self._watched_at = time.monotonic()
         self.turn_id = ""
 
@@ -373,8 +397,14 @@ class Responder:
         if isinstance(event, SessionError):
             self._backend.refuse(self._sender, event)
             return
-        turn_id = TURN_ID.to_array(self._turn_to_watch(event))
-        response = self._backend.response(ANSWER.to_arrays(event) | {TURN_ID.name: turn_id})
+        arrays = ANSWER.to_arrays(event)
+        looked_after = self._turn_to_watch(event)
+        if self._watched:
+            arrays[TURN_ID.name] = TURN_ID.to_array(looked_after)
+        # Before the last response, behind which the sender may not be asked.
+        elif looked_after and self._sender.is_cancelled():
+            self._cancel(looked_after)
+        response = self._backend.response(arrays)
         self._sender.send(response, flags=self._backend.final if event.is_final else 0)
 
     def give_up(self) -> None:

@@ -52,7 +52,8 @@ async def chat_request(
     size = len(request.body)
     parameters = read_parameters(fields)
     stream = request.by_streaming_call if parameters.stream is None else parameters.stream
-    conversation = await off_loop(size, read_conversation, fields.get("messages"))
+    num_frames = _num_frames(fields.get("media_io_kwargs"))
+    conversation = await off_loop(size, read_conversation, fields.get("messages"), num_frames)
     past = b""
     if request.session is not None or request.session_name is not None:
         past = await off_loop(size, conversation.past_digest)
@@ -99,6 +100,21 @@ async def chat_request(
         session_turn=remembered.chat_begins(
             place.session_id, before, conversation, asked.start, place.kept
         ),
+    )
+
+
+def _num_frames(options: Any) -> int | None:
+    """Of each video, that are to be shown: vLLM's `{"video": {"num_frames": 8}}`."""
+    try:
+        number = (options or {}).get("video", {}).get("num_frames")
+    except AttributeError:
+        number = options
+    if number is None or (type(number) is int and 0 < number < 1_000_000):
+        return number
+    raise invalid_request(
+        f"media_io_kwargs is {str(options)[:80]}; it may be "
+        '{"video": {"num_frames": a number of at least 1}}',
+        "media_io_kwargs",
     )
 
 

@@ -108,6 +108,13 @@ _SCHEMAS: dict[str, Schema] = {
                 },
                 *("type", "image_url"),
             ),
+            _object(
+                {
+                    "type": _constant("video_url", "input_video"),
+                    "video_url": {"anyOf": [_URL, _object({"url": _URL}, "url")]},
+                },
+                *("type", "video_url"),
+            ),
         ]
     },
     "ChatCompletionRequest": _object(
@@ -237,6 +244,10 @@ _INVOCATION = {
     ),
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"type": "object"}}, "image/*": {}},
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "image/*": {},
+            "video/*": {},
+        },
     },
 }

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
 from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn
-from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT
+from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT, VIDEO
 from llava_triton.contract.operations import Operation
 
 _NOT_IN_MESSAGES = b""
 """Stands for the digest of a picture that no chat completion showed."""
-_REFUSED = ("invalid_request", "image_invalid")
+_REFUSED = ("invalid_request", "image_invalid", "video_invalid")
 """Outcomes that leave a session as it was before the turn."""
 
 
@@ -176,7 +176,7 @@ class Remembered:
             self._known.pop(turn.session_id, None)
             return None
         operation = Operation.from_parameters(turn.parameters)
-        shows = IMAGE.name in turn.tensors
+        shows = IMAGE.name in turn.tensors or VIDEO.name in turn.tensors
         text = turn.tensors.get(TEXT_INPUT.name)
         asks = text is not None and text.size > LENGTH_BYTES  # an empty text is none
         pictures = frozenset({_NOT_IN_MESSAGES} if shows else ())

@@ -94,7 +94,8 @@ class RequestHandler:
         self._engines = engines
         self._metrics = metrics
         self._settings = settings
-        fetch = ImageFetcher(list(hosts), list(buckets), settings.max_image_bytes)
+        most_bytes = max(settings.max_image_bytes, settings.max_video_bytes)
+        fetch = ImageFetcher(list(hosts), list(buckets), most_bytes)
         self._pictures = Pictures(fetch, settings.max_images_per_turn)
         # More than there can be: one that has ended is not always told.
         self._remembered = Remembered(2 * settings.max_sessions * len(engines.all))
@@ -102,7 +103,7 @@ class RequestHandler:
         self._reading = 0
         """Requests whose body has not come: they take no place of those that could be answered."""
         # A picture in base64, and the texts.
-        self._bodies = BodyRoom(settings.max_image_bytes * 4 // 3 + 2 * settings.max_text_bytes)
+        self._bodies = BodyRoom(most_bytes * 4 // 3 + 2 * settings.max_text_bytes)
 
     async def any_kind(self, http: HttpRequest) -> Response:
         """The answer to a request, whatever its kind."""
@@ -183,7 +184,7 @@ class RequestHandler:
     async def _understand(
         self, http: HttpRequest, request: Request, share: BodyShare
     ) -> Invocation:
-        if request.content_type.startswith("image/"):
+        if request.content_type.startswith(("image/", "video/")):
             return raw_picture(request)
         binary = request.content_type == BINARY_CONTENT_TYPE
         if not binary and request.content_type not in JSON_TYPES:

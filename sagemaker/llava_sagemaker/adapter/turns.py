@@ -11,7 +11,8 @@ import contextlib
 import json
 import struct
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,13 +29,18 @@ from llava_triton.contract.models import (
     HISTORY,
     IMAGE,
     IMAGE_POSITIONS,
+    MODELS,
     SAMPLING_PARAMETERS,
     TEXT_INPUT,
+    TEXTS,
 )
+from llava_triton.contract.operations import CANCEL_ANSWER, Ending
 from llava_triton.contract.positions import Positions
 
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-_MODEL = "llava_stream"
+MOST_UNHEARD = 128
+"""So many turns at most are on their way to language_model past the ensemble, which bounds the
+others; many more that wait there would end Triton (`llava_triton.serving.bounded_backlog`)."""
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -45,7 +51,9 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 LEFT_SECONDS = 60.0
-"""A turn whose client has gone is cancelled after so long even if it has not begun."""
+"""A turn whose client has gone, and that cannot be undone in so long, has its call cancelled."""
+_PLAIN = {spec.name for spec in MODELS["language_model"].inputs if spec in TEXTS}
+"""What clients send to language_model itself; the rest of its inputs is between the models."""
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 """Before each element."""
@@ -85,9 +93,18 @@ class Turn:
         """Bytes of its tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
-    def message(self) -> Any:
-        """The protocol's message, all but the contents of its tensors."""
-        request = service_pb2.ModelInferRequest(model_name=_MODEL)
+    def message(self, direct: bool) -> Any:
+        """The protocol's message, all but the contents of its tensors.
+
+        Args:
+            direct: whether it goes to language_model, or else through the ensemble.
+        """
+        request = service_pb2.ModelInferRequest(model_name="llava_stream")
+        if direct:
+            request.model_name = "language_model"
+            # Not all: who does not ask for the turn's ID is looked after by language_model itself.
+            for output in ANSWER.outputs:
+                request.outputs.add(name=output.name)
         request.parameters["sequence_id"].string_param = self.session_id
         request.parameters["sequence_start"].bool_param = self.start
         request.parameters["sequence_end"].bool_param = self.end
@@ -108,14 +125,15 @@ class Turn:
             described.shape.append(tensor.elements)
         return request
 
-    def written(self, turn_id: str) -> bytes:
+    def written(self, request_id: str, direct: bool) -> bytes:
         """The message as it goes over the wire.
 
         Args:
-            turn_id: comes back with each piece of the answer.
+            request_id: comes back with each piece of the answer.
+            direct: see `message`.
         """
-        message = self.message()
-        message.id = turn_id
+        message = self.message(direct)
+        message.id = request_id
         # Fields of a message may follow one another in any order. So the contents, which may be
         # large, are copied once only, and joining bytes lets the interpreter's lock go meanwhile.
         parts = [message.SerializeToString()]
@@ -208,57 +226,98 @@ class Triton:
         )
         self._idle: list[Any] = []
         """Calls whose last turn has ended."""
-        self._left: set[asyncio.Task[Any]] = set()
-        """Turns that nobody waits for and that have not begun."""
+        self._ways = _Ways()
+        self._left: set[asyncio.Task[None]] = set()
+        """What undoes turns that nobody waits for."""
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer as they come, the last one final.
 
-        Closing the generator early cancels the turn. (Turns side by side have calls of their own:
-        Triton cancels calls, not turns. One whose turn has ended serves the next turn.)
+        Closing the generator early undoes the turn. (Turns side by side have calls of their own:
+        what a call brings, it brings in order. One whose turn has ended serves the next turn.)
 
         Raises:
             SessionError: the engine or Triton refused the turn, or it failed.
             grpc.aio.AioRpcError: Triton cannot be reached.
         """
-        turn_id, opens = uuid.uuid4().hex, turn.start
-        message = await off_loop(turn.size, turn.written, turn_id)
-        call = self._call()
-        begins = asyncio.create_task(_begin(call, message, turn_id))
-        del message, turn  # with their pictures: the answer may take long
-        ended = False
+        answer = _Answer(turn.session_id, turn.tenant)
+        undone = CANCEL_ANSWER not in turn.parameters
+        reading = asyncio.create_task(self._read(turn, answer))
+        del turn  # with its pictures: the answer may take long
         try:
-            # An opening that is left has no session to lose.
-            response = await (begins if opens else asyncio.shield(begins))
-            while response is not None:
-                piece = _delta(response.infer_response)
-                ended = piece.is_final
+            ended = False
+            while not ended:
+                piece = await answer.arrived.get()
+                ended = _is_last(piece)
+                if isinstance(piece, Exception):
+                    try:
+                        raise piece
+                    finally:  # it would keep this frame, and this frame it
+                        del piece
                 yield piece
-                response = None if ended else await _response(call, turn_id)
         finally:
-            if ended:
+            if undone and answer.is_sent and not reading.done():
+                self._leave(answer, reading)
+            elif not ended:
+                reading.cancel()
+
+    async def _read(self, turn: Turn, answer: _Answer) -> None:
+        """Send a turn and read its answer to the end."""
+        call, usable = None, False
+        try:
+            with self._ways.of(turn.session_id, turn.tensors.keys() <= _PLAIN) as way:
+                message = await off_loop(turn.size, turn.written, answer.request_id, way.direct)
+                del turn  # with its pictures: the answer may take long
+                call = self._call()
+                with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
+                    await call.write(message)
+                del message
+                answer.is_sent = True
+                last = False
+                while not last:
+                    response = await _response(call, answer.request_id)
+                    if response is None:
+                        break
+                    way.heard()
+                    piece = _piece(response)
+                    last = _is_last(piece)
+                    # An error without an ID may be the call's own.
+                    usable = last and response.infer_response.id == answer.request_id
+                    answer.arrived.put_nowait(piece)
+        except Exception as error:
+            answer.arrived.put_nowait(error.with_traceback(None))
+        finally:
+            if usable:
                 self._idle.append(call)
-            elif begins.done():
-                call.cancel()
             else:
-                self._leave(call, begins)
-            # With an exception in it, it would keep this frame, and this frame it.
-            del begins
+                if call is not None:
+                    call.cancel()
+                answer.arrived.put_nowait(SessionError(ErrorCode.INTERNAL, "the answer broke off"))
 
-    def _leave(self, call: Any, begins: asyncio.Task[Any]) -> None:
-        """Cancel a turn whose client has gone, as soon as it begins. Not earlier: where a cancelled
-        turn waits for others of its session, Triton 2.51 ends the whole sequence."""
-        late = asyncio.get_running_loop().call_later(LEFT_SECONDS, call.cancel)
+    def _leave(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
+        leaving = asyncio.create_task(self._undo(answer, reading))
+        self._left.add(leaving)
+        leaving.add_done_callback(self._left.discard)
 
-        def cancel(begins: asyncio.Task[Any]) -> None:
-            self._left.discard(begins)
-            if not begins.cancelled():
-                begins.exception()  # nobody is there to hear of it
-            late.cancel()
-            call.cancel()
-
-        self._left.add(begins)
-        begins.add_done_callback(cancel)
+    async def _undo(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
+        """Undo a turn whose client has gone, by a request. Where the call of a turn that waits is
+        cancelled, Triton 2.51 ends the whole sequence."""
+        undoing = Turn(
+            uuid.uuid4().hex,
+            start=True,
+            end=True,
+            tenant=answer.tenant,
+            parameters=Ending(answer.session_id, answer.request_id).to_parameters(),
+        )
+        try:
+            async with asyncio.timeout(LEFT_SECONDS):
+                last = False
+                while not last:
+                    await self.whole(undoing)
+                    # Else the turn had not reached the engine: with its next piece, it has.
+                    last = await answer.goes_on()
+        except Exception:  # Triton is gone or silent: the connection tells it, if anything does
+            reading.cancel()
 
     def _call(self) -> Any:
         while self._idle:
@@ -269,37 +328,105 @@ class Triton:
 
     async def whole(self, turn: Turn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
-        pieces = [piece async for piece in self.pieces(turn)]
-        if not pieces or not pieces[-1].is_final:
-            raise SessionError(ErrorCode.INTERNAL, "the answer broke off")
-        return ANSWER.joined(pieces)
+        return ANSWER.joined([piece async for piece in self.pieces(turn)])
 
     async def close(self) -> None:
         """Let the connection go, and all calls with it."""
         await self.channel.close()
 
 
-async def _begin(call: Any, message: bytes, turn_id: str) -> Any:
-    """Send a turn and wait for the first response to it; as `_response`."""
-    with contextlib.suppress(asyncio.InvalidStateError):  # failed: reading says why
-        await call.write(message)
-    del message  # with its pictures: the answer may take long
-    return await _response(call, turn_id)
+class _Ways:
+    """Which turns go through the ensemble, and which past it to language_model.
 
-
-async def _response(call: Any, turn_id: str) -> Any:
-    """The next response to a turn; None where the call has ended.
-
-    Raises:
-        SessionError: it is an error.
+    Past it a turn costs Triton half as much, each piece of its answer too. It must have no picture,
+    must not overtake an earlier turn of its session, and must not be one of too many that wait.
     """
+
+    def __init__(self) -> None:
+        self._in_ensemble: Counter[str] = Counter()
+        """Turns there, by session."""
+        self._unheard = 0
+        """Turns past it that have not begun."""
+
+    @contextlib.contextmanager
+    def of(self, session_id: str, plain: bool) -> Iterator[_Way]:
+        """The way of a turn, until its answer has been read.
+
+        Args:
+            session_id: of its session.
+            plain: whether language_model takes all its inputs: it has no picture.
+        """
+        free = session_id not in self._in_ensemble and self._unheard < MOST_UNHEARD
+        way = _Way(free and plain, self._heard)
+        if way.direct:
+            self._unheard += 1
+        else:
+            self._in_ensemble[session_id] += 1
+        try:
+            yield way
+        finally:
+            way.heard()
+            if not way.direct:
+                self._in_ensemble[session_id] -= 1
+                if not self._in_ensemble[session_id]:
+                    del self._in_ensemble[session_id]
+
+    def _heard(self) -> None:
+        self._unheard -= 1
+
+
+@dataclass
+class _Way:
+    direct: bool
+    """Past the ensemble."""
+    tell: Callable[[], None]
+    """Is told once that a direct turn has begun, or has ended."""
+    is_heard: bool = False
+
+    def heard(self) -> None:
+        """Triton has answered."""
+        if self.direct and not self.is_heard:
+            self.is_heard = True
+            self.tell()
+
+
+@dataclass
+class _Answer:
+    """An answer on its way."""
+
+    session_id: str
+    tenant: str
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    arrived: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    """What nobody has taken yet."""
+    is_sent: bool = False
+    """Whether its turn is on its way to the engine."""
+
+    async def goes_on(self) -> bool:
+        """Forget what has come, and wait for the next piece; whether the answer has ended."""
+        last = False
+        while not (last or self.arrived.empty()):
+            last = _is_last(self.arrived.get_nowait())
+        return last or _is_last(await self.arrived.get())
+
+
+def _is_last(piece: Delta | Exception) -> bool:
+    return isinstance(piece, Exception) or piece.is_final
+
+
+async def _response(call: Any, request_id: str) -> Any:
+    """The next response to a turn, which may be an error; None where the call has ended."""
     while (response := await call.read()) is not grpc.aio.EOF:
-        if response.infer_response.id not in (turn_id, ""):
-            continue  # an earlier turn's of this call: nobody else may see it
-        if response.error_message:
-            raise error_from_text(response.error_message)
-        return response
+        if response.infer_response.id in (request_id, ""):
+            return response
+        # An earlier turn's of this call: nobody else may see it.
     return None
+
+
+def _piece(response: Any) -> Delta | Exception:
+    if response.error_message:
+        return error_from_text(response.error_message)
+    return _delta(response.infer_response)
 
 
 def _delta(response: Any) -> Delta:

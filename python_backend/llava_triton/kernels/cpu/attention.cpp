@@ -34,10 +34,10 @@ constexpr int kMaxRows = kAccumulators / 2;
 
 // exp, relative error about 1e-7; 0 below -87 (so for -inf), 1.7e38 above 88, NaN of NaN.
 // 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2; coefficients as in Cephes' expf.
-inline Vector exponential(Vector x) {
+inline Vector exponential(const Vector& x) {
   const Vector lowest = splat(-87.0f), highest = splat(88.0f);
-  Vector inside = x > highest ? highest : x;
-  inside = inside < lowest ? lowest : inside;
+  Vector inside = select(x > highest, highest, x);
+  inside = select(inside < lowest, lowest, inside);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector n = (inside * 1.44269504088896341f + magic) - magic;
   const Vector r = (inside - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -48,8 +48,8 @@ inline Vector exponential(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  const Bits exponent = bit_cast<Bits>(__builtin_convertvector(n, Integers)) << 23;
-  return x < lowest ? splat(0.0f) : bit_cast<Vector>(bit_cast<Bits>(p) + exponent);
+  const Bits exponent = bit_cast<Bits>(convert<Integers>(n)) << 23;
+  return select(x < lowest, splat(0.0f), bit_cast<Vector>(bit_cast<Bits>(p) + exponent));
 }
 
 struct Geometry {
@@ -180,8 +180,8 @@ inline void multiply_values(const float* weights, const T* const* values, const 
 // Scores to weights, in place: one step of the online softmax for the keys at `position` and on.
 inline void soften(const Geometry& geometry, Tile& tile, int64_t first_query, int64_t position,
                    int64_t blocks) {
-  Integers lane = {};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  static constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Integers lane = Memory<Integers>::read(kNumbers);
   for (int64_t row = 0; row < tile.rows; ++row) {
     float* scores = tile.scores.get() + row * kChunk;
     const int64_t query = first_query + row / tile.group;
@@ -195,9 +195,9 @@ inline void soften(const Geometry& geometry, Tile& tile, int64_t first_query, in
       if (begin > 0 || end < blocks * kLanes) {
         const Integers slot = lane + static_cast<int32_t>(b * kLanes);
         const Integers seen = (slot >= begin) & (slot < end);
-        s[b] = seen ? s[b] : splat(-std::numeric_limits<float>::infinity());
+        s[b] = select(seen, s[b], splat(-std::numeric_limits<float>::infinity()));
       }
-      highest = s[b] > highest ? s[b] : highest;
+      highest = select(s[b] > highest, s[b], highest);
     }
     const float before = tile.maxima[row];
     const float now = std::max(before, maximum(highest));
@@ -207,7 +207,7 @@ inline void soften(const Geometry& geometry, Tile& tile, int64_t first_query, in
       total += s[b];
       store(scores + b * kLanes, s[b]);
     }
-    const float factor = before == now ? 1.0f : exponential(splat(before - now))[0];
+    const float factor = before == now ? 1.0f : first(exponential(splat(before - now)));
     tile.maxima[row] = now;
     tile.factors[row] = factor;
     tile.totals[row] = tile.totals[row] * factor + sum(total);

@@ -25,6 +25,7 @@ _HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "tiles", "sharing
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+    "-Wno-ignored-attributes",
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 300.0

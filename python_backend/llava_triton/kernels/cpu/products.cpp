@@ -16,18 +16,19 @@
 
 namespace {
 
-constexpr int kPanelVectors = 2;  // what Step::add is written for
+constexpr int kPanelVectors = 2;
 constexpr int64_t kPanelOutputs = kPanelVectors * kLanes;  // linear.PANEL_OUTPUTS
 constexpr double kSerialOperations = 1 << 16;  // multiply-adds not worth a second thread
 constexpr int64_t kAheadBytes = 8192;
 
+// Of a panel's vectors, and of rows, as many at once as sums stay in registers beside the weights.
 #ifdef __AVX512F__
-constexpr int kMostRows = 14;  // 28 sums and 2 vectors of weights, of 32 registers
+constexpr int kWidth = 2, kMostRows = 14;  // 28 sums and 2 vectors of weights, of 32 registers
 #else
-constexpr int kMostRows = 2;
+constexpr int kWidth = 1, kMostRows = 6;  // on AVX2 12 sums, 2 of weights and an input, of 16
 #endif
 
-typedef Vector Sums[kPanelVectors];
+typedef Vector Sums[kWidth];
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -45,12 +46,13 @@ struct Step {
 
   template <int Rows>
   static void add(const W* w, const Input* x, Sums (&sums)[Rows]) {
-    const Vector first = load(w), second = load(w + kLanes);
+    Vector weights[kWidth];
+#pragma GCC unroll 2
+    for (int v = 0; v < kWidth; ++v) weights[v] = load(w + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      sums[r][0] += first * x[r];
-      sums[r][1] += second * x[r];
-    }
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) sums[r][v] += weights[v] * x[r];
   }
 };
 
@@ -66,13 +68,13 @@ struct Step<BFloat16> {
 
   template <int Rows>
   static void add(const BFloat16* w, const Input* x, Sums (&sums)[Rows]) {
-    Bits pairs[kPanelVectors];
-    std::memcpy(pairs, w, sizeof(pairs));
+    Bits pairs[kWidth];
+#pragma GCC unroll 2
+    for (int v = 0; v < kWidth; ++v) pairs[v] = Memory<Bits>::read(w + 2 * v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      add(pairs[0], x[r], sums[r][0]);
-      add(pairs[1], x[r], sums[r][1]);
-    }
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kWidth; ++v) add(pairs[v], x[r], sums[r][v]);
   }
 
   static void add(Bits weights, Input input, Vector& sum) {
@@ -86,8 +88,8 @@ struct Step<BFloat16> {
   }
 };
 
-// Sums [Rows][kPanelOutputs] of one panel and some rows. Meanwhile the memory is asked for what
-// comes later: `ahead`, and from there `ahead_stride` bytes further at every step.
+// Sums of kWidth of a panel's vectors and some rows, into [Rows][kPanelOutputs]. Meanwhile the memory
+// is asked for what comes later: `ahead`, and from there `ahead_stride` bytes further at every step.
 template <int Rows, typename W>
 void sum_panel(const W* w, const typename Step<W>::Input* x, int64_t steps, const char* ahead,
                int64_t ahead_stride, float* result) {
@@ -104,8 +106,7 @@ void sum_panel(const W* w, const typename Step<W>::Input* x, int64_t steps, cons
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v)
-      store(result + r * kPanelOutputs + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kWidth; ++v) store(result + r * kPanelOutputs + v * kLanes, sums[r][v]);
 }
 
 // Calls visit(rows as a compile-time constant).
@@ -180,7 +181,9 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
         const int64_t stride = bytes / steps / blocks;
         with_constant(count, [&](auto Rows) {
           alignas(64) float sums[Rows * kPanelOutputs];
-          sum_panel<Rows>(w, packed + first * steps, steps, ahead, stride, sums);
+          for (int v = 0; v < kPanelVectors; v += kWidth)
+            sum_panel<Rows>(w + v * kLanes * kInputs, packed + first * steps, steps, ahead, stride,
+                            sums + v * kLanes);
           for (int64_t v = 0; v < kPanelVectors; ++v) {
             const int64_t n = panel * kPanelOutputs + v * kLanes, left = outputs - n;
             if (left <= 0) break;

@@ -6,6 +6,7 @@ step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.kernels.base import BLOCK_TOKENS, AttentionGeometry, Rows
+from llava_triton.kernels.gpu.parameters import Parameters, parameters
 
 try:
     from llava_triton.kernels.gpu import attention_kernels, row_kernels
@@ -28,39 +30,39 @@ except ModuleNotFoundError as error:
 
 MAX_SPLITS = 32
 """Programs that share one sequence's keys and values, in decoding."""
-MIN_SPLIT_TOKENS = 128
-"""A program's share is not less, short of the sequence."""
+MULTIPROCESSORS_OF_NONE = 1
+"""Where Triton's interpreter is the device: few programs do all the work, so that the tests see
+them go from one piece to the next."""
 _SILU_COLUMNS = 1024
-_INT8_OUTPUTS, _INT8_INPUTS = 16, 256
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class Tiles:
     """How the attention kernels cut their work, by dtype and head size."""
 
     one_queries: int
     """Queries of a program of `attend_one`: at least the query heads of a kv head."""
     many_queries: int
     """Likewise of `attend_many`."""
-    tokens: int
-    """Keys and values taken at a time; a multiple of BLOCK_TOKENS."""
+    one_tokens: int
+    """Keys and values that a program of `attend_one` takes at a time; a multiple of BLOCK_TOKENS.
+    """
+    many_tokens: int
+    """Likewise of `attend_many`: twice as many would not fit an A10G's registers."""
 
     @staticmethod
-    def of(geometry: AttentionGeometry, dtype: torch.dtype) -> _Tiles:
+    def of(geometry: AttentionGeometry, dtype: torch.dtype) -> Tiles:
+        """For a model's attention, computed in a type."""
         group = _power_of_two(geometry.heads // geometry.kv_heads)
         # float32 is exact here (no TF32), which goes through registers, without tensor cores.
         exact = dtype == torch.float32
         tokens = (2048 if exact else 8192) // _power_of_two(geometry.head_dim)
-        return _Tiles(
+        return Tiles(
             one_queries=max(16, group),
             many_queries=max(16 if exact else 64, group),
-            tokens=min(64, max(BLOCK_TOKENS, tokens)),
+            one_tokens=min(64, max(BLOCK_TOKENS, tokens)),
+            many_tokens=min(64, max(BLOCK_TOKENS, tokens // 2)),
         )
-
-    @property
-    def min_split(self) -> int:
-        """Tiles of tokens that a split has at least."""
-        return MIN_SPLIT_TOKENS // self.tokens
 
 
 class GpuAttention:
@@ -69,10 +71,11 @@ class GpuAttention:
     A sequence's result is the same to the last bit whatever else is in the batch.
     """
 
-    def __init__(self, geometry: AttentionGeometry) -> None:
+    def __init__(self, geometry: AttentionGeometry, chosen: Parameters | None = None) -> None:
         self._geometry = geometry
         self._scale = geometry.scale / math.log(2)  # weights are powers of two
         self._padded_dim = _power_of_two(geometry.head_dim)
+        self._chosen = chosen or parameters()
 
     def rotate_and_store(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, rows: Rows
@@ -112,7 +115,7 @@ class GpuAttention:
         self._check(qkv, keys, values, rows)
         geometry = self._geometry
         out = qkv.new_empty((len(qkv), geometry.heads * geometry.head_dim))
-        tiles = _Tiles.of(geometry, qkv.dtype)
+        tiles = Tiles.of(geometry, qkv.dtype)
         sequences = len(rows.contexts)
         with torch.cuda.device_of(qkv):
             # Every sequence has a row: with as many rows as sequences, each has one, and only a
@@ -124,13 +127,25 @@ class GpuAttention:
         return out
 
     def _attend_many(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows, out: Tensor, tiles: _Tiles
+        self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows, out: Tensor, tiles: Tiles
     ) -> None:
         """Fill in the rows of the sequences that have several."""
-        geometry = self._geometry
+        geometry, chosen = self._geometry, self._chosen
         sequences, table_width = rows.block_tables.shape
         tile_rows = tiles.many_queries // (geometry.heads // geometry.kv_heads)
-        attention_kernels.attend_many[(len(qkv) // tile_rows + sequences, geometry.kv_heads)](
+        splits = self._split_bound(table_width, tiles.many_tokens, chosen.prompt_splits, tile_rows)
+        if sequences == 1 and len(qkv) > chosen.prompt_split_rows:
+            splits = 1  # else the longest prompt is not known
+        partial, largest_scores, weight_sums = self._kept(qkv, len(qkv), splits)
+        cut = {
+            "N": tiles.many_tokens,
+            "MIN_TILES": chosen.min_split_tokens // tiles.many_tokens,
+            "MAX_SPLITS": chosen.prompt_splits,
+            "SPLIT_ROWS": chosen.prompt_split_rows,
+            "WINDOW": geometry.window or 0,
+        }
+        row_tiles = len(qkv) // tile_rows + sequences
+        attention_kernels.attend_many[(row_tiles, geometry.kv_heads, splits)](
             qkv,
             keys,
             values,
@@ -138,32 +153,55 @@ class GpuAttention:
             rows.contexts,
             rows.block_tables,
             out,
+            partial,
+            largest_scores,
+            weight_sums,
             sequences,
             table_width,
+            splits,
             self._scale,
             HEADS=geometry.heads,
             KV_HEADS=geometry.kv_heads,
             HEAD_DIM=geometry.head_dim,
             PADDED_DIM=max(16, self._padded_dim),
-            WINDOW=geometry.window or 0,
             M=tiles.many_queries,
-            N=tiles.tokens,
-            num_warps=_warps(tiles.many_queries * self._padded_dim),
+            **cut,
+            num_warps=warps(tiles.many_queries * self._padded_dim),
         )
+        if splits > 1:
+            attention_kernels.combine_many[(len(qkv), geometry.heads)](
+                partial,
+                largest_scores,
+                weight_sums,
+                rows.starts,
+                rows.contexts,
+                out,
+                sequences,
+                splits,
+                HEADS=geometry.heads,
+                HEAD_DIM=geometry.head_dim,
+                PADDED_DIM=self._padded_dim,
+                TILE_ROWS=tile_rows,
+                **cut,
+            )
 
     def _attend_one(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows, out: Tensor, tiles: _Tiles
+        self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows, out: Tensor, tiles: Tiles
     ) -> None:
         """Fill in the rows of the sequences that have a single one."""
-        geometry = self._geometry
+        geometry, chosen = self._geometry, self._chosen
         sequences, table_width = rows.block_tables.shape
-        splits = self._split_bound(table_width, tiles)
-        # Nothing is kept there when one split is enough for everything.
-        kept = (sequences, geometry.heads, splits) if splits > 1 else (0, 0, 0)
-        partial = qkv.new_empty((*kept, geometry.head_dim), dtype=torch.float32)
-        largest_scores = qkv.new_empty(kept, dtype=torch.float32)
-        weight_sums = torch.empty_like(largest_scores)
-        attention_kernels.attend_one[(sequences, geometry.kv_heads, splits)](
+        splits = self._split_bound(table_width, tiles.one_tokens, MAX_SPLITS, 1)
+        partial, largest_scores, weight_sums = self._kept(qkv, sequences, splits)
+        cut = {
+            "N": tiles.one_tokens,
+            "MIN_TILES": chosen.min_split_tokens // tiles.one_tokens,
+            "MAX_SPLITS": MAX_SPLITS,
+            "WINDOW": geometry.window or 0,
+        }
+        useful = chosen.decode_programs * _multiprocessors(qkv.device)
+        programs = min(sequences * splits, _ceil_div(useful, geometry.kv_heads))
+        attention_kernels.attend_one[(programs, geometry.kv_heads)](
             qkv,
             keys,
             values,
@@ -174,6 +212,7 @@ class GpuAttention:
             partial,
             largest_scores,
             weight_sums,
+            sequences,
             table_width,
             splits,
             self._scale,
@@ -181,41 +220,42 @@ class GpuAttention:
             KV_HEADS=geometry.kv_heads,
             HEAD_DIM=geometry.head_dim,
             PADDED_DIM=max(16, self._padded_dim),
-            WINDOW=geometry.window or 0,
             M=tiles.one_queries,
-            N=tiles.tokens,
-            MIN_TILES=tiles.min_split,
-            MAX_SPLITS=MAX_SPLITS,
-            num_warps=_warps(tiles.one_queries * self._padded_dim),
-            # Loads two tiles ahead: one for the block table, and two each for keys and values.
-            num_stages=5,
+            **cut,
+            num_warps=warps(tiles.one_queries * self._padded_dim),
+            num_stages=chosen.decode_stages,
         )
-        if splits == 1:
-            return
-        attention_kernels.combine[(sequences, geometry.heads)](
-            partial,
-            largest_scores,
-            weight_sums,
-            rows.starts,
-            rows.contexts,
-            out,
-            splits,
-            HEADS=geometry.heads,
-            HEAD_DIM=geometry.head_dim,
-            PADDED_DIM=self._padded_dim,
-            WINDOW=geometry.window or 0,
-            N=tiles.tokens,
-            MIN_TILES=tiles.min_split,
-            MAX_SPLITS=MAX_SPLITS,
-        )
+        if splits > 1:
+            attention_kernels.combine_one[(sequences, geometry.heads)](
+                partial,
+                largest_scores,
+                weight_sums,
+                rows.starts,
+                rows.contexts,
+                out,
+                splits,
+                HEADS=geometry.heads,
+                HEAD_DIM=geometry.head_dim,
+                PADDED_DIM=self._padded_dim,
+                **cut,
+            )
 
-    def _split_bound(self, table_width: int, tiles: _Tiles) -> int:
-        """At least the splits of any sequence whose blocks fit the tables."""
-        count = _ceil_div(table_width * BLOCK_TOKENS, tiles.tokens)
+    def _kept(self, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where splits leave sums, largest scores and weights; nothing is left by a single one."""
+        kept = (rows, self._geometry.heads, splits) if splits > 1 else (0, 0, 0)
+        partial = like.new_empty((*kept, self._geometry.head_dim), dtype=torch.float32)
+        largest_scores = like.new_empty(kept, dtype=torch.float32)
+        return partial, largest_scores, torch.empty_like(largest_scores)
+
+    def _split_bound(self, table_width: int, tokens: int, most: int, rows: int) -> int:
+        """At least the splits of any tile of so many rows, where so many tokens are taken at a
+        time."""
+        count = _ceil_div(table_width * BLOCK_TOKENS, tokens)
         if self._geometry.window is not None:
             # Its first token may be the last one of a tile.
-            count = min(count, _ceil_div(self._geometry.window - 1, tiles.tokens) + 1)
-        return min(MAX_SPLITS, _ceil_div(count, tiles.min_split))
+            seen = self._geometry.window + rows - 1
+            count = min(count, _ceil_div(seen - 1, tokens) + 1)
+        return min(most, _ceil_div(count, self._chosen.min_split_tokens // tokens))
 
     def _check(self, qkv: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> None:
         """What would otherwise read or write past a tensor."""
@@ -223,8 +263,8 @@ class GpuAttention:
         assert qkv.dtype == keys.dtype == values.dtype
         assert all(tensor.is_contiguous() for tensor in (qkv, keys, values))
         assert qkv.shape[1] == geometry.qkv_width
-        assert keys.shape[1:] == (geometry.kv_heads, geometry.head_dim, BLOCK_TOKENS)
-        assert values.shape[1:] == (geometry.kv_heads, BLOCK_TOKENS, geometry.head_dim)
+        assert keys.shape[1:] == (geometry.kv_heads, BLOCK_TOKENS, geometry.head_dim)
+        assert values.shape == keys.shape
         assert rows.starts.dtype == rows.contexts.dtype == rows.block_tables.dtype == torch.int32
         assert rows.positions.dtype == torch.int64
         assert rows.block_tables.is_contiguous()
@@ -261,7 +301,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
             ADD=delta is not None,
             WIDTH=width,
             PADDED_WIDTH=_power_of_two(width),
-            num_warps=_warps(2 * width),
+            num_warps=warps(2 * width),
         )
     return out
 
@@ -282,17 +322,37 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     return out
 
 
-INT8_ROWS = 256
-"""Rows that `int8_product` takes: those of decode steps. For a prompt's, a library's product of the
-weights as floats is faster."""
+@dataclass(frozen=True)
+class Int8Tile:
+    """How `int8_product` cuts its work: rows, outputs and inputs of a program."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int = 4
+    stages: int = 4
+
+    @staticmethod
+    def of(rows: int, dtype: torch.dtype) -> Int8Tile:
+        """For so many rows. A tile of x and one of weights wait in shared memory for each stage but
+        one: at most 99 KiB of them are there on an A10G or an L4."""
+        if dtype == torch.float32:  # exact products, without tensor cores, in registers
+            return Int8Tile(16, 16, 64) if rows <= 16 else Int8Tile(32, 32, 32)
+        if rows <= 32:
+            # Few outputs, so that there are enough programs to keep the whole memory busy.
+            return Int8Tile(16 if rows <= 16 else 32, 16, 256)
+        if rows <= 64:
+            return Int8Tile(64, 16, 256, stages=3)
+        if rows <= 256:
+            return Int8Tile(64, 64, 128, stages=3)
+        return Int8Tile(128, 128, 64, warps=8, stages=3)
 
 
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x (scales W)^T + b, which reads half of what W in a half type would be.
 
     Args:
-        x: float32, float16 or bfloat16 [T, inputs], 1 <= T <= INT8_ROWS, contiguous, as are the
-            others.
+        x: float32, float16 or bfloat16 [T, inputs], contiguous, as are the others.
         weight: int8 [outputs, inputs].
         scales: float32 [outputs]: a row of W is its integers times its scale.
         bias: [outputs].
@@ -302,16 +362,15 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None)
     """
     rows, inputs = x.shape
     outputs = len(weight)
-    assert 1 <= rows <= INT8_ROWS
     assert weight.shape == (len(scales), inputs)
     assert weight.dtype == torch.int8
     assert scales.dtype == torch.float32
     assert all(tensor.is_contiguous() for tensor in (x, weight, scales))
     out = x.new_empty((rows, outputs))
+    tile = Int8Tile.of(rows, x.dtype)
     with torch.cuda.device_of(x):
-        tile = min(64, max(16, _power_of_two(rows)))
         # Programs side by side share their weights, so that all but one find them in the cache.
-        row_kernels.int8_product[(_ceil_div(rows, tile), _ceil_div(outputs, _INT8_OUTPUTS))](
+        row_kernels.int8_product[(_ceil_div(rows, tile.rows), _ceil_div(outputs, tile.outputs))](
             x,
             weight,
             scales,
@@ -321,13 +380,20 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None)
             BIAS=bias is not None,
             INPUTS=inputs,
             OUTPUTS=outputs,
-            M=tile,
-            N=_INT8_OUTPUTS,
-            K=_INT8_INPUTS,
-            num_warps=4,
-            num_stages=4,
+            M=tile.rows,
+            N=tile.outputs,
+            K=tile.inputs,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS_OF_NONE
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _power_of_two(number: int) -> int:
@@ -339,6 +405,6 @@ def _ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
-def _warps(elements: int) -> int:
+def warps(elements: int) -> int:
     """Groups of 32 threads for a program whose accumulator has so many elements."""
     return 8 if elements > 8192 else 4

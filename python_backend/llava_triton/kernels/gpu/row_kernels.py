@@ -71,9 +71,7 @@ def int8_product(
     K: tl.constexpr,
 ) -> None:
     """x [rows, INPUTS] times int8 weight [OUTPUTS, INPUTS], transposed. Grid: (tiles of M rows,
-    tiles of N outputs).
-
-    Few outputs a program, so that there are enough programs to keep the whole memory busy.
+    tiles of N outputs). The integers become floats on their way from shared memory to the product.
     """
     row = tl.program_id(0) * M + tl.arange(0, M)
     output = tl.program_id(1) * N + tl.arange(0, N)
