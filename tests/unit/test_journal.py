@@ -50,7 +50,7 @@ RECORD = Record(
     kept=0,
     tokens=[1, 5, 5, 5, 2],
     spans=[Span(1, 3)],
-    turns=[CompletedTurn(asked=4, end=5, images=1, pending=0, answer="ä \ud83d")],
+    turns=[CompletedTurn(asked=4, end=5, images=1, pending=0, answer="ä \ud83d", number=0)],
     images=[NAME],
     pending=0,
     text="what?",
@@ -202,7 +202,7 @@ def hands(store: Store, background: Background) -> Hands:
 
 
 NEXT = {"kept": 1, "tokens": [3, 4], "spans": [], "images": []}
-NEXT["turns"] = [CompletedTurn(asked=6, end=7, images=1, pending=0, answer="yes")]
+NEXT["turns"] = [CompletedTurn(asked=6, end=7, images=1, pending=0, answer="yes", number=1)]
 
 
 def test_a_log_is_read_as_it_was_written(hands: Hands) -> None:

@@ -70,7 +70,7 @@ class SessionJournal:
         session, request = running.session, running.turn.request
         last = () if completed is None else (completed,)
         pending = running.pending_images if running.max_tokens == 0 else 0
-        kept = 0 if request.start else running.mark.turns
+        kept = 0 if request.start else running.kept_mark.turns
         self._write(session, kept, last, pending, request.text, running.finish_reason, done)
 
     def write_session(self, session: Session) -> None:
@@ -109,7 +109,8 @@ class SessionJournal:
         session.tokens = said.tokens
         session.turns = said.turns
         session.images = images
-        session.pending_images = said.pending
+        session.pending_images, session.forgotten = said.pending, said.forgotten
+        session.truncation = said.truncation
         session.spans = [
             PictureSpan(span.start, span.length, image)
             for span, image in zip(said.spans, images, strict=False)
@@ -156,6 +157,8 @@ class SessionJournal:
             turns=[*session.turns[kept:], *completed],
             images=[image.digest.hex() for image in session.images[images:]],
             pending=pending,
+            forgotten=session.forgotten,
+            truncation=session.truncation,
             text=text,
             finish_reason=finish_reason,
             done=done,

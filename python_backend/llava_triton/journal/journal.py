@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from llava_triton.contract.sampling_parameters import Truncation
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.prompt import CompletedTurn, Span
 from llava_triton.journal.background import Background
@@ -97,6 +98,8 @@ class Journal:
         pending: int,
         text: str | None,
         finish_reason: str,
+        forgotten: int = 0,
+        truncation: Truncation = "disabled",
         done: Done | None = None,
     ) -> None:
         """Write a step of a session; see `Record`.
@@ -124,6 +127,8 @@ class Journal:
             pending=pending,
             text=text,
             finish_reason=finish_reason,
+            forgotten=forgotten,
+            truncation=truncation,
         )
         self._writer.append(own, record, own.dropped if whole else None, done)
 
