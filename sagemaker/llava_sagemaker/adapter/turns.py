@@ -31,6 +31,7 @@ from llava_triton.contract.models import (
     IMAGE_POSITIONS,
     SAMPLING_PARAMETERS,
     TEXT_INPUT,
+    VIDEO,
 )
 from llava_triton.contract.operations import CANCEL_ANSWER, Ending
 from llava_triton.contract.positions import Positions
@@ -347,7 +348,8 @@ class _Ways:
         """The way of a turn, until its answer has been read."""
         session_id = turn.session_id
         free = session_id not in self._in_ensemble and self._unheard < MOST_UNHEARD
-        way = _Way(free and IMAGE.name not in turn.tensors, self._heard)
+        shows = IMAGE.name in turn.tensors or VIDEO.name in turn.tensors
+        way = _Way(free and not shows, self._heard)
         if way.direct:
             self._unheard += 1
         else:
