@@ -36,7 +36,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("opens", [False, True])
 def test_a_turn_that_is_left_before_it_begins(stub: StubTriton, opens: bool) -> None:
-    """A request cancels it, not the call: Triton would end the sequence, and lose memory."""
+    """A request cancels it, not the call: Triton would end the sequence."""
 
     async def leave() -> None:
         triton = Triton(stub.grpc_address)

@@ -263,3 +263,13 @@ def test_a_full_server_has_not_lost_the_session() -> None:
     full = SessionError(ErrorCode.UNAVAILABLE, "try later")
     with pytest.raises(SessionError, match="try later"):
         pieces(session_on(Scripted([full])))
+
+
+def test_a_lost_session_that_forgets_is_opened_as_one() -> None:
+    transport = Scripted(["It is", " red"], [LOST], ["blue"], ["so"])
+    replaying = session_on(transport)
+    assert "truncation" not in transport.opened[0].sampling
+    pieces(replaying, truncation="auto")
+    pieces(replaying)
+    assert transport.opened[1].sampling == {"truncation": "auto"}
+    assert len(transport.opened[1].history) == 1

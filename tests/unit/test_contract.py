@@ -37,6 +37,7 @@ PUBLIC_OUTPUTS = [
     ("num_output_tokens", "TYPE_INT32", [1], False),
     ("num_cached_tokens", "TYPE_INT32", [1], False),
     ("first_token_ms", "TYPE_FP32", [1], False),
+    ("num_forgotten_turns", "TYPE_INT32", [1], False),
     ("logprobs", "TYPE_STRING", [-1], False),
 ]
 

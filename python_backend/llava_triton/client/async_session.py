@@ -28,6 +28,7 @@ from llava_triton.client.transport import TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class AsyncAnswerStream:
@@ -131,6 +132,7 @@ class AsyncSession:
         session_id: int | str | None = None,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
         resume: int | str | None = None,
         video: Video | None = None,
         num_frames: int | None = None,
@@ -141,7 +143,7 @@ class AsyncSession:
         """
         address = Address.of(url)
         shows = shown(image, video, num_frames)
-        turn = opening_turn(address, shows, session_id, history, resume)
+        turn = opening_turn(address, shows, session_id, history, truncation, resume)
         return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
 
     @classmethod

@@ -16,6 +16,7 @@ from llava_triton.client.transport import Transport, TurnMessage, regenerating, 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class Session:
@@ -46,6 +47,7 @@ class Session:
         replay: bool = False,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
         resume: int | str | None = None,
         video: Video | None = None,
         num_frames: int | None = None,
@@ -71,6 +73,9 @@ class Session:
             history: what was said before, in another session or anywhere else; `image` then begins
                 with the pictures of these turns. What the server still has of it is not computed
                 again.
+            truncation: "auto" lets the session forget its oldest turns where the context is full,
+                instead of refusing the turn; an answer's `num_forgotten_turns` says how many. A
+                turn may say otherwise for itself.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
@@ -81,7 +86,9 @@ class Session:
             transport = ReplayTransport(transport)
         try:
             shows = shown(image, video, num_frames)
-            opened, _ = transport.open(opening_turn(address, shows, session_id, history, resume))
+            opened, _ = transport.open(
+                opening_turn(address, shows, session_id, history, truncation, resume)
+            )
         except BaseException:
             transport.close()
             raise

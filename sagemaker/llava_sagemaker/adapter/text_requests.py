@@ -47,6 +47,8 @@ async def text_request(request: Request, fields: dict[str, Any], pictures: Pictu
     parameters = read_parameters({**fields, **(more or {})})
     if "logprobs" in parameters.sampling:
         raise invalid_request("logprobs is told of messages only; send the text as one", "logprobs")
+    if parameters.choices > 1:
+        raise invalid_request("n above 1 is for messages only; send the text as one", "n")
     images = await pictures.load(named_pictures(fields), request.take)
     asked = await off_loop(
         len(request.body),

@@ -29,9 +29,10 @@ from llava_triton.contract.models import (
     HISTORY,
     IMAGE,
     IMAGE_POSITIONS,
+    MODELS,
     SAMPLING_PARAMETERS,
     TEXT_INPUT,
-    VIDEO,
+    TEXTS,
 )
 from llava_triton.contract.operations import CANCEL_ANSWER, Ending
 from llava_triton.contract.positions import Positions
@@ -51,6 +52,8 @@ _OPTIONS = [
 ]
 LEFT_SECONDS = 60.0
 """A turn whose client has gone, and that cannot be undone in so long, has its call cancelled."""
+_PLAIN = {spec.name for spec in MODELS["language_model"].inputs if spec in TEXTS}
+"""What clients send to language_model itself; the rest of its inputs is between the models."""
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 """Before each element."""
@@ -262,7 +265,7 @@ class Triton:
         """Send a turn and read its answer to the end."""
         call, usable = None, False
         try:
-            with self._ways.of(turn) as way:
+            with self._ways.of(turn.session_id, turn.tensors.keys() <= _PLAIN) as way:
                 message = await off_loop(turn.size, turn.written, answer.request_id, way.direct)
                 del turn  # with its pictures: the answer may take long
                 call = self._call()
@@ -271,7 +274,10 @@ class Triton:
                 del message
                 answer.is_sent = True
                 last = False
-                while not last and (response := await _response(call, answer.request_id)):
+                while not last:
+                    response = await _response(call, answer.request_id)
+                    if response is None:
+                        break
                     way.heard()
                     piece = _piece(response)
                     last = _is_last(piece)
@@ -294,9 +300,8 @@ class Triton:
         leaving.add_done_callback(self._left.discard)
 
     async def _undo(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
-        """Undo a turn whose client has gone, by a request. A call that is cancelled costs Triton
-        2.51 memory that never comes back, and ends the whole sequence where its turn waits for
-        another one."""
+        """Undo a turn whose client has gone, by a request. Where the call of a turn that waits is
+        cancelled, Triton 2.51 ends the whole sequence."""
         undoing = Turn(
             uuid.uuid4().hex,
             start=True,
@@ -344,12 +349,15 @@ class _Ways:
         """Turns past it that have not begun."""
 
     @contextlib.contextmanager
-    def of(self, turn: Turn) -> Iterator[_Way]:
-        """The way of a turn, until its answer has been read."""
-        session_id = turn.session_id
+    def of(self, session_id: str, plain: bool) -> Iterator[_Way]:
+        """The way of a turn, until its answer has been read.
+
+        Args:
+            session_id: of its session.
+            plain: whether language_model takes all its inputs: it has no picture.
+        """
         free = session_id not in self._in_ensemble and self._unheard < MOST_UNHEARD
-        shows = IMAGE.name in turn.tensors or VIDEO.name in turn.tensors
-        way = _Way(free and not shows, self._heard)
+        way = _Way(free and plain, self._heard)
         if way.direct:
             self._unheard += 1
         else:
