@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from llava_sagemaker.adapter import turns
-from llava_sagemaker.adapter.turns import Triton, turn
+from llava_sagemaker.adapter.turns import Triton, packed, turn
 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
@@ -138,7 +139,10 @@ def test_which_turns_go_past_the_ensemble(
         triton = Triton(stub.grpc_address)
 
         def send(session: str, **message: Any) -> asyncio.Task[Delta]:
-            return asyncio.create_task(triton.whole(turn(session, text="?", **message)))
+            tensors = message.pop("tensors", {})
+            asked = turn(session, text="?", **message)
+            asked = replace(asked, tensors=asked.tensors | tensors)
+            return asyncio.create_task(triton.whole(asked))
 
         async def models(*answers: asyncio.Task[Delta]) -> list[str]:
             """Of these turns, in the order in which they came."""
@@ -159,8 +163,10 @@ def test_which_turns_go_past_the_ensemble(
 
         stub.may_answer.clear()
         picture = {"images": [b"picture"]}
+        video = {"tensors": {"video": packed([b"video"])}}
         assert await one_by_one(("s", {}), ("s", picture), ("s", {})) == [past, through, through]
         assert await one_by_one(("s", picture), ("other", {})) == [through, past]
+        assert await one_by_one(("s", video), ("other", {})) == [through, past]
         assert await one_by_one(("s", {}), ("s", {}), ("other", {})) == [past, past, through]
         assert await one_by_one(("s", {})) == [past]  # nothing is left of all that
         stub.may_answer.set()
