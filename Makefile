@@ -209,10 +209,11 @@ clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/verc
 # NVIDIA's load generator, whose pins are others, for tests/clients/test_aiperf.py.
 aiperf: .venv-aiperf/installed
 
-.venv-aiperf/installed: tests/clients/aiperf-requirements.txt | .venv/checkout
+.venv-aiperf/installed: tests/clients/aiperf-requirements.txt tests/clients/aiperf-constraints.txt | .venv/checkout
 	echo "installing AIPerf into .venv-aiperf: a minute or two"
 	'$(PYTHON)' -m venv --clear .venv-aiperf
-	.venv-aiperf/bin/python -m pip install -q -r tests/clients/aiperf-requirements.txt
+	.venv-aiperf/bin/python -m pip install -q -r tests/clients/aiperf-requirements.txt \
+	    -c tests/clients/aiperf-constraints.txt
 	touch $@
 
 tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json

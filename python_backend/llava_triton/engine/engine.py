@@ -486,7 +486,8 @@ class Engine:
             resumed = turn.resuming.result()
             if request.end and request.is_empty:
                 journal.end_unopened(resumed, turn)
-                self._answer_at_once(turn, "closed", len(resumed.found.conversation.tokens))
+                said = resumed.found.conversation
+                self._answer_at_once(turn, "closed", len(said.tokens), said.forgotten)
                 return False
             self._make_room(request)
             session = self._sessions.make(request.session_id, request.tenant)
@@ -499,15 +500,17 @@ class Engine:
             raise unknown(request.session_id)
         if request.is_empty and not request.end and request.operation.rewind is None:
             self._sessions.used(session.id, session.tenant)
-            self._answer_at_once(turn, "prefilled", len(session.tokens))
+            self._answer_at_once(turn, "prefilled", len(session.tokens), session.forgotten)
             return False
         turn.request = request.on_open_session()
         return True
 
-    def _answer_at_once(self, turn: Turn, reason: FinishReason, tokens: int) -> None:
+    def _answer_at_once(
+        self, turn: Turn, reason: FinishReason, tokens: int, forgotten: int
+    ) -> None:
         """End a turn that had nothing to compute and changes nothing of what was said."""
         self._statistics.turns_completed += turn.asked_for
-        self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0))
+        self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0, num_forgotten_turns=forgotten))
         self._leave(turn)
 
     def _dropped(self, session: Session, asked_at: float | None) -> None:
