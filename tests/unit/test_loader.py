@@ -122,7 +122,7 @@ print(peak() - before)
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A checkpoint, and the parameters of its text model."""
-    text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+    text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 8}
     folder = tmp_path_factory.mktemp("larger") / "model"
     checkpoint = write_random_llava(folder, VISION, LlamaConfig, text, least_deviation=0.0)
@@ -138,4 +138,4 @@ def test_loading_takes_little_more_than_the_model(
     command = [sys.executable, "-c", PEAK, str(checkpoint), str(dtype).removeprefix("torch.")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # Besides: a layer that is being packed, a piece of a file, torch's own buffers.
-    assert int(done.stdout) < parameters * dtype.itemsize + PIECE_BYTES + 24 * MIB
+    assert int(done.stdout) < parameters * dtype.itemsize + PIECE_BYTES + 48 * MIB
