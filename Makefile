@@ -19,6 +19,7 @@ WEB_PORT ?= 7860
 INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
+INPUTS ?= 1000000
 STEP ?= 1
 
 SHELL := /bin/bash
@@ -94,6 +95,9 @@ soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door o
 hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, with honest clients beside them (5 minutes)
 	$(python) -m benchmarks.hostile
 
+fuzz: .venv/fuzz compiler $(demo_repository) ## A million inputs for every parser of what clients send (15 minutes; INPUTS=)
+	$(python) -m tests.fuzz --inputs $(INPUTS)
+
 chaos: .venv/runtime compiler ## Everything is killed and stopped, beside sessions that must not notice (20 minutes)
 	$(python) -m benchmarks.chaos
 
@@ -122,15 +126,15 @@ clean: ## Remove what was built, except the virtual environment
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf .venv .venv-clients tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
+	rm -rf .venv .venv-clients .venv-aiperf tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
 
 help: ## This list
 	awk 'BEGIN {FS = ":.*## "} \
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile chaos profile train evaluate clean distclean help
-.PHONY: repository clients compiler libb64 curl chromium force
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz chaos profile train evaluate clean distclean help
+.PHONY: repository clients aiperf compiler libb64 curl chromium force
 
 # ---- model repositories ----
 
@@ -149,19 +153,23 @@ repository: $(if $(named),,$(if $(filter demo,$(NAME)),$(demo_repository))) | .v
 
 # Stamps: made again when the pins, the project's needs or the place of the checkout change.
 .venv/runtime: .venv/checkout pyproject.toml constraints.txt
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker)
 	touch $@
 
 .venv/web: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)web)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)web)
 	touch $@
 
 .venv/bench: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)bench)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)bench)
 	touch $@
 
 .venv/development: .venv/runtime
-	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)video$(comma)sagemaker$(comma)deploy$(comma)web$(comma)bench$(comma)dev$(comma)tensorrt)
+	touch $@
+
+.venv/fuzz: .venv/development
+	$(call pip_install,server$(comma)export$(comma)heic$(comma)sagemaker$(comma)dev$(comma)fuzz)
 	touch $@
 
 # A virtual environment knows its own path and the checkout's: one that was moved is made anew.
@@ -196,6 +204,15 @@ clients: .venv-clients/installed $(if $(shell command -v npm),tests/clients/verc
 	'$(PYTHON)' -m venv --clear .venv-clients
 	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt \
 	    -c tests/clients/constraints.txt
+	touch $@
+
+# NVIDIA's load generator, whose pins are others, for tests/clients/test_aiperf.py.
+aiperf: .venv-aiperf/installed
+
+.venv-aiperf/installed: tests/clients/aiperf-requirements.txt | .venv/checkout
+	echo "installing AIPerf into .venv-aiperf: a minute or two"
+	'$(PYTHON)' -m venv --clear .venv-aiperf
+	.venv-aiperf/bin/python -m pip install -q -r tests/clients/aiperf-requirements.txt
 	touch $@
 
 tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json

@@ -23,11 +23,20 @@ from transformers import (
 from demo.write_checkpoint import write_llava_checkpoint
 from llava_triton.checkpoint.families import FAMILIES
 
+NEXT_GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 GRIDS = {
-    "llava_next": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)],
+    "llava_next": NEXT_GRIDS,
+    "llava_next_video": NEXT_GRIDS,
     "llava_onevision": [(lines, columns) for lines in range(1, 7) for columns in range(1, 7)],
 }
 """Lines and columns of tiles that the published checkpoints of a family cut pictures into."""
+
+PROCESSORS = {
+    # Of pictures, of all together.
+    "llava_next": ("LlavaNextImageProcessor", "LlavaNextProcessor"),
+    "llava_next_video": ("LlavaNextImageProcessor", "LlavaNextVideoProcessor"),
+    "llava_onevision": ("LlavaOnevisionImageProcessor", "LlavaOnevisionProcessor"),
+}
 
 DEMO = Path(__file__).parent / "checkpoint"
 
@@ -78,6 +87,10 @@ def write_random_llava(
         llava_options = {"image_grid_pinpoints": pinpoints} | llava_options
     if family != "llava_onevision":
         llava_options["image_seq_length"] = (side // vision.patch_size) ** 2
+    vocabulary = len(tokenizer)
+    if FAMILIES[family].takes_videos:  # a placeholder that nothing can spell
+        llava_options = {"video_token_index": vocabulary} | llava_options
+        vocabulary += 1
     config = FAMILIES[family].config_class(
         vision_config=vision,
         text_config=text_class(
@@ -85,7 +98,7 @@ def write_random_llava(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
-            **({"vocab_size": len(tokenizer)} | text),
+            **({"vocab_size": vocabulary} | text),
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         **llava_options,
@@ -141,10 +154,16 @@ def _write_processor(
         image_processor["crop_size"] = square
     processor["patch_size"] = vision.patch_size
     if pinpoints:
-        name = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[family]
-        image_processor["image_processor_type"] = f"{name}ImageProcessor"
+        kind, processor["processor_class"] = PROCESSORS[family]
+        image_processor["image_processor_type"] = kind
         image_processor["image_grid_pinpoints"] = pinpoints
-        processor["processor_class"] = f"{name}Processor"
+    if FAMILIES[family].takes_videos:
+        of_frames = {"size", "crop_size", "do_center_crop", "image_mean", "image_std"}
+        video_processor = {name: image_processor.get(name) for name in of_frames}
+        video_processor["video_processor_type"] = processor["processor_class"].replace(
+            "Processor", "VideoProcessor"
+        )
+        _write_json(directory / "video_preprocessor_config.json", video_processor)
     _write_json(directory / "preprocessor_config.json", image_processor)
     _write_json(directory / "processor_config.json", processor)
 

@@ -20,10 +20,12 @@ from llava_sagemaker.deploy import place as places
 from llava_sagemaker.deploy.cli import app
 from moto.applicationautoscaling.responses import ApplicationAutoScalingResponse
 from moto.core.responses import ActionResult
-from moto.sagemaker.models import FakeEndpointConfig, SageMakerModelBackend
+from moto.sagemaker.models import FakeEndpointConfig
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner, Result
+
+from tests.aws_stacks import CloudFormation, StackError
 
 REGION = "us-east-1"
 _LOADER = create_loader()  # botocore's service models take long to read: once is enough
@@ -40,8 +42,12 @@ class Account:
     refuse: str | None = None
     """An operation that is answered with `refusal`."""
     refusal: tuple[str, str] = ("AccessDeniedException", "no")
-    statuses: list[str] = field(default_factory=list)
-    """What DescribeEndpoint is to say next; the last one stays."""
+    made: list[tuple[str, str]] = field(default_factory=list)
+    """Service and operation of each call that CloudFormation made for the resources of stacks."""
+    steps: list[str] = field(default_factory=list)
+    """All writes, those of the code under test and of CloudFormation, in their order."""
+    last_words: tuple[str, bytes] | None = None
+    """Key and content of an object that instances write while they are taken away."""
     failure: str | None = None
     """Why the next endpoint or update fails."""
     updates: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +55,36 @@ class Account:
     scaling_tags: dict[str, dict[str, str]] = field(default_factory=dict)
     price_list: list[str] = field(default_factory=list)
     """What the Price List answers."""
+
+    def __post_init__(self) -> None:
+        self.stacks = CloudFormation(
+            self._client_of_stacks, lambda: self.failure, self._endpoint_gone
+        )
+
+    def _client_of_stacks(self, service: str) -> Any:
+        """What CloudFormation uses: refusals are for it too."""
+
+        def before(model: Any, **_: Any) -> None:
+            self.made.append((model.service_model.service_name, model.name))
+            self.check(model.name)
+
+        client = self.client(service)
+        client.meta.events.register("before-parameter-build", before)
+        return client
+
+    def _endpoint_gone(self) -> None:
+        if self.last_words is not None:
+            bucket = self.client("s3").list_buckets()["Buckets"][0]["Name"]
+            key, content = self.last_words
+            self.client("s3").put_object(Bucket=bucket, Key=key, Body=content)
+
+    def check(self, operation: str) -> None:
+        """Raises ClientError for the operation that is to be refused."""
+        if not operation.startswith(_READS):
+            self.steps.append(operation)
+        if operation == self.refuse:
+            code, message = self.refusal
+            raise ClientError({"Error": {"Code": code, "Message": message}}, operation)
 
     def client(self, service: str) -> Any:
         """A client that is not recorded, for the tests' own eyes."""
@@ -76,6 +112,7 @@ class Account:
                 for r in self.client("ecr").describe_repositories()["repositories"]
             ],
             "roles": [r["RoleName"] for r in self.client("iam").list_roles()["Roles"]],
+            "stacks": [s.name for s in self.stacks.stacks if s.status != "DELETE_COMPLETE"],
             "models": [m["ModelName"] for m in sagemaker.list_models()["Models"]],
             "configs": [
                 c["EndpointConfigName"]
@@ -281,13 +318,22 @@ def docker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _record(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     def before(params: dict[str, Any], model: Any, **_: Any) -> None:
         account.calls.append((model.service_model.service_name, model.name, dict(params)))
-        if model.name == account.refuse:
-            code, message = account.refusal
-            raise ClientError({"Error": {"Code": code, "Message": message}}, model.name)
+        account.check(model.name)
 
     def prices(**_: Any) -> tuple[Any, dict[str, Any]]:
         """The Price List, of which moto has nothing; the request has been validated by now."""
         return AWSResponse("", 200, {}, None), {"PriceList": account.price_list}
+
+    def stacks(model: Any, **_: Any) -> tuple[Any, dict[str, Any]]:
+        params = account.calls[-1][2]
+        if model.name == "DescribeStacks":  # the first call of all: whether there is an AWS
+            account.client("sts").get_caller_identity()
+        try:
+            said = account.stacks.answer(model.name, params)
+        except StackError as error:
+            refused = {"Code": error.code, "Message": str(error)}
+            return AWSResponse("", 400, {}, None), {"Error": refused}
+        return AWSResponse("", 200, {}, None), said
 
     class RecordingSession(_SESSION):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -295,28 +341,19 @@ def _record(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
             self._session.register_component("data_loader", _LOADER)
             self.events.register("before-parameter-build", before)
             self.events.register("before-call.pricing.GetProducts", prices)
+            self.events.register("before-call.cloudformation", stacks)
 
     monkeypatch.setattr(boto3, "Session", RecordingSession)
 
 
 def _complete_moto(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto knows no UpdateEndpoint, no states of endpoints, no tags of scalable targets."""
-    describe = SageMakerModelBackend.describe_endpoint
+    """moto knows no UpdateEndpoint, and no tags of scalable targets."""
     register = ApplicationAutoScalingResponse.register_scalable_target
-
-    def describe_endpoint(backend: Any, endpoint_name: str) -> Any:
-        endpoint = backend.endpoints.get(endpoint_name)
-        if endpoint is not None:
-            if account.statuses:
-                endpoint.endpoint_status = account.statuses.pop(0)
-            endpoint.failure_reason = account.failure
-        return describe(backend, endpoint_name)
 
     def update_endpoint(response: Any) -> ActionResult:
         account.updates.append(json.loads(response.body))
         endpoint = response.sagemaker_backend.endpoints[account.updates[-1]["EndpointName"]]
-        if account.failure is None:
-            endpoint.endpoint_config_name = account.updates[-1]["EndpointConfigName"]
+        endpoint.endpoint_config_name = account.updates[-1]["EndpointConfigName"]
         return ActionResult({"EndpointArn": endpoint.arn})
 
     def register_scalable_target(response: Any) -> str:
@@ -331,7 +368,6 @@ def _complete_moto(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # Its list of instance types is years old; botocore's is looked at by the code under test.
     monkeypatch.setattr(FakeEndpointConfig, "validate_instance_type", lambda *_: None)
-    monkeypatch.setattr(SageMakerModelBackend, "describe_endpoint", describe_endpoint)
     monkeypatch.setattr(SageMakerResponse, "update_endpoint", update_endpoint, raising=False)
     scaling = ApplicationAutoScalingResponse
     monkeypatch.setattr(scaling, "register_scalable_target", register_scalable_target)

@@ -49,10 +49,42 @@ class Talk:
         """Neither text nor a picture."""
         return self.text is None and not self.pictures
 
+    @property
+    def forgets(self) -> bool:
+        """Whether it lets the oldest turns go."""
+        return ("truncation", "auto") in self.asked
+
+    @property
+    def opening(self) -> Talk:
+        """What is left of it, as an opening, where it says nothing."""
+        return replace(NOTHING, asked=FORGETS if self.forgets else ())
+
+
+@dataclass(frozen=True)
+class Back:
+    """The conversation went back to so many answered questions."""
+
+    kept: int
+
 
 NOTHING = Talk(None)
-Conversation = tuple[Talk, ...]
-"""The turns that were completed, in order."""
+FORGETS: tuple[tuple[str, Any], ...] = (("truncation", "auto"),)
+Conversation = tuple[Talk | Back, ...]
+"""The turns that were completed, in order. Where one of them may have forgotten others, also those
+that were taken back: what they made the session forget stays forgotten."""
+
+
+def talks_of(conversation: Conversation) -> list[Talk]:
+    """Those that were not taken back, whether the session has forgotten them or not."""
+    left: list[Talk] = []
+    for each in conversation:
+        if isinstance(each, Talk):
+            left.append(each)
+        else:
+            asked = [index for index, talk in enumerate(left) if talk.text is not None]
+            if each.kept < len(asked):
+                del left[asked[each.kept] :]
+    return left
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,7 @@ class Reply:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    num_forgotten_turns: int
 
 
 class Oracle:
@@ -87,7 +120,10 @@ class Oracle:
         reply: Reply | ErrorCode = ErrorCode.INTERNAL
         for index, talk in enumerate(conversation):
             try:
-                if talk.max_tokens:
+                if isinstance(talk, Back):
+                    back = Operation(rewind=talk.kept)
+                    pending = submit(self._harness, "s", NOTHING, operation=back)
+                elif talk.max_tokens:
                     pending = submit(self._harness, "s", talk, start=index == 0)
                 else:
                     pending = self._stop_at_once(talk, start=index == 0)
@@ -134,16 +170,23 @@ def submit(
 
 def gone_back(conversation: Conversation, operation: Operation) -> Conversation | None:
     """What an operation leaves of a conversation; None where it is refused."""
-    asked = [index for index, talk in enumerate(conversation) if talk.text is not None]
+    left = talks_of(conversation)
+    asked = [index for index, talk in enumerate(left) if talk.text is not None]
+    kept = len(asked) if operation.rewind is None else operation.rewind
     if operation.regenerate:
-        return conversation[: asked[-1]] if asked else None
-    if operation.rewind is None or operation.rewind == len(asked):
+        kept = len(asked) - 1
+    if not 0 <= kept <= len(asked):
+        return None
+    if kept == len(asked):
         return conversation
-    return conversation[: asked[operation.rewind]] if operation.rewind < len(asked) else None
+    if any(isinstance(each, Back) or each.forgets for each in conversation):
+        return (*conversation, Back(kept))
+    return tuple(left[: asked[kept]]) or (NOTHING,)
 
 
 def reply_of(text: str, final: Delta) -> Reply:
-    return Reply(text, final.finish_reason, final.num_input_tokens, final.num_output_tokens)
+    numbers = final.num_input_tokens, final.num_output_tokens, final.num_forgotten_turns
+    return Reply(text, final.finish_reason, *numbers)
 
 
 @dataclass
@@ -158,7 +201,8 @@ class Open:
     @property
     def pictures(self) -> set[tuple[str, int]]:
         """Every picture of the conversation, and whose it is: tenants share none."""
-        return {(self.tenant, each) for talk in self.conversation for each in talk.pictures}
+        talks = talks_of(self.conversation)
+        return {(self.tenant, each) for talk in talks for each in talk.pictures}
 
 
 @dataclass
@@ -243,14 +287,18 @@ ASKED: tuple[tuple[tuple[str, Any], ...], ...] = (
     (("repetition_penalty", 1.3), ("frequency_penalty", 0.5), ("min_tokens", 3)),
     (("temperature", 1.0), ("seed", 3), ("logprobs", 2)),
     (("structured_outputs", StructuredOutputs(regex="[a-z ]{1,30}")),),
+    FORGETS,
+    FORGETS,
 )
+LONG = "Tell me more of it. " * 12
+"""Some of them fill the context."""
 
 
 def talks(*pictures: tuple[int, ...]) -> st.SearchStrategy[Talk]:
     """Turns with one of these sets of pictures."""
     return st.builds(
         Talk,
-        text=st.sampled_from(["What?", "And the circle on the left?", "Why so? " * 5, None]),
+        text=st.sampled_from(["What?", "And the circle on the left?", "Why so? " * 5, None, LONG]),
         pictures=st.sampled_from(pictures),
         max_tokens=st.sampled_from([1, 5, 14, 40]),
         stop=st.sampled_from([(), ("e",), ("a", "o "), ()]),

@@ -42,6 +42,8 @@ class Arrival:
     """Tokens to be computed before the first one of the answer."""
     answer: int = 32
     """Tokens of the answer."""
+    session: int = 0
+    """Whose it is, where one turn follows another."""
 
 
 @dataclass(eq=False)
@@ -94,8 +96,15 @@ class SimulatedDevice:
         self.planned_ahead = 0
         """How many of them were planned while another one was computed."""
 
-    def run(self, arrivals: Sequence[Arrival]) -> list[Told]:
-        """Compute all turns to their end; their times are counted from now."""
+    def run(
+        self, arrivals: Sequence[Arrival], follow: Callable[[Told], Arrival | None] = lambda _: None
+    ) -> list[Told]:
+        """Compute all turns to their end; their times are counted from now.
+
+        Args:
+            arrivals: turns.
+            follow: the turn that comes when one has ended, if one does.
+        """
         began = self.now
         told = [Told(each) for each in sorted(arrivals, key=lambda each: each.at)]
         coming = list(told)
@@ -117,13 +126,20 @@ class SimulatedDevice:
                 turns = [turn for turn, _ in running.values()]
                 flying = self.scheduler.plan_ahead(turns, works, self.now)
                 self.planned_ahead += bool(flying)
-            self._compute(works, running, began)
+            for ended in self._compute(works, running, began):
+                next_one = follow(ended)
+                if next_one is not None:
+                    told.append(Told(next_one))
+                    coming.append(told[-1])
+            coming.sort(key=lambda each: each.arrival.at)
             flying = [each for each in flying if each.running.turn.id in running]
         return told
 
     def _compute(
         self, works: Sequence[Work], running: dict[str, tuple[RunningTurn, Told]], began: float
-    ) -> None:
+    ) -> list[Told]:
+        """Compute a step; the turns that it ends."""
+        ended = []
         answers = sum(work.decoding for work in works)
         prompt_tokens = sum(work.count for work in works if not work.decoding)
         seconds = self._cost(answers, prompt_tokens)
@@ -140,8 +156,9 @@ class SimulatedDevice:
             told = running[turn.turn.id][1]
             told.times.append(self.now - began)
             if turn.answer_tokens == turn.max_tokens:
-                del running[turn.turn.id]
+                ended.append(running.pop(turn.turn.id)[1])
                 self._memory.truncate(turn.session, 0)
+        return ended
 
     def _turn(self, at: float, arrival: Arrival) -> RunningTurn:
         turn = Turn(TurnRequest("simulated"), lambda _: None, arrived_at=at)

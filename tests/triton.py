@@ -41,6 +41,7 @@ def inputs(
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
     positions: Any = None,
+    videos: Sequence[bytes] | None = None,
 ) -> list[Any]:
     """Input tensors of `llava` and `llava_stream` for `tritonclient.grpc` or `.http`."""
     made = []
@@ -48,6 +49,8 @@ def inputs(
         made.append(_bytes_tensor(module, "text_input", [text]))
     if images is not None:
         made.append(_bytes_tensor(module, "image", images))
+    if videos is not None:
+        made.append(_bytes_tensor(module, "video", videos))
     if parameters is not None:
         encoded = json.dumps(parameters) if isinstance(parameters, dict) else parameters
         made.append(_bytes_tensor(module, "sampling_parameters", [encoded]))
@@ -69,6 +72,7 @@ def ask(
     parameters: dict[str, Any] | str | bytes | None = None,
     history: Any = None,
     positions: Any = None,
+    videos: Sequence[bytes] | None = None,
     start: bool = False,
     end: bool = False,
     model: str = "llava",
@@ -82,7 +86,7 @@ def ask(
     module = tritonclient.grpc if over_grpc else tritonclient.http
     result = client.infer(
         model,
-        inputs(module, text, images, parameters, history, positions),
+        inputs(module, text, images, parameters, history, positions, videos),
         sequence_id=session,
         sequence_start=start,
         sequence_end=end,
@@ -107,6 +111,7 @@ class Stream:
         parameters: dict[str, Any] | str | bytes | None = None,
         history: Any = None,
         positions: Any = None,
+        videos: Sequence[bytes] | None = None,
         start: bool = False,
         end: bool = False,
         model: str = "llava_stream",
@@ -114,7 +119,7 @@ class Stream:
         """Send one turn and return at once."""
         self.client.async_stream_infer(
             model,
-            inputs(tritonclient.grpc, text, images, parameters, history, positions),
+            inputs(tritonclient.grpc, text, images, parameters, history, positions, videos),
             sequence_id=session,
             sequence_start=start,
             sequence_end=end,

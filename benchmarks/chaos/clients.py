@@ -24,7 +24,7 @@ MAX_TOKENS = 12
 PAUSE_SECONDS = (0.0, 2.0)
 """Between an answer and the next question."""
 RETRY_SECONDS = 0.3
-HUNG_SECONDS = 180.0
+HUNG_SECONDS = 600.0
 """Whoever waits longer for an answer has lost the session."""
 KEPT_SENTENCES = 20
 

@@ -32,6 +32,7 @@ from llava_export.tensorrt_engine import (
 )
 from llava_triton.checkpoint import vision_tower
 from llava_triton.checkpoint.families import Config, family_of
+from llava_triton.checkpoint.video_processor import VideoProcessor
 from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape, load_vision_encoder
 from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
 
@@ -47,6 +48,8 @@ class Checkpoint:
     config: Config
     weights: CheckpointWeights
     image_processor: Any
+    video_processor: VideoProcessor | None
+    """None where its family takes no videos."""
 
 
 class EncoderBuild:
@@ -83,7 +86,10 @@ class EncoderBuild:
             builder, builder_version = self._tensorrt.__name__, self._tensorrt.__version__
         side = image_side(checkpoint.image_processor)
         output_shape = features_shape(checkpoint.config, side)
-        fault = family_of(checkpoint.config).fault(checkpoint.image_processor, output_shape[0])
+        family = family_of(checkpoint.config)
+        fault = family.fault(checkpoint.image_processor, output_shape[0])
+        if fault is None and checkpoint.video_processor is not None:
+            fault = family.video_fault(checkpoint.video_processor.output)
         if fault is not None:
             raise CheckpointError(f"{checkpoint.weights.directory} cannot be served: {fault}")
         self.metadata = EncoderMetadata(

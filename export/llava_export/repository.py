@@ -145,7 +145,10 @@ def _fill(job: ExportJob, source: Source, filled: Path) -> None:
     if serving.on_tensorrt:
         (filled / VISION_ENCODER / "1" / "model.py").unlink()
     (filled / settings_module.FILE_NAME).write_text(job.settings.to_json())
-    checkpoint.image_processor.save_pretrained(filled / "image_encoder" / "1" / "processor")
+    processor = filled / "image_encoder" / "1" / "processor"
+    checkpoint.image_processor.save_pretrained(processor)
+    if checkpoint.video_processor is not None:
+        checkpoint.video_processor.save(processor)
     _place_checkpoint(
         source.directory, filled / "language_model" / "1" / "checkpoint", copy=job.copy
     )
@@ -163,15 +166,21 @@ def _fill(job: ExportJob, source: Source, filled: Path) -> None:
 def _read_checkpoint(source: Source) -> Checkpoint:
     from llava_export.encoder import Checkpoint
     from llava_triton.checkpoint.configuration import llava_config
+    from llava_triton.checkpoint.families import family_of
     from llava_triton.checkpoint.image_processor import load_image_processor
-    from llava_triton.checkpoint.tokenizer import load_tokenizer
+    from llava_triton.checkpoint.tokenizer import check_video_template, load_tokenizer
+    from llava_triton.checkpoint.video_processor import load_video_processor
     from llava_triton.checkpoint.weights import CheckpointWeights
 
     directory = source.directory
     config = llava_config(directory, source.name)
     weights = CheckpointWeights(directory)
-    load_tokenizer(directory)  # the server will need it, and its chat template
-    return Checkpoint(config, weights, load_image_processor(directory))
+    tokenizer = load_tokenizer(directory)  # the server will need it, and its chat template
+    video_processor = None
+    if family_of(config).takes_videos:
+        check_video_template(directory, tokenizer, config)
+        video_processor = load_video_processor(directory)
+    return Checkpoint(config, weights, load_image_processor(directory), video_processor)
 
 
 def _place_checkpoint(directory: Path, place: Path, *, copy: bool) -> None:

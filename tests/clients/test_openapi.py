@@ -19,7 +19,7 @@ EXAMPLES = os.environ.get("LLAVA_OPENAPI_EXAMPLES", "10")
 NOT_SAID = (
     # A schema cannot say it: who takes turns, which hosts are allowed.
     "positive_data_acceptance",
-    # Nothing is created or deleted.
+    # No path makes what another one deletes: sessions have their clients' names.
     "use_after_free",
     "ensure_resource_availability",
 )

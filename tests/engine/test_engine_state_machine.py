@@ -50,6 +50,7 @@ from tests.session_rules import (
     gone_back,
     submit,
     talks,
+    talks_of,
 )
 
 EXAMPLES = 35
@@ -149,6 +150,14 @@ class EngineMachine(RuleBasedStateMachine):
         self._drain()  # it has what its source has said when it begins
         operation = Operation(fork=self._likely_id(pick), rewind=turns)
         self._submit(session_id, NOTHING, start=True, operation=operation)
+
+    @rule(session_id=ids, pick=picks, talk=later_talks, end=seldom)
+    def another_answer(self, session_id: SessionId, pick: int, talk: Talk, end: bool) -> None:
+        self._drain()  # its source's last question is what it answers
+        operation = Operation(fork=self._likely_id(pick), regenerate=True)
+        asked = () if talk.forgets else talk.asked  # of an opening it would hold from then on
+        talk = replace(talk, text=None, pictures=(), asked=asked)
+        self._submit(session_id, talk, start=True, end=end, operation=operation)
 
     @rule(pick=picks)
     def stop(self, pick: int) -> None:
@@ -466,12 +475,14 @@ class EngineMachine(RuleBasedStateMachine):
         talk, source = flight.talk, flight.operation.fork
         session = self._sessions.get(flight.session_id if source is None else source)
         new = flight.start and source is None
-        before = () if new or session is None else session.conversation
+        if new or session is None:
+            return (talk.opening if talk.says_nothing else talk,)
+        before = session.conversation
         left = gone_back(before, flight.operation)
         if left is None:
             return None
         if flight.operation.regenerate:
-            question = before[len(left)]
+            question = talks_of(before)[len(talks_of(left))]
             return (*left, replace(talk, text=question.text, pictures=question.pictures))
         return left if talk.says_nothing else (*left, talk)
 
@@ -482,7 +493,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert isinstance(flight.result, Reply)
         new = flight.start and flight.operation.fork is None
         length = 0 if new else flight.result.num_input_tokens
-        return Reply("", "closed" if flight.end else "prefilled", length, 0)
+        forgotten = 0 if new else flight.result.num_forgotten_turns
+        return Reply("", "closed" if flight.end else "prefilled", length, 0, forgotten)
 
 
 @pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])

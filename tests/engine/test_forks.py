@@ -206,3 +206,95 @@ def test_a_fork_copies_its_source_as_it_is_then_whatever_form_is_asked_of_it(
     assert fork.wait()[1].finish_reason == "prefilled"
     assert other.wait()[0] == "yes"
     assert OTHER_WAY.wait(harness, "fork")[0] == alone(shown, OTHER_WAY)[-1]
+
+
+AGAIN = Operation(fork="s", regenerate=True)
+
+
+@pytest.mark.parametrize("under_way", [True, False])
+def test_another_answer_to_a_question_computes_nothing_of_it(
+    start: Start, alone: Alone, under_way: bool
+) -> None:
+    harness = start()
+    harness.ask("s", None, PICTURES[2:3], start=True)
+    FIRST.wait(harness, "s")
+    asked = harness.submit("s", "And now?", PICTURES[1:2], max_tokens=60, ignore_eos=True)
+    if under_way:
+        while not next(asked.deltas()).num_output_tokens:
+            pass
+    else:
+        asked.wait()
+    before = harness.engine.statistics()
+    sampled = {"temperature": 2.0, "max_tokens": 9, "ignore_eos": True}
+    others = [
+        harness.submit(f"other {seed}", start=True, end=True, operation=AGAIN, seed=seed, **sampled)
+        for seed in range(3)
+    ]
+    same = harness.submit("same", start=True, operation=AGAIN, max_tokens=20)
+    answers = [other.wait() for other in others]
+    assert len({text for text, _ in answers}) == 3
+    assert all(final.num_cached_tokens == final.num_input_tokens - 1 for _, final in answers)
+    text, final = same.wait()
+    assert final.num_cached_tokens == final.num_input_tokens - 1
+    harness.check_books()
+    shown, question = Ask(None, (PICTURES[2],)), Ask("And now?", (PICTURES[1],))
+    assert text == alone(shown, FIRST, question)[-1]
+    # It is a session like any other.
+    assert ONE_WAY.wait(harness, "same")[0] == alone(shown, FIRST, question, ONE_WAY)[-1]
+    if under_way:
+        list(asked.deltas())
+    now = harness.engine.statistics()
+    assert now.images == before.images == 3
+    again = harness.ask("same", operation=Operation(rewind=1))[1]
+    assert again.num_cached_tokens == again.num_input_tokens
+    for name in ("same", "s"):
+        harness.ask(name, end=True)
+    harness.assert_nothing_is_held()
+
+
+def test_another_answer_outlives_the_turn_that_it_is_of(start: Start, alone: Alone) -> None:
+    harness = start()
+    asked = harness.submit("s", "What?", PICTURES[:1], start=True, max_tokens=400, ignore_eos=True)
+    while not next(asked.deltas()).num_output_tokens:
+        pass
+    other = harness.submit("other", start=True, operation=AGAIN, max_tokens=20)
+    harness.engine.cancel(asked.id)
+    assert failure(asked) is ErrorCode.CANCELLED
+    question = Ask("What?", (PICTURES[0],))
+    assert other.wait()[0] == alone(question)[-1]
+    assert ONE_WAY.wait(harness, "other")[0] == alone(question, ONE_WAY)[-1]
+
+
+def test_there_is_no_other_answer_where_nothing_was_asked(start: Start) -> None:
+    harness = start()
+    harness.ask("s", None, PICTURES[:1], start=True)
+    with pytest.raises(SessionError, match="no answer to regenerate"):
+        harness.ask("other", start=True, operation=AGAIN)
+    assert harness.engine.statistics().sessions_open == 1
+
+
+def test_another_answer_of_a_form_is_to_the_question_that_is_the_last_then(
+    start: Start, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    compile_now = Grammars.compile
+
+    def slow(grammars: Grammars, form: StructuredOutputs) -> Grammar:
+        assert may_go_on.wait(60)
+        return compile_now(grammars, form)
+
+    monkeypatch.setattr(Grammars, "compile", slow)
+    harness = start()
+    tell(harness, FIRST)
+    form = StructuredOutputs(choice=("yes",))
+    other = harness.submit("other", start=True, operation=AGAIN, structured_outputs=form)
+    SECOND.wait(harness, "s")
+    may_go_on.set()
+    text, final = other.wait()
+    assert text == "yes"
+    assert final.num_cached_tokens == final.num_input_tokens - 1
+    harness.check_books()
+    history = harness.history("other")
+    source = harness.history("s")
+    assert history[: final.num_input_tokens] == source[: final.num_input_tokens]
+    assert len(harness.session("other").turns) == 2

@@ -81,7 +81,7 @@ def test_a_session_cut_back_keeps_whole_pictures_only() -> None:
 
 def test_what_stays_of_a_message_that_is_replaced() -> None:
     session = session_of([4])
-    session.turns = [CompletedTurn(asked=1, end=1, images=0, pending=0, answer="")]
+    session.turns = [CompletedTurn(asked=1, end=1, images=0, pending=0, answer="", number=0)]
     again = Prompt(session.tokens[1:], [Span(0, 4)])
     longer = Prompt([*again.ids, 9], again.spans)
     assert session.replace_message(longer) == len(session.tokens) - 1

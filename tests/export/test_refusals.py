@@ -59,6 +59,15 @@ def without_template(checkpoint: Path) -> None:
     (checkpoint / "chat_template.jinja").unlink()
 
 
+def with_a_template_that_says_video(checkpoint: Path) -> None:
+    file = checkpoint / "chat_template.jinja"
+    shown = "{%- for part in message['content'] if part['type'] == "
+    template = file.read_text()
+    assert shown in template
+    other = f"{shown}'video' -%}}{{{{- 'A video: <video>' -}}}}{{%- endfor -%}}{shown}"
+    file.write_text(template.replace(shown, other, 1))
+
+
 def quantized(by: str) -> Change:
     return config(quantization_config={"quant_method": by, "load_in_4bit": True})
 
@@ -69,6 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "llava": tiny_llava(folder / "llava"),
         "llava_next": tiny_llava(folder / "llava_next", family="llava_next"),
+        "llava_next_video": tiny_llava(folder / "llava_next_video", family="llava_next_video"),
         "llava_onevision": tiny_llava(
             folder / "llava_onevision", family="llava_onevision", vision="siglip", text="qwen2"
         ),
@@ -98,8 +108,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llava_onevision", quantized("gptq"), ["quantized by gptq"]),
         (
             "llava",
-            config(model_type="llava_next_video"),
-            ["of type 'llava_next_video'", "llava, llava_next, llava_onevision"],
+            config(model_type="video_llava"),
+            ["of type 'video_llava'", "llava, llava_next, llava_next_video, llava_onevision"],
         ),
         (
             "llava_next",
@@ -136,6 +146,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "llava_next",
             config(vision_feature_select_strategy="some"),
             ["config.json cannot be read", "vision_feature_select_strategy"],
+        ),
+        (
+            "llava_next_video",
+            config(spatial_pool_mode="conv"),
+            ["spatial_pool_mode is 'conv'", "served are average, max"],
+        ),
+        (
+            "llava_next_video",
+            with_fields("video_preprocessor_config.json", crop_size={"height": 224, "width": 224}),
+            ["its video processor makes frames of (224, 224) pixels", "takes 56 a side"],
+        ),
+        (
+            "llava_onevision",
+            with_fields("video_preprocessor_config.json", resample=0),
+            ["no usable video processor (its resample is 0"],
+        ),
+        (
+            "llava_onevision",
+            with_a_template_that_says_video,
+            ["chat template that shows a video otherwise than a picture"],
         ),
     ],
 )

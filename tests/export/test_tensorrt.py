@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     Qwen2Config,
 )
@@ -114,6 +115,28 @@ def test_builds_published_geometries_in_mixed_precision(geometry: Geometry, tmp_
     assert abs(plan.stat().st_size - weights) < 0.05 * weights
     graph.unlink()
     plan.unlink()  # pytest keeps temporary folders for a while
+
+
+def test_builds_an_encoder_that_pools_frames(tmp_path: Path) -> None:
+    """As LLaVA-NeXT-Video's, with a small tower."""
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(hidden_size=128),
+    )
+    assert features_shape(config, 56) == (16 + 4, 128)
+    graph, plan = tmp_path / "model.onnx", tmp_path / "model.plan"
+    export_onnx(to_mixed_precision(VisionEncoder(config).eval()), 56, graph)
+    build_engine(
+        find_tensorrt(), graph, plan, capability="8.9", input_shape=(3, 56, 56), max_batch=8
+    )
+    assert plan.stat().st_size > graph.stat().st_size
 
 
 def test_graph_that_cannot_be_built_is_one_clear_error(tmp_path: Path) -> None:

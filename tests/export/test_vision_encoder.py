@@ -22,6 +22,7 @@ from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
 from llava_triton.checkpoint.configuration import llava_config
+from llava_triton.checkpoint.families import family_of
 from llava_triton.checkpoint.vision_tower import (
     VisionEncoder,
     features_shape,
@@ -85,6 +86,35 @@ def test_graph_gives_transformers_features_for_any_batch(
         assert expected.shape == (batch, 26, 64)  # 5 x 5 patches and the class token
         assert error(encode(pixels), expected) < 1e-4
     assert features_shape(llava_config(several_layers), 70) == (26, 64)
+
+
+@pytest.mark.parametrize(("side", "pool"), [(56, "average"), (70, "max")])
+def test_a_graph_gives_the_features_of_frames_behind_those_of_tiles(
+    side: int, pool: str, tmp_path: Path
+) -> None:
+    checkpoint = tiny_llava(
+        tmp_path / "checkpoint",
+        family="llava_next_video",
+        image_size=side,
+        spatial_pool_mode=pool,
+    )
+    graph = tmp_path / "model.onnx"
+    export_onnx(load(checkpoint), side, graph)
+    config, model = llava_config(checkpoint), load_reference(checkpoint).model
+    patches, half = (side // 14) ** 2, (side // 28) ** 2
+    assert features_shape(config, side) == (patches + half, 64)
+    for batch in (1, 3):
+        pixels = noise(batch, side)
+        features = onnx_encoder(graph)(pixels)
+        with torch.inference_mode():
+            frames = model.get_video_features(torch.from_numpy(pixels)[None]).pooler_output[0]
+            tower = model.vision_tower(torch.from_numpy(pixels), output_hidden_states=True)
+            tiles = model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+        assert error(features[:, :patches], tiles.numpy()) < 1e-4
+        rows = family_of(config).video_rows(torch.from_numpy(features), None)
+        assert error(rows.numpy(), frames.numpy()) < 1e-4
+        half_types = to_mixed_precision(load(checkpoint))(torch.from_numpy(pixels))
+        assert error(half_types.numpy(), features) < 0.05
 
 
 def test_demo_graph_in_the_repository_gives_transformers_features(demo_repository: Path) -> None:

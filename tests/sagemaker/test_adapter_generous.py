@@ -190,7 +190,7 @@ def test_pictures_stand_where_the_message_has_them(
         ([user("a"), message("tool", "b")], "message 2 has the role 'tool'"),
         ([user("a"), message(["user"], "b")], "message 2 has the role"),
         ([user("a"), said([picture()]), user("b")], "message 2 is the assistant's"),
-        ([user([{"type": "input_audio"}])], "neither text nor image_url: 'input_audio'"),
+        ([user([{"type": "input_audio"}])], "no text, image_url or video_url: 'input_audio'"),
         ([user([3])], "must be a string or a list"),
         ([user([text(3)])], "must be a string"),
         (["a"], "message 1 is no object"),

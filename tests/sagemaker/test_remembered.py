@@ -9,7 +9,8 @@ from llava_sagemaker.adapter.chat import chat_request
 from llava_sagemaker.adapter.errors import AdapterError
 from llava_sagemaker.adapter.invocation import Invocation, Request
 from llava_sagemaker.adapter.pictures import Pictures
-from llava_sagemaker.adapter.remembered import Remembered
+from llava_sagemaker.adapter.remembered import MOST_QUESTIONS, Remembered
+from llava_sagemaker.adapter.session_ids import named_session_id
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 
@@ -90,3 +91,23 @@ def test_what_was_said_while_a_picture_came_is_not_forgotten() -> None:
         assert asked.turn.start
 
     asyncio.run(cross())
+
+
+def test_what_is_remembered_of_a_session_does_not_grow_without_end() -> None:
+    async def talk() -> None:
+        session = Session()
+        url = "data:image/png;base64,"
+        for number in range(MOST_QUESTIONS + 2):
+            asked = await session.ask(user(f"a {number}", f"{url}{number:08d}"))
+            session.answer(asked, "A")
+        known = session.remembered.known(named_session_id("", NAME))
+        assert known is not None
+        assert len(known.pictures) < 10
+        assert known.said.questions is None
+        # What was said is known all the same: nothing but the new question is sent.
+        messages = []
+        for number in range(MOST_QUESTIONS + 2):
+            messages += [user(f"a {number}", f"{url}{number:08d}"), said("A")]
+        assert not (await session.ask(*messages, user("b"))).turn.start
+
+    asyncio.run(talk())

@@ -231,6 +231,21 @@ def test_a_session_that_the_client_names(adapter: Adapter, expected: list[str]) 
         assert usage["prompt_tokens_details"]["cached_tokens"] >= cached
         cached = usage["prompt_tokens"]
         messages.append(said(answer))
+    name = {"X-Session-Id": "a name of mine"}
+    stranger = adapter.request("DELETE", "/v1/sessions", b"", {**name, "X-Llava-Tenant": "eve"})
+    assert (stranger.status, stranger.code) == (400, "session_not_found")
+    ended = adapter.request("DELETE", "/openai/v1/sessions", b"", name)
+    assert ended.json == {"id": "a name of mine", "object": "session", "deleted": True}
+    again = adapter.request("DELETE", "/v1/sessions", b"", name)
+    assert (again.status, again.code) == (400, "session_not_found")
+    unnamed = adapter.request("DELETE", "/v1/sessions")
+    assert (unnamed.status, unnamed.code) == (400, "invalid_request")
+    # A new conversation begins under the name.
+    headers = {"Content-Type": "application/json", **name}
+    body = json.dumps({"messages": messages[:1]}).encode()
+    told = adapter.request("POST", "/v1/chat/completions", body, headers).json
+    assert content(told) == expected[0]
+    assert adapter.request("DELETE", "/v1/sessions", b"", name).status == 200
 
 
 def test_a_conversation_in_a_session(adapter: Adapter, session: str, expected: list[str]) -> None:
@@ -428,7 +443,13 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
     ({"messages": [{"role": "tool", "content": ""}]}, None, JSON, INVALID, "'tool'"),
     ({"messages": [{"role": "user", "content": 3}]}, None, JSON, INVALID, "string"),
     ({"messages": [user("")]}, None, JSON, INVALID, "neither text nor a picture"),
-    ({"messages": [user("a")], "n": 2}, None, JSON, INVALID, "n is not supported"),
+    (
+        {"messages": [user("a")], "n": 9},
+        None,
+        JSON,
+        INVALID,
+        "n must be the number of answers, 1 to 8",
+    ),
     ({"messages": [user("a")], "top_logprobs": 3}, None, JSON, INVALID, 'needs "logprobs"'),
     ({"messages": [user("a")], "logprobs": 3}, None, JSON, INVALID, "true or false"),
     (
@@ -454,7 +475,7 @@ REFUSED: list[tuple[Any, str | None, str, tuple[int, str], str]] = [
         "structured_outputs cannot be followed: unclosed group",
     ),
     ({"messages": [user("a")], "presence_penalty": 3}, None, JSON, INVALID, "from -2 to 2"),
-    ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n is not supported"),
+    ({"messages": [user("a")], "n": True}, None, JSON, INVALID, "n must be the number of"),
     ({"messages": [user("a")], "tools": [{}]}, None, JSON, INVALID, "tools is not"),
     (
         {"messages": [user("a")], "tools": [{}], "unknown": 1, "audio": {}},

@@ -186,3 +186,14 @@ def test_no_model(tmp_path: Path) -> None:
         assert "Traceback" not in container.output
     finally:
         container.stop()
+
+
+def test_settings_that_do_not_exist(demo_repository: Path, tmp_path: Path) -> None:
+    said = 'LLAVA_CHANGED_SETTINGS={"max_session": 3}'
+    container = Container(demo_repository, tmp_path / "log", before=["env", said])
+    try:
+        assert container.wait() == 1
+        assert "unknown settings: max_session" in container.output
+        assert "Traceback" not in container.output
+    finally:
+        container.stop()

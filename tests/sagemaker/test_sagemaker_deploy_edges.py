@@ -18,7 +18,6 @@ moto, account = aws_account.moto, aws_account.account
 image, repository = aws_account.image, aws_account.repository
 
 ACCOUNT = "123456789012"
-ROLE = f"llava-triton-chat-{REGION}"
 
 
 # ---- costs ----
@@ -263,7 +262,8 @@ def test_nobody_answers(account: Account, monkeypatch: pytest.MonkeyPatch) -> No
         ("PutObject", "AccessDenied", "no", ["may not do PutObject"]),
         ("GetCallerIdentity", "InvalidClientTokenId", "bad token", ["aws configure"]),
         ("GetCallerIdentity", "ExpiredToken", "too late", ["sign in again"]),
-        ("CreateModel", "InternalFailure", "oops", ["CreateModel failed with InternalFailure"]),
+        ("CreateModel", "InternalFailure", "oops", ["Model: ", "InternalFailure", "oops"]),
+        ("CreateStack", "InternalFailure", "oops", ["CreateStack failed with InternalFailure"]),
     ],
 )
 def test_what_aws_refuses(
@@ -279,25 +279,6 @@ def test_what_aws_refuses(
     message = bad("up", "chat", "--repository", repository, "--image", image, "--yes")
     for words in expected:
         assert words in message
-
-
-def test_a_new_role_is_waited_for(
-    account: Account, repository: Path, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """IAM takes some seconds to tell all of AWS about a role."""
-    account.refuse = "CreateModel"
-    account.refusal = ("ValidationException", f"Could not assume role arn:aws:iam::1:role/{ROLE}.")
-    tries = []
-
-    def sleep(_: float) -> None:
-        tries.append(1)
-        if len(tries) == 3:
-            account.refuse = None
-
-    monkeypatch.setattr("llava_sagemaker.deploy.endpoint.time.sleep", sleep)
-    output = good("up", "chat", "--repository", repository, "--image", image, "--yes")
-    assert len(tries) == 3
-    assert "new role" in output
 
 
 def test_help_names_every_command() -> None:

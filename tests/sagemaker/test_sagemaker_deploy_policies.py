@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llava_sagemaker.deploy.template import TEMPLATE
 
 from tests import aws_account
 from tests.aws_account import REGION, Account, docker, good
+from tests.aws_stacks import schema
 
 moto, account = aws_account.moto, aws_account.account
 image, repository = aws_account.image, aws_account.repository
 
 ACCOUNT = "123456789012"
-ROLE = f"llava-triton-chat-{REGION}"
 
 
 def policy(who: str) -> list[dict[str, Any]]:
@@ -25,29 +26,35 @@ def policy(who: str) -> list[dict[str, Any]]:
     return statements
 
 
-def test_instances_may_only_what_they_need(account: Account, repository: Path, image: str) -> None:
-    up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
-    good(*up, "--image-bucket", "pictures")
-    iam = account.client("iam")
-    role = iam.get_role(RoleName=ROLE)["Role"]
-    (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
-    assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
-    assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": ACCOUNT}}
-    assert iam.list_attached_role_policies(RoleName=ROLE)["AttachedPolicies"] == []
-    (name,) = iam.list_role_policies(RoleName=ROLE)["PolicyNames"]
-    document = iam.get_role_policy(RoleName=ROLE, PolicyName=name)["PolicyDocument"]
-    allowed = {
+def allowed_by(document: dict[str, Any]) -> set[tuple[str, str]]:
+    """Action and resource of all that a policy allows."""
+    return {
         (action, resource)
         for statement in document["Statement"]
         for action in statement["Action"]
         for resource in statement["Resource"]
     }
+
+
+def test_instances_may_only_what_they_need(account: Account, repository: Path, image: str) -> None:
+    up = ("up", "chat", "--repository", repository, "--image", image, "--yes")
+    good(*up, "--image-bucket", "pictures")
+    iam = account.client("iam")
+    (role,) = iam.list_roles()["Roles"]
+    (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
+    assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
+    assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": ACCOUNT}}
+    assert iam.list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"] == []
+    (name,) = iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"]
+    document = iam.get_role_policy(RoleName=role["RoleName"], PolicyName=name)["PolicyDocument"]
+    allowed = allowed_by(document)
     bucket = f"arn:aws:s3:::llava-triton-chat-{ACCOUNT}-{REGION}"
     pull = f"arn:aws:ecr:{REGION}:{ACCOUNT}:repository/team/llava"
     logs = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/Endpoints/chat"
     names = ("CreateLogGroup", "CreateLogStream", "DescribeLogStreams", "PutLogEvents")
     assert allowed == {
-        ("s3:GetObject", bucket + "/*"),
+        ("s3:GetObject", bucket + "/repository-*"),
+        *((f"s3:{name}Object", bucket + "/journal/*") for name in ("Get", "Put", "Delete")),
         ("s3:ListBucket", bucket),
         ("s3:GetObject", "arn:aws:s3:::pictures/*"),
         ("ecr:BatchCheckLayerAvailability", pull),
@@ -66,14 +73,33 @@ def test_instances_may_only_what_they_need(account: Account, repository: Path, i
     account.calls.clear()
     good("update", "chat", "--image", newer)
     granted = [
-        [s["Resource"] for s in json.loads(params["PolicyDocument"])["Statement"]]
+        next(p["ParameterValue"] for p in params["Parameters"] if p["ParameterKey"] == "PullFrom")
         for _, operation, params in account.calls
-        if operation == "PutRolePolicy"
+        if operation == "UpdateStack"
     ]
-    assert [[pull, pull.replace("llava", "newer")] in resources for resources in granted] == [
-        True,
-        False,
-    ]
+    other = pull.replace("llava", "newer")
+    assert granted == [f"{pull},{other}", other]
+    document = iam.get_role_policy(RoleName=role["RoleName"], PolicyName=name)["PolicyDocument"]
+    assert ("ecr:BatchGetImage", other) in allowed_by(document)
+    assert ("ecr:BatchGetImage", pull) not in allowed_by(document)
+
+    # A key of one's own may be used, and no other.
+    key = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/mine"
+    good("update", "chat", "--kms-key", key)
+    document = iam.get_role_policy(RoleName=role["RoleName"], PolicyName=name)["PolicyDocument"]
+    keys = {pair for pair in allowed_by(document) if pair[0].startswith("kms:")}
+    assert keys == {("kms:Decrypt", key), ("kms:GenerateDataKey", key)}
+
+
+def test_the_printed_policy_of_the_instances_is_the_one_that_they_get(
+    account: Account, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker(tmp_path, monkeypatch)
+    good("up", "chat", "--repository", repository, "--yes")
+    iam = account.client("iam")
+    (role,) = iam.list_roles()["Roles"]
+    document = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="instances")
+    assert document["PolicyDocument"]["Statement"] == policy("instances")
 
 
 def test_who_chats_may_only_chat(account: Account) -> None:
@@ -83,6 +109,13 @@ def test_who_chats_may_only_chat(account: Account) -> None:
         "sagemaker:InvokeEndpointWithResponseStream",
     ]
     assert statement["Resource"] == [f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/chat"]
+
+
+def test_bearer_tokens_are_for_this_endpoint_only(account: Account) -> None:
+    """AWS names no resource for the token itself; it opens what its maker may open."""
+    chat, token = policy("openai")
+    assert [chat] == policy("caller")
+    assert token["Action"] == ["sagemaker:CallWithBearerToken"]
 
 
 S3_ACTIONS = {
@@ -95,20 +128,15 @@ S3_ACTIONS = {
     "UploadPartCopy": "PutObject",
     "CompleteMultipartUpload": "PutObject",
     "CopyObject": "PutObject",
+    "PutBucketEncryption": "PutEncryptionConfiguration",
+    "PutBucketLifecycleConfiguration": "PutLifecycleConfiguration",
+    "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
 }
 # What AWS checks besides the operation's own action, and what docker does behind our back.
 BESIDES = {
-    "ecr:TagResource",
-    "iam:TagRole",
-    "iam:PassRole",
     "iam:CreateServiceLinkedRole",
-    "sagemaker:AddTags",
     "sagemaker:InvokeEndpoint",
     "sagemaker:InvokeEndpointWithResponseStream",
-    "application-autoscaling:TagResource",
-    "cloudwatch:TagResource",
-    "cloudwatch:DeleteAlarms",
-    "logs:TagResource",
     "s3:AbortMultipartUpload",
     "ecr:BatchCheckLayerAvailability",
     "ecr:BatchGetImage",
@@ -118,6 +146,16 @@ BESIDES = {
     "ecr:PutImage",
     "ecr:UploadLayerPart",
 }
+
+
+def of_cloudformation(*handlers: str) -> set[str]:
+    """The actions that AWS's schemas name for the template's resources."""
+    return {
+        action
+        for definition in TEMPLATE["Resources"].values()
+        for handler in handlers
+        for action in schema(definition["Type"])["handlers"].get(handler, {}).get("permissions", [])
+    }
 
 
 def action_of(service: str, operation: str) -> str:
@@ -142,9 +180,13 @@ def resource_of(service: str, params: dict[str, Any]) -> str | None:
         "EndpointConfigName": f"arn:aws:sagemaker:{here}:endpoint-config/",
         "logGroupName": f"arn:aws:logs:{here}:log-group:",
         "AlarmName": f"arn:aws:cloudwatch:{here}:alarm:",
+        "StackName": f"arn:aws:cloudformation:{here}:stack/",
     }.items():
         if key in params:
-            return f"{arn}{params[key]}"
+            name = str(params[key])
+            if key == "StackName":
+                name = name.removeprefix(arn) + "/id"
+            return f"{arn}{name}"
     return None
 
 
@@ -163,7 +205,12 @@ def test_who_deploys_may_what_the_commands_do_and_no_more(
     granted = {action for statement in statements for action in statement["Action"]}
     used = {action_of(service, operation) for service, operation, _ in account.calls}
     assert used <= granted
-    assert granted <= used | BESIDES
+    assert granted <= used | BESIDES | of_cloudformation("create", "read", "update", "delete")
+    # What CloudFormation does to look at a thing or to remove it does not depend on properties.
+    needed = of_cloudformation("read", "delete")
+    kept_out = ("kms:", "iam:Untag", "iam:TagRole", "logs:DeleteDataProtection", "iam:Detach")
+    assert {action for action in needed if not action.startswith(kept_out)} <= granted
+    assert {action_of(*call) for call in account.made if not call[1].startswith("List")} <= granted
     for service, operation, params in account.calls:
         action, arn = action_of(service, operation), resource_of(service, params)
         resources = [r for s in statements if action in s["Action"] for r in s["Resource"]]

@@ -210,5 +210,6 @@ def _is_unknown(client: Any, session_id: int | str) -> bool:
     try:
         ask(client, session=session_id, parameters={"max_tokens": 1})
     except InferenceServerException as error:
-        return "must specify the START flag" in str(error)
+        # The engine's own words name the session.
+        return "NOT_FOUND: the session is unknown" in str(error)
     return False

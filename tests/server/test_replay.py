@@ -21,6 +21,7 @@ from llava_triton.client.transport import (
 )
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import not_found
+from llava_triton.contract.history import history_from_json, history_to_json
 from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.conftest import ROOT
 
@@ -231,6 +232,20 @@ def test_what_was_taken_back_is_not_told_again() -> None:
     assert told(transport) == ([], [])
 
 
+def test_pictures_are_told_again_where_they_stood() -> None:
+    """Those that came before a question, without one, are before its text."""
+    transport = session_on(Scripted([""], ["one"], ["two"], [not_found("gone")], ["three"]))
+    transport.ask(TurnMessage("any", images=[b"1"]))
+    transport.ask(TurnMessage("any", text="A or B", images=[b"2", b"3"], positions=(2, 5)))
+    transport.ask(TurnMessage("any", text="C", images=[b"4"]))
+    assert transport.ask(TurnMessage("any", text="D")).text == "three"
+    inner = transport._transport
+    assert isinstance(inner, Scripted)
+    history = inner.opened[-1].history
+    assert [(each.images, each.image_positions) for each in history] == [(3, (2, 5)), (1, None)]
+    assert history_from_json(history_to_json(list(history))) == history
+
+
 def test_a_session_that_cannot_be_rewound_is_remembered_whole() -> None:
     transport = session_on(Scripted(["one"], [not_found("gone")], [LOST], ["two"]))
     transport.ask(TurnMessage("any", text="A", images=[b"1"]))
@@ -248,3 +263,13 @@ def test_a_full_server_has_not_lost_the_session() -> None:
     full = SessionError(ErrorCode.UNAVAILABLE, "try later")
     with pytest.raises(SessionError, match="try later"):
         pieces(session_on(Scripted([full])))
+
+
+def test_a_lost_session_that_forgets_is_opened_as_one() -> None:
+    transport = Scripted(["It is", " red"], [LOST], ["blue"], ["so"])
+    replaying = session_on(transport)
+    assert "truncation" not in transport.opened[0].sampling
+    pieces(replaying, truncation="auto")
+    pieces(replaying)
+    assert transport.opened[1].sampling == {"truncation": "auto"}
+    assert len(transport.opened[1].history) == 1

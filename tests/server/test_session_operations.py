@@ -49,6 +49,28 @@ def test_going_back(url: str) -> None:
         assert session.ask(QUESTIONS[1], max_tokens=30).text == told[1].text
 
 
+def test_a_session_that_forgets_its_oldest_turns(url: str) -> None:
+    with Session.open(url, image=PICTURE, truncation="auto") as session:
+        told = []
+        while not told or not told[-1].num_forgotten_turns:
+            told.append(session.ask(QUESTIONS[len(told) % 3] * 4, max_tokens=20))
+            assert len(told) < 60
+        forgotten = told[-1].num_forgotten_turns
+        assert 1 < forgotten < len(told) - 1
+        assert told[-1].num_input_tokens < told[-2].num_input_tokens
+        assert told[-1].num_cached_tokens > 0  # the picture's
+        again = session.ask(QUESTIONS[0], max_tokens=20)
+        assert again.num_forgotten_turns == forgotten
+        assert again.num_cached_tokens >= told[-1].num_input_tokens
+        session.rewind(len(told))
+        assert session.ask(QUESTIONS[0], max_tokens=20).text == again.text
+        with pytest.raises(SessionError, match="oldest turns be forgotten") as caught:
+            session.ask("And what about it? " * 300, truncation="disabled")
+        assert caught.value.code is ErrorCode.INVALID_ARG
+        with pytest.raises(SessionError, match='truncation is "always"; it must be "auto" or'):
+            session.ask("And?", truncation="always")
+
+
 def test_a_regenerated_answer_is_streamed(server: TritonServer) -> None:
     with Session.open(server.grpc_url, image=PICTURE) as session:
         told = session.ask(QUESTIONS[0], max_tokens=30)

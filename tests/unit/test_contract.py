@@ -25,6 +25,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "model_repository").glob
 PUBLIC_INPUTS = [
     ("text_input", "TYPE_STRING", [1], True),
     ("image", "TYPE_STRING", [-1], True),
+    ("video", "TYPE_STRING", [-1], True),
     ("image_positions", "TYPE_STRING", [1], True),
     ("sampling_parameters", "TYPE_STRING", [1], True),
     ("history", "TYPE_STRING", [1], True),
@@ -36,6 +37,7 @@ PUBLIC_OUTPUTS = [
     ("num_output_tokens", "TYPE_INT32", [1], False),
     ("num_cached_tokens", "TYPE_INT32", [1], False),
     ("first_token_ms", "TYPE_FP32", [1], False),
+    ("num_forgotten_turns", "TYPE_INT32", [1], False),
     ("logprobs", "TYPE_STRING", [-1], False),
 ]
 

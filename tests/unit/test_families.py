@@ -31,12 +31,14 @@ SIZES = [
     *((1000, 10), (10, 1000), (4000, 300), (300, 4000)),
 ]
 """Width and height: smaller than a tile, of a tile, of a pinpoint and one off, thin, large."""
-TILED = ["llava_next", "llava_onevision"]
+TILED = ["llava_next", "llava_next_video", "llava_onevision"]
 SIDE, PATCH, WIDTH = 28, 14, 16
+POOLED = {"llava_next_video": 1}
+"""Rows behind those of a tile, which a frame has instead."""
 
 
 def config_of(family: str, side: int = SIDE) -> Any:
-    tower = CLIPVisionConfig if family == "llava_next" else SiglipVisionConfig
+    tower = SiglipVisionConfig if family == "llava_onevision" else CLIPVisionConfig
     return FAMILIES[family].config_class(
         vision_config=tower(
             image_size=side,
@@ -66,25 +68,43 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_rows_equal_transformers(model: Any, width: int, height: int) -> None:
     family: Family = family_of(model.config)
+    kind = model.config.model_type
     tokens = (SIDE // PATCH) ** 2
-    shape = (family.num_tiles(height, width), tokens, WIDTH)
-    tiles = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    shape = (family.num_tiles(height, width), tokens + POOLED.get(kind, 0), WIDTH)
+    encoded = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tiles = encoded[:, :tokens]
     newline = model.model.image_newline.detach()
     options = {}
-    if model.config.model_type == "llava_next":
+    if kind != "llava_onevision":
         options["vision_feature_select_strategy"] = "default"
     (expected,), _ = model.model.pack_image_features(
         [tiles], torch.tensor([[height, width]]), image_newline=newline, **options
     )
-    rows = family.rows(tiles, height, width, newline)
+    rows = family.rows(encoded, height, width, newline)
     assert torch.equal(rows, expected)
-    assert family.num_tokens(height, width, tokens) == len(expected)
+    assert family.num_tokens(height, width, shape[1]) == len(expected)
     assert torch.equal(rows[:tokens], tiles[0])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 17])
+def test_rows_of_videos_equal_transformers(frames: int) -> None:
+    """LLaVA-NeXT-Video pools before the projector: see `tests/export/test_vision_encoder.py`."""
+    for side in (28, 42, 70):  # an even number of patches a side, and odd ones
+        model: Any = AutoModelForImageTextToText.from_config(config_of("llava_onevision", side))
+        family = family_of(model.config)
+        tokens = (side // PATCH) ** 2
+        shape = (frames, tokens, WIDTH)
+        encoded = torch.randn(shape, generator=torch.Generator().manual_seed(side))
+        newline = model.model.image_newline.detach()
+        expected = torch.cat([model.model.apply_pooling(encoded).flatten(0, 1), newline[None]])
+        rows = family.video_rows(encoded, newline)
+        assert torch.equal(rows, expected)
+        assert family.num_video_tokens(frames, tokens) == len(expected)
 
 
 @pytest.fixture(scope="module", params=TILED)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vision = "clip" if request.param == "llava_next" else "siglip"
+    vision = "siglip" if request.param == "llava_onevision" else "clip"
     folder = tmp_path_factory.mktemp(request.param)
     return tiny_llava(folder / "checkpoint", family=request.param, vision=vision)
 
@@ -119,6 +139,17 @@ def test_a_turned_photograph_is_cut_into_tiles_as_it_stands_upright(checkpoint: 
     assert (tiles.height, tiles.width) == (600, 100)
     family = family_of(llava_config(checkpoint))
     assert len(tiles.pixels) == family.num_tiles(600, 100)
+
+
+def test_published_sizes_of_videos() -> None:
+    """What docs/families.md says of the published checkpoints."""
+    video, onevision = config_of("llava_next_video", 336), config_of("llava_onevision", 384)
+    assert [family_of(video).num_video_tokens(each, 576 + 144) for each in (1, 8, 16, 32)] == [
+        *(144, 1152, 2304, 4608)
+    ]
+    assert [family_of(onevision).num_video_tokens(each, 729) for each in (1, 8, 16, 32)] == [
+        *(197, 1569, 3137, 6273)
+    ]
 
 
 def test_published_sizes_of_pictures() -> None:

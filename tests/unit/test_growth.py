@@ -84,7 +84,7 @@ class Books:
         self.table.open(session)
         session.tokens = [7 + number % 11 for number in range(tokens)]
         if tokens:
-            session.turns = [CompletedTurn(tokens, tokens, 0, 0, "yes")]
+            session.turns = [CompletedTurn(tokens, tokens, 0, 0, "yes", 0)]
         assert self.memory.admit(session)
         self.memory.extend(session, tokens - session.key_values.computed)
         self.table.used(name, "")

@@ -36,7 +36,7 @@ def features_of(pictures: Sequence[bytes]) -> Tensor:
 
 @dataclass
 class Fake:
-    """A picture that was looked at; large if it begins with L, damaged with x."""
+    """A picture that was looked at; large if it begins with L, a video with V, damaged with x."""
 
     data: bytes
     decoding: Callable[[bytes], None]
@@ -44,6 +44,10 @@ class Fake:
     @property
     def is_large(self) -> bool:
         return self.data.startswith(b"L")
+
+    @property
+    def is_video(self) -> bool:
+        return self.data.startswith(b"V")
 
     def decode(self) -> Fake:
         self.decoding(self.data)
@@ -173,9 +177,13 @@ def stage(make_stage: MakeStage) -> Stage:
     return make_stage()
 
 
+_names = st.binary(min_size=1, max_size=2).filter(lambda data: b"+" not in data)
+"""A plus would say how many tiles there are."""
+
+
 @given(
     st.lists(
-        st.lists(st.binary(min_size=1, max_size=2).map(lambda data: b"p" + data), max_size=4),
+        st.lists(_names.map(lambda data: b"p" + data), max_size=4),
         min_size=1,
         max_size=20,
     ),
@@ -436,6 +444,19 @@ def test_large_pictures_are_decoded_one_at_a_time_and_others_between(stage: Stag
         turns[count - 1].result(WAIT)
         until(lambda: sum(each in large for each in stage.decoded) == min(4, count + 1))  # noqa: B023
     assert [each for each in stage.decoded if each in large] == large
+
+
+def test_a_video_that_takes_long_keeps_videos_waiting_and_nothing_else(stage: Stage) -> None:
+    stage.hold(b"V0")
+    videos = [stage.turn(b"V%d" % number) for number in range(3)]
+    until(lambda: b"V0" in stage.decoded)
+    for number in range(4):  # more than there are workers
+        assert stage.features(b"L%d" % number, b"small%d" % number) is not None
+    assert [each for each in stage.decoded if each.startswith(b"V")] == [b"V0"]
+    stage.free()
+    for video in videos:
+        assert video.result(WAIT) is not None
+    assert [each for each in stage.decoded if each.startswith(b"V")] == [b"V0", b"V1", b"V2"]
 
 
 def test_large_pictures_of_many_are_taken_in_turn(stage: Stage) -> None:

@@ -50,7 +50,7 @@ RECORD = Record(
     kept=0,
     tokens=[1, 5, 5, 5, 2],
     spans=[Span(1, 3)],
-    turns=[CompletedTurn(asked=4, end=5, images=1, pending=0, answer="ä \ud83d")],
+    turns=[CompletedTurn(asked=4, end=5, images=1, pending=0, answer="ä \ud83d", number=0)],
     images=[NAME],
     pending=0,
     text="what?",
@@ -202,7 +202,7 @@ def hands(store: Store, background: Background) -> Hands:
 
 
 NEXT = {"kept": 1, "tokens": [3, 4], "spans": [], "images": []}
-NEXT["turns"] = [CompletedTurn(asked=6, end=7, images=1, pending=0, answer="yes")]
+NEXT["turns"] = [CompletedTurn(asked=6, end=7, images=1, pending=0, answer="yes", number=1)]
 
 
 def test_a_log_is_read_as_it_was_written(hands: Hands) -> None:
@@ -219,7 +219,7 @@ def test_a_log_is_read_as_it_was_written(hands: Hands) -> None:
     assert hands.read(now=12.0) is None
     pictures = hands.background.run(read_pictures(hands.store, KEY, [NAME, NAME])).result()
     assert pictures == {NAME: b"a picture"}
-    hands.writer.forget(log)
+    hands.writer.forget(log, time.time())
     hands.until(lambda: not hands.paths())
     assert hands.read() is None
 
@@ -289,15 +289,32 @@ def test_a_session_opened_anew_takes_the_place_of_another_one(hands: Hands) -> N
 
 
 def test_a_session_that_ends_takes_no_picture_of_the_next_one(hands: Hands) -> None:
+    """A client that does not wait for the end may have shown some already."""
     log = Log(KEY)
     hands.pictures.keep(KEY, NAME, b"a picture")
     assert hands.write(log) is None
-    ended_at = time.time()
-    hands.until(lambda: time.time() > ended_at + 0.02)
+    asked_at = time.time()
+    hands.until(lambda: time.time() > asked_at + 0.02)
     later = picture_path(KEY, "cd" * 32)
     hands.background.run(hands.store.replace(later, b"of the next")).result()
-    hands.background.run(hands.writer._delete(KEY, until=ended_at)).result()
+    hands.writer.forget(log, asked_at)
+    hands.until(lambda: len(hands.paths()) == 1)
     assert hands.paths() == [later]
+
+
+def test_what_takes_a_place_keeps_what_it_has_shown_since(hands: Hands) -> None:
+    old, seen = Log(KEY), "ef" * 32
+    for name in (NAME, seen):
+        hands.pictures.keep(KEY, name, b"a picture")
+    assert hands.write(old, images=[NAME]) is None
+    assert hands.write(old, images=[NAME, seen]) is None
+    until = time.time() + 0.1
+    hands.until(lambda: time.time() > until)
+    new = Log(KEY)
+    later = picture_path(KEY, "cd" * 32)
+    hands.background.run(hands.store.replace(later, b"of its second turn")).result()
+    assert hands.write(new, images=[NAME]) is None
+    assert set(hands.paths()) == {later, picture_path(KEY, NAME), record_path(KEY, 1)}
 
 
 def test_pictures_that_the_store_does_not_take_are_given_up(

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from llava_triton.contract.settings import Settings
 from llava_triton.engine.scheduler import INTERVAL_GROWTH
 from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.simulated_device import Arrival, Cost, SimulatedDevice, Told, cpu, gpu
 
-TARGET = 0.05
-"""`Settings.target_between_tokens_ms`, in seconds."""
-PATIENCE = 1.0
-"""`Settings.target_first_token_ms`, in seconds."""
+TARGET = Settings().target_between_tokens_ms / 1000.0
+PATIENCE = Settings().target_first_token_ms / 1000.0
 OPENING = 300
 QUESTION = 30
 TOLERANCE = 1.2
@@ -68,6 +67,26 @@ def test_sixteen_openings_at_once(cost: Cost) -> None:
     arithmetic = 16 * cost(0, OPENING)
     assert waits[-1] <= (3.0 if cost is slow_cpu else 1.7) * arithmetic
     assert statistics.median(waits) <= 0.75 * waits[-1]
+
+
+def test_conversations_do_not_pay_for_those_that_begin() -> None:
+    """Sixteen begin at once; who has his first answer asks on while others wait for theirs."""
+    turns = 8
+
+    def follow(told: Told) -> Arrival | None:
+        asked = counts[told.arrival.session] = counts.get(told.arrival.session, 0) + 1
+        if asked == turns:
+            return None
+        return Arrival(told.times[-1], QUESTION, session=told.arrival.session)
+
+    counts: dict[int, int] = {}
+    openings = [Arrival(0.0, OPENING, session=number) for number in range(16)]
+    told = device(cpu).run(openings, follow)
+    assert len(told) == 16 * turns
+    later = sorted(each.wait for each in told if each.arrival.prompt == QUESTION)
+    # About the question itself and the step of answers before it.
+    assert statistics.median(later) <= 2.0 * cpu(0, QUESTION)
+    assert later[int(0.95 * len(later))] <= 2.0 * TARGET
 
 
 @pytest.mark.parametrize("count", [1, 16])

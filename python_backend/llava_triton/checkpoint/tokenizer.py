@@ -33,6 +33,35 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
+def check_video_template(directory: Path, tokenizer: Any, config: Any) -> None:
+    """Compare how a checkpoint's chat template shows a video with how it shows a picture.
+
+    A video takes a picture's place in a rendered message, whose placeholder's ID nothing depends
+    on: features stand there. So the two must be alike in all but the placeholder.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    question = {"type": "text", "text": "?"}
+
+    def rendered(*kinds: str) -> str:
+        content = [*({"type": kind} for kind in kinds), question]
+        return str(
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        )
+
+    names = tokenizer.convert_ids_to_tokens([config.image_token_id, config.video_token_id])
+    picture, video = (str(each) for each in names)
+    shown = rendered("video")
+    # Many templates leave out what they do not know.
+    if shown not in (rendered(), rendered("image").replace(picture, video)):
+        raise CheckpointError(
+            f"{directory} has a chat template that shows a video otherwise than a picture, with "
+            f"more than {video} in the place of {picture}; give a checkpoint whose template does "
+            "not"
+        )
+
+
 def _template_of_processor(directory: Path) -> Any:
     """Published checkpoints keep the template with the processor, the tokenizer or both."""
     for name in ("processor_config.json", "chat_template.json"):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_triton.checkpoint.families import Config
+from llava_triton.checkpoint.families import Config, family_of
 from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
 
 PATCHES = "vision_tower.embeddings.patch_embedding.weight"
@@ -30,6 +30,7 @@ class VisionEncoder(nn.Module):
         layers = config.vision_feature_layer
         self._layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
         self._drops_class_token = config.vision_feature_select_strategy == "default"
+        self._pooler = family_of(config).pooler()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode tiles.
@@ -38,13 +39,17 @@ class VisionEncoder(nn.Module):
             pixel_values: float32 [N, 3, H, W], normalized by the checkpoint's image processor.
 
         Returns:
-            float32 [N, T, D]: T tokens a tile, D the language model's hidden size.
+            float32 [N, T, D]: T tokens a tile, D the language model's hidden size. Where the
+            family has a pooler, the last of the T are those that a video's frame has.
         """
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         selected = [hidden_states[layer] for layer in self._layers]
         if self._drops_class_token:
             selected = [states[:, 1:] for states in selected]
-        features: torch.Tensor = self.multi_modal_projector(torch.cat(selected, dim=-1))
+        whole = torch.cat(selected, dim=-1)
+        if self._pooler is not None:
+            whole = torch.cat([whole, self._pooler(whole)], dim=1)
+        features: torch.Tensor = self.multi_modal_projector(whole)
         return features
 
 

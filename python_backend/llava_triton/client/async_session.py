@@ -22,12 +22,13 @@ from llava_triton.client.async_transport import (
     ThreadedTransport,
 )
 from llava_triton.client.opening import Address, opening_turn
-from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.pictures import Picture, Video, encoded_pictures, encoded_video, shown
 from llava_triton.client.resuming import AsyncResumingTransport
 from llava_triton.client.transport import TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class AsyncAnswerStream:
@@ -131,14 +132,18 @@ class AsyncSession:
         session_id: int | str | None = None,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
         resume: int | str | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
     ) -> AsyncSession:
         """Open a session; arguments and errors as for `Session.open`.
 
         A replay is not offered here; `history` opens a lost session again.
         """
         address = Address.of(url)
-        turn = opening_turn(address, image, session_id, history, resume)
+        shows = shown(image, video, num_frames)
+        turn = opening_turn(address, shows, session_id, history, truncation, resume)
         return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
 
     @classmethod
@@ -154,28 +159,42 @@ class AsyncSession:
         self,
         text: str,
         image: Picture | Iterable[Picture] | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
+        image_positions: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Answer:
         """Ask, and wait for the whole answer; arguments and errors as for `Session.ask`."""
-        return await self._ask(text, encoded_pictures(image), sampling)
+        return await self._send(
+            self._turn(text, image, video, num_frames, image_positions, sampling)
+        )
 
     def stream(
         self,
         text: str,
         image: Picture | Iterable[Picture] | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
+        image_positions: Sequence[int] | None = None,
         **sampling: Any,
     ) -> AsyncAnswerStream:
         """Ask, and get the answer piece by piece; arguments as for `Session.ask`.
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        return self._begin_stream(
-            TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
-        )
+        turn = self._turn(text, image, video, num_frames, image_positions, sampling)
+        return self._begin_stream(turn)
 
     async def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
         """Show more pictures without asking; the next question is about them too."""
-        return await self._ask(None, encoded_pictures(image), {})
+        return await self._send(TurnMessage(self.id, images=encoded_pictures(image)))
+
+    async def add_video(self, video: Video, num_frames: int | None = None) -> Answer:
+        """Show a video without asking, or the next frames of a camera, as a list of pictures.
+
+        What came before is not computed again.
+        """
+        return await self._send(TurnMessage(self.id, images=encoded_video(video, num_frames)))
 
     async def regenerate(self, **sampling: Any) -> Answer:
         """Answer the last question again; as `Session.regenerate`."""
@@ -210,10 +229,22 @@ class AsyncSession:
         finally:
             await self._transport.close()
 
-    async def _ask(
-        self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]
-    ) -> Answer:
-        return await self._send(TurnMessage(self.id, text=text, images=images, sampling=sampling))
+    def _turn(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None,
+        video: Video | None,
+        num_frames: int | None,
+        image_positions: Sequence[int] | None,
+        sampling: dict[str, Any],
+    ) -> TurnMessage:
+        return TurnMessage(
+            self.id,
+            text=text,
+            images=shown(image, video, num_frames),
+            positions=None if image_positions is None else tuple(image_positions),
+            sampling=sampling,
+        )
 
     def _begin_stream(self, turn: TurnMessage) -> AsyncAnswerStream:
         deltas = self._streamed(turn, self._stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Generator
 from typing import Any
@@ -29,6 +30,9 @@ CHANNEL = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
+BEGIN_SECONDS = 5.0
+"""A turn that is left before its first response is cancelled so late at the latest: cancelled
+before it has begun, it would cost its session (docs/sessions.md#session-rules)."""
 CANCEL_SECONDS = 5.0
 """A server that does not answer for so long has gone, or hangs."""
 
@@ -80,6 +84,9 @@ class GrpcTransport(Transport):
                 self._break_stream()
             raise self._told(error) from error
         finally:
+            if not (ended or begun or turn.start) and self._arrived is not None:  # Ctrl-C
+                with contextlib.suppress(queue.Empty):
+                    self._arrived.get(timeout=BEGIN_SECONDS)
             if not ended and not (begun and self._cancel(turn)):
                 self._break_stream()
 

@@ -11,6 +11,7 @@ from llava_triton.client.pictures import Picture, encoded_pictures
 from llava_triton.client.transport import TurnMessage, resuming
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 SCHEMES = ("grpc", "http", "sagemaker")
 
@@ -67,6 +68,7 @@ def opening_turn(
     image: Picture | Iterable[Picture] | None,
     session_id: int | str | None,
     history: Sequence[PastTurn],
+    truncation: Truncation | None = None,
     resume: int | str | None = None,
 ) -> TurnMessage:
     """The turn that opens a session; see `Session.open`.
@@ -76,10 +78,10 @@ def opening_turn(
             session to resume would begin with is given.
     """
     if resume is not None:
-        if session_id is not None or history:
+        if session_id is not None or history or truncation is not None:
             raise invalid(
-                "resume brings a session back with its own ID and history; leave session_id and "
-                "history out"
+                "resume brings a session back as it was; leave session_id, history and truncation "
+                "out"
             )
         return resuming(resume, encoded_pictures(image))
     if session_id is not None and address.scheme == "sagemaker":
@@ -89,4 +91,5 @@ def opening_turn(
         start=True,
         images=encoded_pictures(image),
         history=history,
+        sampling={} if truncation is None else {"truncation": truncation},
     )

@@ -29,6 +29,8 @@ class ReplayTransport(Transport):
         """Of each turn's pictures, those that came before its question, without one."""
         self._pictures: list[bytes] = []
         """Those of all turns, then those that no question has come with yet."""
+        self._truncation: str | None = None
+        """What was said last of a full context."""
         self._told_anew = False
         """Whether the session was opened by a history, which does not say what came when."""
 
@@ -84,6 +86,7 @@ class ReplayTransport(Transport):
         copy = ReplayTransport(transport)
         copy._turns, copy._pending = self._turns.copy(), self._pending.copy()
         copy._pictures, copy._told_anew = self._pictures.copy(), self._told_anew
+        copy._truncation = self._truncation
         return copy
 
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
@@ -141,11 +144,12 @@ class ReplayTransport(Transport):
         if turn.operation.regenerate and self._turns:
             self._turns[-1] = replace(self._turns[-1], answer=answer)
             del self._pictures[self._asked_about :]
+        self._truncation = turn.sampling.get("truncation") or self._truncation
         pending = len(self._pictures) - self._asked_about
         self._pictures += turn.images
         if turn.text:
             images = pending + len(turn.images)
-            self._turns.append(PastTurn(turn.text, answer, images))
+            self._turns.append(PastTurn(turn.text, answer, images, turn.positions))
             self._pending.append(pending)
 
     def _rewind_anew(self, turn: TurnMessage, lost: SessionError) -> Delta:
@@ -175,6 +179,7 @@ class ReplayTransport(Transport):
             start=True,
             images=tuple(self._pictures),
             history=tuple(self._turns),
+            sampling={} if self._truncation is None else {"truncation": self._truncation},
         )
         try:
             self._session_id, final = self._transport.open(opening)

@@ -23,7 +23,7 @@ from llava_triton.contract.errors import (
     not_found,
     unavailable,
 )
-from llava_triton.contract.models import IMAGE
+from llava_triton.contract.models import IMAGE, VIDEO
 
 try:
     import boto3
@@ -55,7 +55,11 @@ _CODES = {
     "internal": ErrorCode.INTERNAL,
 }
 """By the container's codes; the others say what is wrong with the request."""
-_SUBJECTS = {"session_not_found": SESSION, "image_invalid": IMAGE.name}
+_SUBJECTS = {
+    "session_not_found": SESSION,
+    "image_invalid": IMAGE.name,
+    "video_invalid": VIDEO.name,
+}
 """What they are about, where they say so."""
 _LATER = ("ThrottlingException", "ModelNotReadyException")
 

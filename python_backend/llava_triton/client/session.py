@@ -9,13 +9,14 @@ from typing import Any
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
 from llava_triton.client.opening import Address, opening_turn
-from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.pictures import Picture, Video, encoded_pictures, encoded_video, shown
 from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.resuming import ResumingTransport
 from llava_triton.client.transport import Transport, TurnMessage, regenerating, rewinding
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import SessionError
 from llava_triton.contract.history import PastTurn
+from llava_triton.contract.sampling_parameters import Truncation
 
 
 class Session:
@@ -46,7 +47,10 @@ class Session:
         replay: bool = False,
         tenant: str | None = None,
         history: Sequence[PastTurn] = (),
+        truncation: Truncation | None = None,
         resume: int | str | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
     ) -> Session:
         """Open a session; the server encodes and prefills the pictures before this returns.
 
@@ -55,6 +59,9 @@ class Session:
                 `?region=` where AWS's own settings name none, and `&endpoint_url=` for another
                 SageMaker runtime than AWS's, such as a local one.
             image: a picture or several, to begin with.
+            video: one to begin with, behind the pictures: a file, or its frames as pictures.
+            num_frames: how many of a video file's frames are shown, evenly over its length; None:
+                as many as the server shows.
             session_id: the correlation ID; by default a random one, which nobody can guess. On
                 SageMaker the server chooses it.
             replay: when the server has lost the session (it expired, or the server died), open a
@@ -66,6 +73,9 @@ class Session:
             history: what was said before, in another session or anywhere else; `image` then begins
                 with the pictures of these turns. What the server still has of it is not computed
                 again.
+            truncation: "auto" lets the session forget its oldest turns where the context is full,
+                instead of refusing the turn; an answer's `num_forgotten_turns` says how many. A
+                turn may say otherwise for itself.
 
         Raises:
             SessionError: no server there, a bad picture, or a full server.
@@ -75,7 +85,10 @@ class Session:
         if replay:
             transport = ReplayTransport(transport)
         try:
-            opened, _ = transport.open(opening_turn(address, image, session_id, history, resume))
+            shows = shown(image, video, num_frames)
+            opened, _ = transport.open(
+                opening_turn(address, shows, session_id, history, truncation, resume)
+            )
         except BaseException:
             transport.close()
             raise
@@ -87,6 +100,9 @@ class Session:
         self,
         text: str,
         image: Picture | Iterable[Picture] | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
+        image_positions: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Answer:
         """Ask, and wait for the whole answer.
@@ -94,30 +110,44 @@ class Session:
         Args:
             text: the question.
             image: pictures that join the conversation with it.
+            video: a video that joins it, behind the pictures: a file, or its frames as pictures.
+            num_frames: how many of a video file's frames are shown, evenly over its length; None:
+                as many as the server shows.
+            image_positions: before which character of the text each picture stands, and at last
+                the video; None: all of them before it.
             sampling: the fields of `SamplingParameters`, such as max_tokens or temperature.
 
         Raises:
             SessionError: the session is as it was before the turn.
         """
-        return self._ask(text, encoded_pictures(image), sampling)
+        return self._send(self._turn(text, image, video, num_frames, image_positions, sampling))
 
     def stream(
         self,
         text: str,
         image: Picture | Iterable[Picture] | None = None,
+        video: Video | None = None,
+        num_frames: int | None = None,
+        image_positions: Sequence[int] | None = None,
         **sampling: Any,
     ) -> AnswerStream:
         """Ask, and get the answer piece by piece; arguments as for `ask`.
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        return self._begin_stream(
-            TurnMessage(self.id, text=text, images=encoded_pictures(image), sampling=sampling)
-        )
+        turn = self._turn(text, image, video, num_frames, image_positions, sampling)
+        return self._begin_stream(turn)
 
     def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
         """Show more pictures without asking; the next question is about them too."""
-        return self._ask(None, encoded_pictures(image), {})
+        return self._send(TurnMessage(self.id, images=encoded_pictures(image)))
+
+    def add_video(self, video: Video, num_frames: int | None = None) -> Answer:
+        """Show a video without asking, or the next frames of a camera, as a list of pictures.
+
+        What came before is not computed again.
+        """
+        return self._send(TurnMessage(self.id, images=encoded_video(video, num_frames)))
 
     def regenerate(self, **sampling: Any) -> Answer:
         """Answer the last question again, in the place of the last answer.
@@ -181,8 +211,22 @@ class Session:
                 self._transport.ask(TurnMessage(self.id, end=True))
         self._transport.close()
 
-    def _ask(self, text: str | None, images: Sequence[bytes], sampling: dict[str, Any]) -> Answer:
-        return self._send(TurnMessage(self.id, text=text, images=images, sampling=sampling))
+    def _turn(
+        self,
+        text: str,
+        image: Picture | Iterable[Picture] | None,
+        video: Video | None,
+        num_frames: int | None,
+        image_positions: Sequence[int] | None,
+        sampling: dict[str, Any],
+    ) -> TurnMessage:
+        return TurnMessage(
+            self.id,
+            text=text,
+            images=shown(image, video, num_frames),
+            positions=None if image_positions is None else tuple(image_positions),
+            sampling=sampling,
+        )
 
     def _send(self, turn: TurnMessage) -> Answer:
         self._leave_stream()

@@ -26,8 +26,15 @@ from llava_triton.contract.errors import (
     invalid,
 )
 from llava_triton.contract.history import PastTurn, history_to_json
-from llava_triton.contract.models import HISTORY, IMAGE, SAMPLING_PARAMETERS, TEXT_INPUT
+from llava_triton.contract.models import (
+    HISTORY,
+    IMAGE,
+    IMAGE_POSITIONS,
+    SAMPLING_PARAMETERS,
+    TEXT_INPUT,
+)
 from llava_triton.contract.operations import NO_OPERATION, REWIND, Ending, Operation
+from llava_triton.contract.positions import Positions
 from llava_triton.contract.tensors import TensorSpec
 
 
@@ -40,7 +47,7 @@ class TurnMessage:
     end: bool = False
     text: str | None = None
     images: Sequence[bytes] = ()
-    """Encoded picture files."""
+    """Encoded pictures, and videos as elements of the input `image` hold them."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """See `llava_triton.model.sampling.SamplingParameters`."""
     history: Sequence[PastTurn] = ()
@@ -51,6 +58,8 @@ class TurnMessage:
     """Of another turn's answer; the message has no other meaning then."""
     request_id: str = ""
     """Names the turn to who cancels it."""
+    positions: Positions = None
+    """Of the pictures and videos in the text."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -82,6 +91,8 @@ class TurnMessage:
             strings[TEXT_INPUT] = [_utf8(self.text)]
         if self.images:
             strings[IMAGE] = self.images
+        if self.positions is not None:
+            strings[IMAGE_POSITIONS] = [json.dumps(self.positions).encode()]
         if self.sampling:
             strings[SAMPLING_PARAMETERS] = [json.dumps(self.sampling).encode()]
         if self.history:

@@ -34,6 +34,11 @@ class Delta:
     """Prompt tokens that were not computed again."""
     first_token_ms: Annotated[float, TensorSpec("first_token_ms", "FP32")]
     """Milliseconds from the turn's arrival in the engine to its first token; 0 without one."""
+    num_forgotten_turns: Annotated[int, TensorSpec("num_forgotten_turns", "INT32")] = field(
+        default=0, kw_only=True
+    )
+    """Answered questions of the conversation that the prompt lacks, because the context was full;
+    see `SamplingParameters.truncation`."""
     logprobs: Annotated[tuple[str, ...], TensorSpec("logprobs", "BYTES", (-1,))] = field(
         default=(), kw_only=True
     )

@@ -22,7 +22,8 @@ class PastTurn:
     """How many pictures came with it. They themselves lie in the input `image`: those of all past
     turns, in order, then those of the new turn."""
     image_positions: Positions = None
-    """Where they stand in the text."""
+    """Where they stand in the text. Of fewer than all it says where the last ones do; the others
+    are before the text, as pictures that came earlier, without a question."""
 
 
 def history_to_json(turns: list[PastTurn]) -> str:
@@ -68,7 +69,7 @@ def _past_turn(number: int, value: Any) -> PastTurn:
         fault = positions_fault(positions)
         if fault is not None:
             raise _invalid(f"has a turn {number} whose image_positions {fault}")
-        if len(positions) != images or (positions and positions[-1] > len(text)):
+        if len(positions) > images or (positions and positions[-1] > len(text)):
             raise _invalid(f"has a turn {number} whose image_positions do not fit it")
         positions = tuple(positions)
     return PastTurn(text, answer, images, positions)

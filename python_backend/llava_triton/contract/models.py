@@ -15,14 +15,23 @@ from llava_triton.contract.tensors import TensorSpec
 TEXT_INPUT = TensorSpec("text_input", "BYTES", optional=True)
 """The user's message, UTF-8."""
 IMAGE = TensorSpec("image", "BYTES", (-1,), optional=True)
-"""Pictures, each an encoded file, as it is or in base64 or as a data URI."""
+"""Pictures, each an encoded file, as it is or in base64 or as a data URI. A video may stand among
+them: a file of MP4, MOV, WebM or Matroska, or any element that begins with `VIDEO_MARK`."""
+VIDEO = TensorSpec("video", "BYTES", (-1,), optional=True)
+"""Videos, shown behind the pictures of `image`: each an encoded file, in the same forms. Where all
+elements are picture files other than GIF, they are the frames of one video, in order."""
+VIDEO_MARK = b"data:video/"
+"""What tells a video from a picture: an element `data:video/TYPE;num_frames=N;base64,...` is a
+video, of which N frames are shown. Without `;base64` the file itself follows the comma, as it is;
+`;num_frames=N` may be left out. `data:video/jpeg;base64,A,B,C` holds the frames themselves, each in
+base64."""
 IMAGE_POSITIONS = TensorSpec("image_positions", "BYTES", optional=True)
-"""A JSON list of integers, see `contract.positions`."""
+"""A JSON list of integers, see `contract.positions`: of all that is in `image`, then in `video`."""
 SAMPLING_PARAMETERS = TensorSpec("sampling_parameters", "BYTES", optional=True)
 """A JSON object, see `SamplingParameters`."""
 HISTORY = TensorSpec("history", "BYTES", optional=True)
 """A JSON list, see `PastTurn`; only where a session opens."""
-INPUTS = (TEXT_INPUT, IMAGE, IMAGE_POSITIONS, SAMPLING_PARAMETERS, HISTORY)
+INPUTS = (TEXT_INPUT, IMAGE, VIDEO, IMAGE_POSITIONS, SAMPLING_PARAMETERS, HISTORY)
 TEXTS = tuple(spec for spec in INPUTS if not spec.is_list)
 """Those of one string."""
 
@@ -59,7 +68,7 @@ _TURN = (TEXT_INPUT, *ENCODED_PICTURES, IMAGE_POSITIONS, SAMPLING_PARAMETERS, HI
 MODELS = {
     "llava": Model(INPUTS, ANSWER.outputs),
     "llava_stream": Model(INPUTS, (*ANSWER.outputs, TURN_WATCHED)),
-    "image_encoder": Model((IMAGE,), ENCODED_PICTURES),
+    "image_encoder": Model((IMAGE, VIDEO), ENCODED_PICTURES),
     "vision_encoder": Model((PIXEL_VALUES,), (ENCODED,)),
     "language_model": Model(_TURN, (*ANSWER.outputs, TURN_ID)),
     "answer_collector": Model(_TURN, ANSWER.outputs),

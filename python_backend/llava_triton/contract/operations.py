@@ -48,10 +48,12 @@ class Operation:
     rewind: int | None = None
     """Keep so many completed turns, and forget the others."""
     regenerate: bool = False
-    """Forget the last answer, and answer its question again; the request has no message."""
+    """Forget the last answer, and answer its question again; the request has no message. With
+    `fork` the answer may be one that its source is giving."""
     fork: int | str | None = None
     """Open the session as a copy of the open one of this ID, up to its last completed turn, or up
-    to `rewind`. The request has START and no message."""
+    to `rewind`. The request has START and no message. With `regenerate`, the last question is
+    answered once more, here: another answer to it, of which its source knows nothing."""
     resume: bool = False
     """Open the session as the journal has it, and go on as in a later turn: whatever such a turn
     may have, this one may. Where the session is open, it goes on as it is. Where it is neither open

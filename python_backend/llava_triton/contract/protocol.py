@@ -125,36 +125,40 @@ def parse_tenant(parameters: Mapping[str, Any]) -> str:
     return tenant
 
 
-def image_items(image: np.ndarray | None, settings: Settings) -> list[bytes]:
-    """The elements of a turn's `image`.
+def image_items(
+    image: np.ndarray | None, settings: Settings, spec: TensorSpec = IMAGE
+) -> list[bytes]:
+    """The elements of a turn's `image`, or of its `video`.
 
     Args:
         image: object [N] holding bytes; None, N = 0 or one empty string: no picture.
         settings: limits.
+        spec: which of the two.
 
     Raises:
         SessionError: INVALID_ARG, the array has another shape, or too many elements or bytes.
     """
     if image is None or image.size == 0:
         return []
+    name, pictures = spec.name, "pictures" if spec is IMAGE else "files"
     if image.ndim != 1:
         raise invalid(
-            f"image has the shape {list(image.shape)}; it must be [number of pictures]", IMAGE.name
+            f"{name} has the shape {list(image.shape)}; it must be [number of {pictures}]", name
         )
     limit = settings.max_images_per_turn
     if image.size > limit:
         raise invalid(
-            f"image holds {image.size} pictures; a turn takes at most {limit}: send the others in "
-            "later turns",
-            IMAGE.name,
+            f"{name} holds {image.size} {pictures}; a turn takes at most {limit}: send the others "
+            "in later turns",
+            name,
         )
     items = [_bytes(item) for item in image]
     size = sum(map(len, items))
     if size > settings.max_images_bytes_per_turn:
         raise invalid(
-            f"image holds {len(items)} pictures of {size} bytes together; the limit is "
+            f"{name} holds {len(items)} {pictures} of {size} bytes together; the limit is "
             f"{settings.max_images_bytes_per_turn}: send some of them in later turns",
-            IMAGE.name,
+            name,
         )
     return [] if items == [b""] else items
 

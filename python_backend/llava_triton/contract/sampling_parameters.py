@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import SAMPLING_PARAMETERS
@@ -30,6 +30,9 @@ MAX_BIAS = 100.0
 """A larger one counts as this one, as in vLLM; the least is as far below 0."""
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
+MAX_CHOICES = 8
+"""Answers to one chat completion (`n`): each has a session of its own while it is given."""
+Truncation = Literal["auto", "disabled"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class SamplingParameters:
     structured_outputs: StructuredOutputs | None = None
     """What the answer must be; goes with neither `min_tokens` nor `ignore_eos`, and `max_tokens`
     may cut it."""
+    truncation: Truncation | None = None
+    """What becomes of a conversation that the context has no room for, by the names of OpenAI's
+    Responses API: "disabled" refuses the turn, "auto" forgets the oldest turns, see
+    `llava_triton.conversation.forgetting`. None: what the turn said that opened the session; of
+    that one, "disabled"."""
 
     @classmethod
     def from_json(cls, text: str) -> SamplingParameters:
@@ -221,6 +229,13 @@ def _structured_outputs(name: str, value: Any) -> StructuredOutputs:
     return form
 
 
+def _truncation(name: str, value: Any) -> str:
+    known = get_args(Truncation)
+    if value not in known:
+        _refuse(name, value, " or ".join(f'"{each}"' for each in known))
+    return str(value)
+
+
 def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
@@ -249,6 +264,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop_token_ids": _stop_token_ids,
     "logprobs": _logprobs,
     "structured_outputs": _structured_outputs,
+    "truncation": _truncation,
 }
 
 

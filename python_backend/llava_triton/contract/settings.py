@@ -7,11 +7,14 @@ The export writes one `settings.json` into the model repository, generates the n
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE_NAME = "settings.json"
+VARIABLE = "LLAVA_CHANGED_SETTINGS"
+"""An environment variable: settings that differ from the repository's, a JSON object."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("unrounded", "int8")
 JOURNAL_SCHEMES = ("file:///", "s3://")
@@ -42,7 +45,7 @@ class Settings:
     answered to its end."""
     default_max_tokens: int = 256
     """Length of an answer, in tokens, when the client names none."""
-    target_between_tokens_ms: float = 50.0
+    target_between_tokens_ms: float = 80.0
     """While prompts are computed, running answers get a token about this often, and prompts the
     time that is left. Where answers alone take more than half of it, it is twice their time."""
     target_first_token_ms: float = 1000.0
@@ -88,6 +91,20 @@ class Settings:
     decided by their tokens, which must fit into the model's context."""
     max_images_bytes_per_turn: int = 256 * 1024 * 1024
     """Pictures of one turn that are longer together, as they were sent, are refused."""
+    video_frames: int | None = None
+    """Frames that are shown of a video, evenly over its length, where a request names no number;
+    null: as the checkpoint's video processor says, or 16."""
+    max_video_frames: int = 64
+    """Frames of one video at the most."""
+    max_video_bytes: int = 32 * 1024 * 1024
+    """Larger encoded videos are refused."""
+    max_video_pixels: int = 4096 * 2304
+    """Videos whose frames have more pixels are refused before they are decoded."""
+    max_video_seconds: float = 300.0
+    """Longer videos are refused before they are decoded."""
+    max_video_decode_seconds: float = 30.0
+    """A video that takes longer to decode is given up. Meanwhile other videos wait, and nothing
+    else."""
     max_text_bytes: int = 256 * 1024
     """Longer texts are refused before they are tokenized."""
     vision_max_batch: int = 8
@@ -99,6 +116,9 @@ class Settings:
     journal_sync: bool = False
     """Whether the end of an answer waits until the turn is in the journal. Where it cannot be
     written, the turn fails. false: turns are written behind their answers."""
+    log_turns: bool = False
+    """Whether the log has a line of JSON for each turn: tokens, times, outcome, and a hash of the
+    session's ID."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -162,5 +182,44 @@ class Settings:
 
     @classmethod
     def of_repository(cls, repository: Path) -> Settings:
-        """The settings that the export wrote into a model repository."""
-        return cls.from_json((repository / FILE_NAME).read_text())
+        """The settings that the export wrote into a model repository, and what the environment
+        variable LLAVA_CHANGED_SETTINGS says instead.
+
+        Raises:
+            OSError: there are none.
+            ValueError: an unknown name, a value out of range, or one that cannot change any more.
+        """
+        exported = cls.from_json((repository / FILE_NAME).read_text())
+        return exported.changed(os.environ.get(VARIABLE, ""))
+
+    def changed(self, text: str) -> Settings:
+        """These settings with others in their place.
+
+        Args:
+            text: a JSON object of names and values; empty: nothing changes.
+
+        Raises:
+            ValueError: an unknown name, a value out of range, or one that Triton's files hold.
+        """
+        if not text:
+            return self
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE} is not JSON ({error}): {text!r}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f'{VARIABLE} is {text!r}; it must be an object, {{"name": value}}')
+        new = self.from_json(json.dumps({**asdict(self), **values}))
+        # The export wrote these into the models' config.pbtxt.
+        if new.vision_max_batch != self.vision_max_batch:
+            written = "vision_max_batch"
+        elif new.triton_idle_microseconds > self.triton_idle_microseconds:
+            written = "a longer session_lifetime_seconds or session_idle_seconds"
+        elif new.max_candidate_sequences > self.max_candidate_sequences:
+            written = f"max_sessions above {self.max_candidate_sequences // 16}"
+        else:
+            return new
+        raise ValueError(
+            f"{VARIABLE} cannot set {written}: Triton's files hold it since the export. Export the "
+            "repository again, with --settings"
+        )

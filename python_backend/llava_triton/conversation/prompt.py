@@ -35,6 +35,8 @@ class CompletedTurn:
     """How many of them were there, and not asked about yet, when the question came."""
     answer: str
     """Its text."""
+    number: int
+    """How many questions were answered before it, those that are forgotten included."""
 
 
 @dataclass

@@ -29,6 +29,8 @@ class Past:
     """Up to the end of the last answer."""
     turns: tuple[CompletedTurn, ...] = ()
     """What it consists of."""
+    forgotten: int = 0
+    """Turns that it consisted of before they were forgotten."""
 
     @property
     def last_answer(self) -> str | None:
@@ -42,7 +44,8 @@ def too_long(tokens: int, context: int, of_images: int = 0) -> SessionError:
     fewer = ", show fewer or smaller images" if of_images else ""
     return invalid(
         f"the conversation would be at least {tokens} tokens long{shown} and the model's context "
-        f"is {context}; shorten the text{fewer} or open a new session"
+        f"is {context}; shorten the text{fewer}, open a new session, or let its oldest turns be "
+        'forgotten ("truncation": "auto")'
     )
 
 
@@ -113,13 +116,16 @@ class ConversationRenderer:
             del prompt.ids[prompt.spans[-1].end :]
         return prompt
 
-    def past(self, turns: Sequence[PastTurn], images: Sequence[int], context: int) -> Past:
+    def past(
+        self, turns: Sequence[PastTurn], images: Sequence[int], context: int, contexts: int = 1
+    ) -> Past:
         """Turns that took place elsewhere, as if they had taken place in a new session.
 
         Args:
             turns: what was said.
             images: tokens of each image that was shown in them.
-            context: tokens that they may be at the most.
+            context: of the model, in tokens.
+            contexts: they may be so many times as long.
 
         Raises:
             SessionError: INVALID_ARG, it is too much.
@@ -135,8 +141,9 @@ class ConversationRenderer:
             asked = len(history)
             history.append(Prompt(self._answer_tokens(turn.answer)))
             last_answer, shown = turn.answer, shown + turn.images
-            completed.append(CompletedTurn(asked, len(history), shown, 0, turn.answer))
-            if len(history) > context:
+            number = len(completed)
+            completed.append(CompletedTurn(asked, len(history), shown, 0, turn.answer, number))
+            if len(history) > context * contexts:
                 raise too_long(len(history), context)
         return Past(history, tuple(completed))
 

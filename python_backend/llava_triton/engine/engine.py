@@ -24,6 +24,7 @@ from llava_triton.contract.errors import (
 )
 from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
+from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
 from llava_triton.device import is_lost
 from llava_triton.engine.block_pool import BlockPool
@@ -400,14 +401,20 @@ class Engine:
             mark = self._preparation.where_to_begin(request, source or session)
             if source is not None:
                 session.copy(source, mark)
-            prepared = self._prepared(turn, session, mark)
+            # Before a fork that is prepared beside this thread its source may have gone on: what
+            # it answers is the last question as it is now.
+            again = session.message_at(mark) if request.operation.regenerate else None
+            prepared = self._prepared(turn, session, mark, again)
             if prepared is None:
                 return
+            if again is not None:
+                prepared = replace(prepared, message=again)
             running = self._preparation.begin(turn, prepared, session, mark)
             pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
             if request.end:
-                self._sessions.drop(session_id)  # Triton has ended the sequence for good
+                # Triton has ended the sequence for good.
+                self._sessions.drop(session_id, turn.arrived_at)
             else:
                 self._sessions.used(session_id, request.tenant)
             self._refuse(turn, as_session_error(error))
@@ -417,22 +424,32 @@ class Engine:
             self._memory.share(source, session)
             self._images.hold_again(session.images)
         if request.start:
+            session.truncation = request.sampling.truncation or session.truncation
             if self._journal is not None:
-                self._journal.begin(session, source)
+                self._journal.begin(session, turn, source)
             self._sessions.open(session)
         # From here on the turn changes its session, and `_fail` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
-        running.kept = mark.length
+        running.kept = running.kept_mark.length
         try:
-            if request.operation != NO_OPERATION and source is None:
+            if running.forgets:
+                self._images.hold_again(session.images[running.kept_mark.images : mark.images])
+                session.forget(running.forgets, mark)
+                self._memory.truncate(session, running.kept)
+            elif request.operation != NO_OPERATION and source is None:
                 session.go_back(mark)
             session.images += pictures
             session.append(prepared.past.prompt)
             session.turns += prepared.past.turns
-            running.kept = session.replace_message(prepared.message)
-            self._memory.truncate(session, running.remembered)
+            session.forgotten += prepared.past.forgotten
+            same = session.replace_message(prepared.message)
+            if not running.forgets:
+                running.kept = same
+                self._memory.truncate(session, running.remembered)
             running.cached_tokens = session.key_values.computed
+            if request.is_asked:
+                session.asked = running.prompt_tokens
             if request.is_empty:
                 running.finish_reason = "closed" if request.end else "prefilled"
                 self._complete(running)
@@ -468,7 +485,7 @@ class Engine:
                 return False
             resumed = turn.resuming.result()
             if request.end and request.is_empty:
-                journal.end_unopened(resumed)
+                journal.end_unopened(resumed, turn)
                 self._answer_at_once(turn, "closed", len(resumed.found.conversation.tokens))
                 return False
             self._make_room(request)
@@ -493,9 +510,11 @@ class Engine:
         self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0))
         self._leave(turn)
 
-    def _dropped(self, session: Session, forgotten: bool) -> None:
-        if self._journal is not None:
-            (self._journal.forget if forgotten else self._journal.leave)(session)
+    def _dropped(self, session: Session, asked_at: float | None) -> None:
+        if self._journal is not None and asked_at is not None:
+            self._journal.forget(session, asked_at)
+        elif self._journal is not None:
+            self._journal.leave(session)
 
     def _make_room(self, request: TurnRequest) -> None:
         """Where as many sessions are open as may be, let the longest idle one go that the journal
@@ -528,9 +547,10 @@ class Engine:
             raise unknown(source_id)
         return source
 
-    def _prepared(self, turn: Turn, session: Session, mark: Mark) -> Prepared | None:
+    def _prepared(
+        self, turn: Turn, session: Session, mark: Mark, again: Prompt | None
+    ) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
-        again = session.last_question()[1] if turn.request.operation.regenerate else None
         said = (turn.request, mark.last_answer, session.pending_lengths(mark), again)
         if turn.preparation is not None:
             return turn.preparation.result()
@@ -727,14 +747,14 @@ class Engine:
             session.pending_images = running.pending_images
         else:
             session.turns.append(running.completed())
-            session.pending_images = 0
+            session.pending_images, session.asked = 0, None
         self._sessions.forget_taken_back(session)
         counters.turns_completed += turn.asked_for
         if running.phase is not Phase.NEW:  # else nothing was computed for it
             counters.prompt_tokens_reused += running.cached_tokens
             counters.prompt_tokens_computed += running.prompt_tokens - running.cached_tokens
         if turn.request.end:  # everything is free before the client hears that it is over
-            self._sessions.drop(session.id)
+            self._sessions.drop(session.id, turn.arrived_at)
         else:
             self._sessions.used(session.id, session.tenant)
         self._tell(turn, final)
@@ -760,11 +780,12 @@ class Engine:
         if turn.request.start or turn.request.end:
             # Opened by this turn, it has no completed turn to go back to; closed by it, Triton has
             # ended the sequence and nobody can reach it again.
-            self._sessions.drop(session.id)
+            self._sessions.drop(session.id, turn.arrived_at)
         else:
+            session.asked = None
             session.truncate(running.kept)
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
-            self._sessions.forget_images(session, running.mark.images)
+            self._sessions.forget_images(session, running.kept_mark.images)
             session.come_back()
             self._sessions.used(session.id, session.tenant)
             if running.recorded and self._journal is not None:
@@ -795,7 +816,8 @@ class Engine:
             self._fail(running, _too_late(running.turn))
 
     def _stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
-        if self._sessions.look(session_id, tenant) is None:
+        session = self._sessions.look(session_id, tenant)
+        if session is None:
             listener(unknown(session_id))
             return
         told = Delta("", "stopped", 0, 0, 0, 0.0)
@@ -810,6 +832,7 @@ class Engine:
                 told = Delta(
                     *("", "stopped", running.prompt_tokens),
                     *(running.answer_tokens, running.cached_tokens, 0.0),
+                    num_forgotten_turns=session.forgotten,
                 )
             except Exception as error:
                 self._fail(running, as_session_error(error))

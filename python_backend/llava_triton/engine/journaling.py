@@ -14,7 +14,7 @@ from llava_triton.engine.image_store import Image, digest_of
 from llava_triton.engine.resumed import Resumed
 from llava_triton.engine.session import PictureSpan, Session
 from llava_triton.engine.session_table import unknown
-from llava_triton.engine.turn import RunningTurn, TurnRequest
+from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
 from llava_triton.journal.journal import Journal
 from llava_triton.journal.reading import Journaled
 from llava_triton.journal.records import DamagedError
@@ -49,10 +49,10 @@ class SessionJournal:
 
     # For the engine's thread; nothing waits.
 
-    def begin(self, session: Session, source: Session | None) -> None:
-        """A session opens, perhaps as a copy of another one."""
+    def begin(self, session: Session, turn: Turn, source: Session | None) -> None:
+        """A session opens with a turn, perhaps as a copy of another one."""
         log = source.log if source is not None else None
-        session.log = self._journal.begin(session.id, session.tenant, log)
+        session.log = self._journal.begin(session.id, session.tenant, turn.arrived_at, log)
 
     def write_turn(
         self,
@@ -70,17 +70,17 @@ class SessionJournal:
         session, request = running.session, running.turn.request
         last = () if completed is None else (completed,)
         pending = running.pending_images if running.max_tokens == 0 else 0
-        kept = 0 if request.start else running.mark.turns
+        kept = 0 if request.start else running.kept_mark.turns
         self._write(session, kept, last, pending, request.text, running.finish_reason, done)
 
     def write_session(self, session: Session) -> None:
         """Write a session as it is, in the place of all that was written of it."""
         self._write(session, 0, (), session.pending_images)
 
-    def forget(self, session: Session) -> None:
-        """A session has ended."""
+    def forget(self, session: Session, asked_at: float) -> None:
+        """A session has ended; that was asked for at a time of `time.monotonic`."""
         if session.log is not None and not session.log.elsewhere:
-            self._journal.forget(session.log)
+            self._journal.forget(session.log, asked_at)
         else:
             self.leave(session)
 
@@ -109,7 +109,8 @@ class SessionJournal:
         session.tokens = said.tokens
         session.turns = said.turns
         session.images = images
-        session.pending_images = said.pending
+        session.pending_images, session.forgotten = said.pending, said.forgotten
+        session.truncation = said.truncation
         session.spans = [
             PictureSpan(span.start, span.length, image)
             for span, image in zip(said.spans, images, strict=False)
@@ -121,9 +122,9 @@ class SessionJournal:
         """Seconds for which a session has been open."""
         return max(0.0, self._journal.wall() - resumed.found.last.opened_at)
 
-    def end_unopened(self, resumed: Resumed) -> None:
-        """A session ends that is only in the journal."""
-        self._journal.forget(self._journal.go_on(resumed.found))
+    def end_unopened(self, resumed: Resumed, turn: Turn) -> None:
+        """A session ends with a turn, and is only in the journal."""
+        self._journal.forget(self._journal.go_on(resumed.found), turn.arrived_at)
 
     def shutdown(self) -> None:
         """Write what is not written yet, as far as that is soon, and end."""
@@ -156,6 +157,8 @@ class SessionJournal:
             turns=[*session.turns[kept:], *completed],
             images=[image.digest.hex() for image in session.images[images:]],
             pending=pending,
+            forgotten=session.forgotten,
+            truncation=session.truncation,
             text=text,
             finish_reason=finish_reason,
             done=done,

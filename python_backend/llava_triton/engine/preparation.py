@@ -12,6 +12,7 @@ from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.positions import check_positions
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
+from llava_triton.conversation.forgetting import NewTurn, as_it_went, turns_to_forget
 from llava_triton.conversation.grammar import Grammars
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
@@ -28,6 +29,10 @@ from llava_triton.model.sampling import Draws, SamplingParameters
 SHORT_TEXT_CHARACTERS = 2048
 """Up to so many the engine's own thread makes tokens of a text, in a millisecond or two: it would
 take another thread as long to begin."""
+
+HISTORY_CONTEXTS = 8
+"""A history whose oldest turns may be forgotten is so many times the context at the most, because
+all of it has to be looked at."""
 
 
 class TurnPreparation:
@@ -90,13 +95,17 @@ class TurnPreparation:
         shown = _pictures(request.history)
         lengths = [len(features) for features in request.image_features]
         past = Past()
+        forgets = request.sampling.truncation == "auto"
         if request.history:
-            past = self._renderer.past(request.history, lengths[:shown], self._context)
+            contexts = HISTORY_CONTEXTS if forgets else 1
+            past = self._renderer.past(request.history, lengths[:shown], self._context, contexts)
             last_answer = past.last_answer
         images = [*pending, *lengths[shown:]]
         positions = request.image_positions or ()
         if (message := again) is None:
             message = self._renderer.message(last_answer, request.text, images, positions)
+        if forgets:
+            past = as_it_went(past, NewTurn(len(message), request.is_asked), self._context)
         # A form is of an answer. And what has none, a fork for one, is prepared at once: the
         # session that it copies does not wait for it.
         form = request.sampling.structured_outputs if request.is_asked else None
@@ -116,7 +125,12 @@ class TurnPreparation:
             SessionError: INVALID_ARG, it does not fit into the model's context.
         """
         request = turn.request
+        forgets: list[int] = []
+        if not request.start and (request.sampling.truncation or session.truncation) == "auto":
+            new = NewTurn(len(prepared.message), request.is_asked)
+            forgets = turns_to_forget(session.turns[: mark.turns], new, self._context)
         before = mark.committed + len(prepared.past.prompt)
+        before -= sum(session.turn_length(index) for index in forgets)
         prompt_tokens = before + len(prepared.message)
         wanted = request.sampling.max_tokens or self._settings.default_max_tokens
         room = self._context - prompt_tokens
@@ -129,6 +143,8 @@ class TurnPreparation:
             session=session,
             prompt_tokens=prompt_tokens,
             mark=mark,
+            forgets=forgets,
+            kept_mark=session.mark(forgets[0]) if forgets else mark,
             max_tokens=min(wanted, room) if request.is_asked else 0,
             draws=Draws(request.sampling),
             processors=LogitsProcessors(
@@ -151,7 +167,7 @@ class TurnPreparation:
             SessionError: INVALID_ARG, what its operation asks for does not go with the rest of the
                 request, or not with the session.
         """
-        operation, turns = request.operation, len(session.turns)
+        operation, turns = request.operation, session.answered
         if operation.regenerate and request.has_message:
             raise invalid(
                 "regenerate answers the last question again, and a new message came with it; send "
@@ -159,7 +175,7 @@ class TurnPreparation:
             )
         if operation.regenerate and operation.rewind is not None:
             raise invalid("rewind and regenerate came in one request; send them one by one")
-        if operation.fork is not None and (request.has_message or operation.regenerate):
+        if operation.fork is not None and request.has_message:
             raise invalid(
                 "fork only opens a session, and more came with it; ask in the session's next turn"
             )
@@ -174,16 +190,17 @@ class TurnPreparation:
                 "ID than that of the session to copy"
             )
         if operation.regenerate:
-            if not turns:
+            mark = session.last_question()
+            if mark is None:
                 raise invalid("there is no answer to regenerate in the session; ask first")
-            return session.last_question()[0]
+            return mark
         kept = turns if operation.rewind is None else operation.rewind
         if kept > turns:
             raise invalid(
                 f"the session cannot be rewound to turn {kept}; it has {turns} completed turns: "
                 f"give 0 to {turns}"
             )
-        return session.mark(kept)
+        return session.mark_behind(kept)
 
     def _check(self, request: TurnRequest) -> None:
         """Raises INVALID_ARG where anything of a turn is not as it should be."""

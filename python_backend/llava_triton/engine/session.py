@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llava_triton.contract.protocol import NO_TENANT
+from llava_triton.contract.sampling_parameters import Truncation
+from llava_triton.conversation.forgetting import without
 from llava_triton.conversation.prompt import CompletedTurn, Prompt, Span
+from llava_triton.conversation.renderer import Past
 from llava_triton.engine.block_pool import BlockKey
 from llava_triton.engine.image_store import Image
 from llava_triton.model.kv_pages import HostBlocks
@@ -73,6 +76,8 @@ class Mark:
     """Those of them that nobody has asked about."""
     last_answer: str | None
     """Text of the last answer; None before the first."""
+    forgotten: int
+    """Turns before it that are forgotten."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +92,7 @@ class TakenBack:
     images: list[Image]
     """From `mark.images` on; the session still holds them."""
     pending_images: int
+    forgotten: int
 
 
 @dataclass(eq=False)
@@ -114,7 +120,13 @@ class Session:
     """Every picture of the conversation, in order. The last ones may have no tokens."""
     pending_images: int = 0
     """Those of them that came without a question since the last answer."""
+    forgotten: int = 0
+    """Turns that were answered and are forgotten, because the context was full."""
+    truncation: Truncation = "disabled"
+    """What becomes of the session when its context is full, where a turn does not say."""
     key_values: KeyValues = field(default_factory=KeyValues)
+    asked: int | None = None
+    """Where the answer under way begins; None: the session gives none."""
     taken_back: TakenBack | None = None
     """What the turn under way has taken back: all of it is there again if that turn fails."""
     log: Log | None = None
@@ -125,6 +137,11 @@ class Session:
         """Tokens up to the end of the last answer. Those of pictures that came without a question
         since are behind them, and the next message begins with the same."""
         return self.turns[-1].end if self.turns else 0
+
+    @property
+    def answered(self) -> int:
+        """Turns that were answered, the forgotten ones included."""
+        return len(self.turns) + self.forgotten
 
     @property
     def held_images(self) -> list[Image]:
@@ -140,16 +157,43 @@ class Session:
         committed = last.end if last else 0
         shown = self.spans[:images]
         length = max(committed, shown[-1].end) if shown else committed
-        return Mark(turns, committed, length, images, pending, last.answer if last else None)
+        answer = last.answer if last else None
+        at_end = turns == len(self.turns)
+        forgotten = self.forgotten if at_end else self.turns[turns].number - turns
+        return Mark(turns, committed, length, images, pending, answer, forgotten)
 
-    def last_question(self) -> tuple[Mark, Prompt]:
-        """Where the last answer begins, and the message that it answers."""
+    def mark_behind(self, answered: int) -> Mark:
+        """Where the question behind so many answered ones came, the forgotten ones included. Where
+        it is forgotten itself, what is left of those before it."""
+        turns = bisect_left(self.turns, answered, key=lambda turn: turn.number)
+        mark = self.mark(turns)
+        if mark.turns + mark.forgotten == answered:
+            return mark
+        # No picture came with a forgotten question, and what is pending came behind it.
+        images = mark.images - mark.pending
+        forgotten = answered - turns
+        return replace(mark, length=mark.committed, images=images, pending=0, forgotten=forgotten)
+
+    def last_question(self) -> Mark | None:
+        """Where the last answer begins, which may be under way; None: there is none."""
+        if self.asked is not None:
+            return replace(self.mark(len(self.turns)), length=self.asked, images=len(self.images))
+        if not self.turns or self.turns[-1].number + 1 < self.answered:
+            return None
         turn = self.turns[-1]
         mark = self.mark(len(self.turns) - 1)
-        mark = replace(mark, length=turn.asked, images=turn.images)
+        return replace(mark, length=turn.asked, images=turn.images)
+
+    def message_at(self, mark: Mark) -> Prompt:
+        """The message that ends at a mark."""
         first = mark.committed
-        spans = [Span(span.start - first, span.length) for span in self.pictures(first, turn.asked)]
-        return mark, Prompt(self.tokens[first : turn.asked], spans)
+        shown = self.pictures(first, mark.length)
+        spans = [Span(span.start - first, span.length) for span in shown]
+        return Prompt(self.tokens[first : mark.length], spans)
+
+    def turn_length(self, index: int) -> int:
+        """Tokens of a turn's message and answer."""
+        return self.turns[index].end - (self.turns[index - 1].end if index else 0)
 
     def pending_lengths(self, mark: Mark) -> list[int]:
         """Tokens of each picture that is pending at a mark."""
@@ -165,11 +209,32 @@ class Session:
             turns=self.turns[mark.turns :],
             images=self.images[mark.images :],
             pending_images=self.pending_images,
+            forgotten=self.forgotten,
         )
         self.truncate(mark.length)
         del self.turns[mark.turns :]
         del self.images[mark.images :]
         self.pending_images = mark.pending
+        self.forgotten = mark.forgotten
+
+    def forget(self, forgotten: Sequence[int], mark: Mark) -> None:
+        """Forget some of the turns before a mark, and what is behind it, but for `come_back`.
+
+        Args:
+            forgotten: indices of turns without pictures, ascending.
+            mark: behind them.
+        """
+        first = self.mark(forgotten[0])
+        images = self.images[first.images : mark.images]
+        ids, spans = self.tokens[: mark.committed], self.pictures(0, mark.committed)
+        past = Past(Prompt(ids, list(spans)), tuple(self.turns[: mark.turns]), mark.forgotten)
+        left = without(past, forgotten)
+        self.go_back(first)
+        kept = [Span(span.start - first.committed, span.length) for span in left.prompt.spans]
+        self.images += images
+        self.append(Prompt(left.prompt.ids[first.committed :], kept[len(self.spans) :]))
+        self.turns += left.turns[first.turns :]
+        self.pending_images, self.forgotten = mark.pending, left.forgotten
 
     def come_back(self) -> None:
         """Be as before `go_back`, if that was called."""
@@ -179,10 +244,11 @@ class Session:
         self.truncate(back.mark.committed)
         self.tokens += back.tokens
         self.spans += back.spans
+        del self.turns[back.mark.turns :]
         self.turns += back.turns
         del self.images[back.mark.images :]
         self.images += back.images
-        self.pending_images = back.pending_images
+        self.pending_images, self.forgotten = back.pending_images, back.forgotten
 
     def copy(self, other: Session, mark: Mark) -> None:
         """Begin as another session up to a mark; whoever calls this holds the pictures."""
@@ -190,7 +256,8 @@ class Session:
         self.images = other.images[: mark.images]
         self.spans = [span for span in other.spans if span.end <= mark.length]
         self.turns = other.turns[: mark.turns]
-        self.pending_images = mark.pending
+        self.pending_images, self.forgotten = mark.pending, mark.forgotten
+        self.truncation = other.truncation
 
     def append(self, message: Prompt) -> None:
         """Put tokens behind all others; their pictures are the next ones of `images`."""

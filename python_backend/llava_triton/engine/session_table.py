@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 
@@ -37,7 +38,7 @@ class SessionTable:
         clock: seconds.
         statistics: to count in.
         expired: is called with the ID of every session that is closed because its time is over.
-        dropped: is called with every session that is closed, and whether that is for good; else it
+        dropped: is called with every session that is closed, and when that was asked for; None: it
             may be resumed.
     """
 
@@ -49,7 +50,7 @@ class SessionTable:
         clock: Callable[[], float],
         statistics: Statistics,
         expired: Callable[[SessionId], None],
-        dropped: Callable[[Session, bool], None] = lambda *_: None,
+        dropped: Callable[[Session, float | None], None] = lambda *_: None,
     ) -> None:
         self._memory = memory
         self._images = images
@@ -138,11 +139,14 @@ class SessionTable:
             self._sessions.move_to_end(session_id)
             self._memory.used(session)
 
-    def drop(self, session_id: SessionId, forgotten: bool = True) -> None:
+    def drop(
+        self, session_id: SessionId, asked_at: float | None = None, *, forgotten: bool = True
+    ) -> None:
         """Close a session and free all it holds, whoever still refers to it.
 
         Args:
             session_id: unknown ones are fine.
+            asked_at: when that was asked for, by `time.monotonic`; None: now.
             forgotten: whether the journal forgets it, too; else it may be resumed.
         """
         session = self._sessions.pop(session_id, None)
@@ -151,7 +155,7 @@ class SessionTable:
             self._memory.truncate(session, 0)
             self.forget_taken_back(session)
             self.forget_images(session, 0)
-            self._dropped(session, forgotten)
+            self._dropped(session, (asked_at or time.monotonic()) if forgotten else None)
             self._statistics.sessions_closed += 1
 
     def forget_images(self, session: Session, first: int) -> None:

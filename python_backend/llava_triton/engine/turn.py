@@ -161,6 +161,11 @@ class RunningTurn:
     """Of the conversation, up to where the answer begins."""
     mark: Mark
     """Where it begins in its session."""
+    forgets: Sequence[int]
+    """Indices of the turns that its session forgets first."""
+    kept_mark: Mark
+    """What of its session it leaves as it is: up to `mark`, or to the first turn that it forgets.
+    """
     max_tokens: int
     """0 where the turn has no text: the prompt is computed and nothing is sampled."""
     draws: Draws
@@ -254,6 +259,7 @@ class RunningTurn:
             images=len(self.session.images),
             pending=self.mark.pending,
             answer=self.detokenizer.text,
+            number=self.session.answered,
         )
 
     def delta(self, text: str, finish_reason: FinishReason = "") -> Delta:
@@ -267,5 +273,6 @@ class RunningTurn:
             num_output_tokens=self.answer_tokens,
             num_cached_tokens=self.cached_tokens,
             first_token_ms=0.0 if first is None else (first - self.turn.arrived_at) * 1000.0,
+            num_forgotten_turns=self.session.forgotten,
             logprobs=logprobs,
         )

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from llava_triton.contract.sampling_parameters import Truncation
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.prompt import CompletedTurn, Span
 from llava_triton.journal.background import Background
@@ -53,17 +54,20 @@ class Journal:
 
     # What the engine's thread asks for; nothing waits.
 
-    def begin(self, session_id: int | str, tenant: str, source: Log | None = None) -> Log:
+    def begin(
+        self, session_id: int | str, tenant: str, asked_at: float, source: Log | None = None
+    ) -> Log:
         """The log of a session that opens.
 
         Args:
             session_id: its ID.
             tenant: whose it is.
+            asked_at: when its opening was asked for, by `time.monotonic`.
             source: the log of the session that it is a copy of.
         """
         key = session_key(session_id, tenant)
         begun = Log(key) if source is None else self._writer.fork(source, key)
-        begun.opened_at = self.wall()
+        begun.opened_at, begun.asked_at = self.wall(), _in_the_world(asked_at)
         self._open.add(key)
         return begun
 
@@ -94,6 +98,8 @@ class Journal:
         pending: int,
         text: str | None,
         finish_reason: str,
+        forgotten: int = 0,
+        truncation: Truncation = "disabled",
         done: Done | None = None,
     ) -> None:
         """Write a step of a session; see `Record`.
@@ -121,13 +127,20 @@ class Journal:
             pending=pending,
             text=text,
             finish_reason=finish_reason,
+            forgotten=forgotten,
+            truncation=truncation,
         )
         self._writer.append(own, record, own.dropped if whole else None, done)
 
-    def forget(self, own: Log) -> None:
-        """A session has ended: delete what the store has of it."""
+    def forget(self, own: Log, asked_at: float) -> None:
+        """A session has ended: delete what the store has of it.
+
+        Args:
+            own: its log.
+            asked_at: when its end was asked for, by `time.monotonic`.
+        """
         self._open.discard(own.key)
-        self._writer.forget(own)
+        self._writer.forget(own, _in_the_world(asked_at))
 
     def leave(self, own: Log) -> None:
         """A session has left this server, and may be resumed."""
@@ -178,3 +191,8 @@ class Journal:
             except StoreError as error:
                 log.warning("the journal could not be swept: %s", error)
             await asyncio.sleep(SWEEP_SECONDS)
+
+
+def _in_the_world(at: float) -> float:
+    """A time of `time.monotonic` in seconds since 1970, as a store dates objects."""
+    return time.time() - (time.monotonic() - at)

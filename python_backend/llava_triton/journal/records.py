@@ -15,8 +15,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from llava_triton.contract.sampling_parameters import Truncation
 from llava_triton.conversation.prompt import CompletedTurn, Span
 
 FORMAT = 1
@@ -109,6 +110,10 @@ class Record:
     text: str | None = None
     """What was asked, for people; an answer is in `turns`."""
     finish_reason: str = ""
+    forgotten: int = 0
+    """Turns that the session has forgotten, because its context was full."""
+    truncation: Truncation = "disabled"
+    """What becomes of it when its context is full again."""
 
 
 @dataclass
@@ -120,6 +125,8 @@ class Conversation:
     turns: list[CompletedTurn] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     pending: int = 0
+    forgotten: int = 0
+    truncation: Truncation = "disabled"
 
     def take(self, record: Record) -> None:
         """Go on with a record.
@@ -137,11 +144,15 @@ class Conversation:
         self.tokens += record.tokens
         self.spans += record.spans
         self.images += record.images
-        self.pending = record.pending
+        self.pending, self.forgotten = record.pending, record.forgotten
+        self.truncation = record.truncation
 
     def check(self) -> None:
         """Raises DamagedError where no session could be so."""
         end = images = 0
+        numbers = [-1, *(turn.number for turn in self.turns), len(self.turns) + self.forgotten]
+        if numbers != sorted(set(numbers)):
+            raise DamagedError("its turns are not counted as they were asked")
         for turn in self.turns:
             if not end <= turn.asked <= turn.end <= len(self.tokens):
                 raise DamagedError("a turn does not end where its tokens do")
@@ -226,12 +237,24 @@ def _record(values: dict[str, Any], key: str, number: int) -> Record:
         pending=_number(values["pending"]),
         text=None if values["text"] is None else _text(values["text"]),
         finish_reason=_text(values["finish_reason"]),
+        forgotten=_number(values["forgotten"]),
+        truncation=_truncation(values["truncation"]),
     )
 
 
+_NUMBERS = ("asked", "end", "images", "pending", "number")
+"""Of a turn."""
+
+
 def _turn(values: dict[str, Any]) -> CompletedTurn:
-    numbers = {name: _number(values[name]) for name in ("asked", "end", "images", "pending")}
+    numbers = {name: _number(values[name]) for name in _NUMBERS}
     return CompletedTurn(**numbers, answer=_text(values["answer"]))
+
+
+def _truncation(value: Any) -> Truncation:
+    if value not in get_args(Truncation):
+        raise TypeError("a truncation is none")
+    return "auto" if value == "auto" else "disabled"
 
 
 def _list(value: Any) -> list[Any]:

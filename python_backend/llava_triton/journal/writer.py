@@ -39,6 +39,8 @@ SYNC_SECONDS = 10.0
 """So long an answer waits for its record, with `journal_sync`."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds between two tries."""
+UNCERTAIN_SECONDS = 0.05
+"""By so much the times of files may be behind the clock."""
 FLUSH_SECONDS = 8.0
 """So long the end of a server waits for what is not written yet."""
 
@@ -78,6 +80,8 @@ class Log:
     generation: str = field(default_factory=lambda: uuid.uuid4().hex)
     writer: str = field(default_factory=lambda: uuid.uuid4().hex)
     opened_at: float = field(default_factory=time.time)
+    asked_at: float = field(default_factory=time.time)
+    """When its opening was asked for: what was shown later is no other session's."""
     source: Log | None = None
     """Of the session that it was forked from, which has its first pictures."""
     replaces: bool = False
@@ -123,7 +127,8 @@ class _Append:
 class _Forget:
     log: Log
     at: float
-    """Seconds since 1970: what is younger is another session's."""
+    """When its end was asked for, in seconds since 1970: what was shown later is another
+    session's."""
 
 
 class Writer:
@@ -182,11 +187,16 @@ class Writer:
         """A session has left this server, and its log stays."""
         self._let_source_go(log)
 
-    def forget(self, log: Log) -> None:
-        """Delete what the store has of a session that has ended; from any thread, at once."""
+    def forget(self, log: Log, at: float) -> None:
+        """Delete what the store has of a session that has ended; from any thread, at once.
+
+        Args:
+            log: the session's.
+            at: when its end was asked for, in seconds since 1970. A session that was opened under
+                its ID since may have shown pictures already.
+        """
         self._let_source_go(log)
         if log.number or log.waiting or log.dropped or log.replaces:
-            at = time.time()
             self._background.soon(lambda: self._join(_Forget(log, at)))
 
     def close(self) -> None:
@@ -306,7 +316,8 @@ class Writer:
                 raise ElsewhereError
             if number == 1:
                 # Another session of this ID, which the opening of this one has ended.
-                await self._delete(own.key, but=[picture_path(own.key, n) for n in record.images])
+                named = {picture_path(own.key, name) for name in record.images}
+                await self._delete(own.key, own.asked_at, but=named)
                 continue
             if not await self._is_ours(own):
                 raise ElsewhereError
@@ -354,17 +365,32 @@ class Writer:
     async def _forget(self, work: _Forget) -> None:
         while work.log.copying:
             await asyncio.sleep(FIRST_PAUSE)
-        await self._delete(work.log.key, until=work.at)
+        key = work.log.key
+        shown = {picture_path(key, name) for name in work.log.pictures}
+        await self._delete(key, work.at, surely=shown)
 
     async def _delete(
-        self, key: str, but: Collection[str] = (), until: float = float("inf")
+        self, key: str, at: float, surely: Collection[str] = (), but: Collection[str] = ()
     ) -> None:
-        """Delete a session's objects; its first record goes first, so that what is left of a
-        deletion that was broken off is no session."""
+        """Delete a session's records and pictures; its first record goes first, so that what is
+        left of a deletion that was broken off is no session.
+
+        Args:
+            key: the session's.
+            at: pictures that were written later stay.
+            surely: paths of pictures that are known to be its own.
+            but: of those that stay.
+        """
         entries = await self._store.entries(key)
-        paths = [each.path for each in entries if each.written_at <= until]
-        paths = [path for path in paths if path not in but]
-        await self._store.delete(sorted(paths, key=lambda path: record_number(path) is None))
+        records = [each.path for each in entries if record_number(each.path) is not None]
+        pictures = [
+            each.path
+            for each in entries
+            if record_number(each.path) is None
+            and each.path not in but
+            and each.written_at <= at - (0.0 if each.path in surely else UNCERTAIN_SECONDS)
+        ]
+        await self._store.delete(records + pictures)
 
     # Trying again.
 

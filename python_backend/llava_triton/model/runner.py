@@ -66,6 +66,12 @@ class ModelRunner:
         config = model.config
         self._threads = cpu_threads(model)
         self.image_token_id = int(config.image_token_id)
+        video = getattr(config, "video_token_id", None)
+        words = int(model.lm_head.weight.shape[0])
+        self._placeholders = [
+            each for each in (self.image_token_id, video) if each is not None and each < words
+        ]
+        """Tokens that stand for pictures and videos."""
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
         self._text_model = TextModel(checkpoint, int8_weights=settings.weights == "int8")
         self.context_length = self._text_model.context_length
@@ -249,7 +255,7 @@ class ModelRunner:
         hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
         logits = self._text_model.logits(hidden if last is None else hidden[last], out)
         # Spoken by the model it would stand for a picture that does not exist.
-        logits[:, self.image_token_id] = -torch.inf
+        logits[:, self._placeholders] = -torch.inf
         return logits
 
     def _known(self, ids: Tensor) -> Tensor:

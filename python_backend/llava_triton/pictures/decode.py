@@ -55,9 +55,16 @@ ORDINARY_SCANS = 10
 
 
 def numbered(error: SessionError, number: int, count: int) -> SessionError:
-    """The error of one of a turn's pictures, whose sentence lacks a subject, with its position."""
-    name = "image" if count == 1 else f"image {number} of {count}"
-    return SessionError(error.code, f"{name} {error.sentence}", IMAGE.name)
+    """The error of one of a turn's pictures, whose sentence lacks a subject, with its position.
+
+    Args:
+        error: its subject is `video` where the picture is one.
+        number: of the picture in its turn, from 1 on.
+        count: pictures of the turn.
+    """
+    kind = error.subject or IMAGE.name
+    name = kind if count == 1 else f"{kind} {number} of {count}"
+    return SessionError(error.code, f"{name} {error.sentence}", kind)
 
 
 def encoded_image(item: bytes) -> bytes:
@@ -78,7 +85,7 @@ def encoded_image(item: bytes) -> bytes:
         return item
     if item[:8].lower().startswith(_URLS):
         raise invalid(
-            f"is a URL ({_shown(item)}), which the models do not fetch; send the picture itself, "
+            f"is a URL ({shown(item)}), which the models do not fetch; send the picture itself, "
             "or ask through the session adapter, which fetches from the hosts it is allowed to"
         )
     begin = 0
@@ -86,21 +93,21 @@ def encoded_image(item: bytes) -> bytes:
         begin = item.find(b",") + 1
         if not item[:begin].lower().endswith(b";base64,"):
             raise invalid(
-                f"is a data URI that begins with {_shown(item)}; it must be "
+                f"is a data URI that begins with {shown(item)}; it must be "
                 "data:image/...;base64,..."
             )
     elif not _BASE64.match(item):
         raise invalid(_no_picture(item))
     try:
-        return _from_base64(item, begin)
+        return from_base64(item, begin)
     except binascii.Error as error:
         raise invalid(
-            f"looks like base64 text but is not ({error}): it begins with {_shown(item)}; expected "
+            f"looks like base64 text but is not ({error}): it begins with {shown(item)}; expected "
             f"{_ACCEPTED}"
         ) from None
 
 
-def _from_base64(text: bytes, begin: int) -> bytes:
+def from_base64(text: bytes, begin: int) -> bytes:
     """Decode in slices: all of a large picture at once would hold the interpreter's lock, and so
     every other turn, for a tenth of a second.
 
@@ -200,7 +207,7 @@ def _open_file(data: bytes, settings: Settings) -> OpenPicture:
     scans = refuse_bombs(data, settings.max_image_pixels)
     with _faults(data):
         image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-        _check_size(*image.size, settings)
+        check_size(*image.size, settings.max_image_pixels)
     return OpenPicture(data, image, scans, settings.picture_background)
 
 
@@ -261,11 +268,16 @@ class Tiles:
     width: int
 
 
-def _check_size(width: int, height: int, settings: Settings) -> None:
-    if width * height > settings.max_image_pixels:
+def check_size(width: int, height: int, most_pixels: int) -> None:
+    """Refuse a picture that is too large or too thin.
+
+    Raises:
+        SessionError: INVALID_ARG; its sentence lacks a subject.
+    """
+    if width * height > most_pixels:
         raise invalid(
             f"has {width} x {height} = {width * height} pixels; the limit is "
-            f"{settings.max_image_pixels}: scale it down"
+            f"{most_pixels}: scale it down"
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise invalid(
@@ -281,9 +293,9 @@ def _too_long(data: bytes, settings: Settings) -> SessionError:
 
 
 def _no_picture(data: bytes) -> str:
-    return f"is no picture: {len(data)} bytes that begin with {_shown(data)}; expected {_ACCEPTED}"
+    return f"is no picture: {len(data)} bytes that begin with {shown(data)}; expected {_ACCEPTED}"
 
 
-def _shown(data: bytes) -> str:
-    """The first bytes, for a sentence."""
+def shown(data: bytes) -> str:
+    """The first bytes of a file, for a sentence."""
     return repr(data[:16])[1:] + (" ..." if len(data) > 16 else "")

@@ -7,7 +7,8 @@
 
 Sessions take turns, picture by picture: one with eight large pictures keeps nobody's single one
 waiting for more than the picture that is being decoded. Large ones are decoded one at a time, so
-that a worker is left for the others. A picture has one tile or several, by the checkpoint's family.
+that a worker is left for the others. Videos are decoded one at a time by a worker of their own. A
+picture has one tile or several, by the checkpoint's family.
 Pictures take turns tile by tile: whatever session a picture is of, and however many tiles others
 have, its first tile goes into the next batch.
 """
@@ -44,6 +45,10 @@ class Picture(Protocol):
     @property
     def is_large(self) -> bool:
         """Whether no second one such should be decoded at the same time."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video, which keeps no picture waiting, however long it takes."""
 
     def decode(self) -> Decoded:
         """Make pixel values of it.
@@ -175,12 +180,15 @@ class PictureEncoding:
         self._large: deque[tuple[_Turn, bytes, Picture]] = deque()
         """Large pictures, one a turn, until none is decoded."""
         self._large_is_decoded = False
+        self._videos: deque[tuple[_Turn, bytes, Picture]] = deque()
+        """Videos, one a turn, until their worker takes them."""
         self._decoded: deque[_Encoding] = deque()
         """Pictures some of whose tiles are to be encoded; whose turn is next first."""
         self._coming: dict[bytes, list[tuple[_Turn, int]]] = {}
         """Who waits for a picture that is being decoded or encoded, by its key."""
         self._stopping = False
-        loops = [self._work] * workers + [self._encode_batches, self._ask]
+        loops = [self._work] * workers
+        loops += [self._work_on_videos, self._encode_batches, self._ask]
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
             thread.start()
@@ -255,10 +263,26 @@ class PictureEncoding:
                     self._large_is_decoded = False
                     self._changed.notify_all()
 
+    def _work_on_videos(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopping or (self._videos and self._has_space())
+                )
+                if self._stopping:
+                    return
+                video = self._videos.popleft()
+            self._decode(*video)
+
     def _has_work(self) -> bool:
-        # Pixel values are made no faster than they are encoded.
-        space = sum(each.left for each in self._decoded) < 2 * self._max_batch
-        return space and bool(self._ready or (self._large and not self._large_is_decoded))
+        more = bool(self._ready or (self._large and not self._large_is_decoded))
+        return more and self._has_space()
+
+    def _has_space(self) -> bool:
+        # Pixel values are made no faster than they are encoded. A single picture of many tiles, or
+        # a video, leaves room for another: its first tile goes into the next batch.
+        most = self._max_batch
+        return sum(min(each.left, most) for each in self._decoded) < 2 * most
 
     def _next_large(self) -> tuple[_Turn, bytes, Picture] | None:
         if self._large_is_decoded or not self._large:
@@ -303,9 +327,10 @@ class PictureEncoding:
         except Exception as error:
             self._have(key, error)
             return
-        if picture.is_large:
+        if picture.is_video or picture.is_large:
+            waiting = self._videos if picture.is_video else self._large
             with self._changed:
-                self._large.append((turn, key, picture))
+                waiting.append((turn, key, picture))
                 self._changed.notify_all()
         else:
             self._decode(turn, key, picture)

@@ -1,4 +1,4 @@
-"""Which picture files are decoded, and what those are called that are not."""
+"""Which picture and video files are decoded, and what those are called that are not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ except ImportError:  # an extra; without it HEIC is refused by its name
     pillow_heif = None
 
 SEND_INSTEAD = "send it as JPEG or PNG"
+VIDEOS = "MP4, MOV, WebM, Matroska or GIF"
 
 _BEGINNINGS = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -29,12 +30,15 @@ _BEGINNINGS = (
     (b"%PDF-", "PDF"),
     (b"%!PS", "PostScript"),
     (b"<svg", "SVG"),
+    (b"\x1a\x45\xdf\xa3", "Matroska"),
 )
 _HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 _AVIF_BRANDS = frozenset((b"avif", b"avis"))
 _VIDEO = "video or other ISO media"
 _PILLOW_NAMES = {"HEIC": "HEIF"}
 """Pillow's names of formats, where they are others."""
+_QUICKTIME_ATOMS = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+"""With one of these an old QuickTime file may begin, which names no brand."""
 
 
 def _decoded_formats() -> tuple[str, ...]:
@@ -69,6 +73,17 @@ def format_of(data: bytes) -> str | None:
     if data[4:8] == b"ftyp":
         return _iso_media(data)
     return None
+
+
+def container_of(data: bytes) -> str | None:
+    """FFmpeg's name of a video file's container, by its first bytes; None: it is none of
+    `VIDEOS`."""
+    kind = format_of(data)
+    # Before its name is an atom's size; no base64 text begins with so small a byte.
+    old = data[4:8] in _QUICKTIME_ATOMS and data[0] < ord("\t")
+    if kind == _VIDEO or old:
+        return "mov"
+    return {"Matroska": "matroska", "GIF": "gif"}.get(kind or "")
 
 
 def _iso_media(data: bytes) -> str:

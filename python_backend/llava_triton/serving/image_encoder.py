@@ -1,4 +1,4 @@
-"""Encoded pictures -> image features, for all sessions at once."""
+"""Encoded pictures and videos -> image features, for all sessions at once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from llava_triton.contract.models import (
     IMAGE_FEATURES,
     IMAGE_LENGTHS,
     PIXEL_VALUES,
+    VIDEO,
 )
 from llava_triton.contract.settings import Settings
 from llava_triton.device import default_device
@@ -31,6 +32,7 @@ from llava_triton.pictures.assembly import PictureAssembly
 from llava_triton.pictures.encoding import MOST_BEGUN, PictureEncoding
 from llava_triton.pictures.feature_cache import EncodedImages
 from llava_triton.pictures.feature_rows import flattened
+from llava_triton.pictures.videos import turn_items
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.bounded_backlog import BoundedBacklog
 from llava_triton.serving.bytes_tensors import limit_elements
@@ -64,7 +66,7 @@ class ImageEncoder:
         # Threads that handle large pictures give way to turns without one so soon (else in 5 ms).
         sys.setswitchinterval(0.0005)
         checkpoint = repository.parent / "language_model" / "1" / "checkpoint"
-        assembly = PictureAssembly(checkpoint, processor, self._settings)
+        assembly = self._assembly = PictureAssembly(checkpoint, processor, self._settings)
         # Features stay where they are computed; the language model's are there too.
         on_gpu = default_device().type == "cuda"
         self._features_memory = pb_utils.PreferredMemory(
@@ -77,7 +79,8 @@ class ImageEncoder:
             self._ask_for_room,
             EncodedImages(
                 self._settings.encoded_images_bytes,
-                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir())),
+                fingerprint=b"".join(path.read_bytes() for path in sorted(processor.iterdir()))
+                + repr(self._settings.video_frames).encode(),
             ),
             workers=max(2, min(MAX_WORKERS, len(os.sched_getaffinity(0)))),
             max_batch=self._settings.vision_max_batch,
@@ -110,13 +113,18 @@ class ImageEncoder:
         """Let running pictures finish."""
         self._backlog.stop()
         self._pictures.shutdown()
+        self._assembly.close()
         self._metrics.stop()
         if self._journal is not None:
             self._journal.close()
 
     def _submit(self, request: Any, reply: Reply) -> None:
         session = request.correlation_id()
-        items = protocol.image_items(self._backend.array(request, IMAGE), self._settings)
+        images, videos = (
+            protocol.image_items(self._backend.array(request, spec), self._settings, spec)
+            for spec in (IMAGE, VIDEO)
+        )
+        items = turn_items(images, videos, self._settings)
         parameters = self._backend.parameters(request)
         tenant = protocol.parse_tenant(parameters)
         answer = partial(self._answer, reply)

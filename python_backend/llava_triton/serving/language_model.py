@@ -53,6 +53,7 @@ from llava_triton.pictures.feature_rows import unflattened
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.metrics import Publisher, engine_metrics
 from llava_triton.serving.response_thread import ResponseThread
+from llava_triton.serving.turn_log import LoggedTurn
 from llava_triton.serving.whole_answers import Outbox, WholeAnswer
 
 if TYPE_CHECKING:
@@ -141,16 +142,23 @@ class LanguageModel:
         if self._flags(request) == (True, False):
             tell = partial(self._release_if_refused, request.correlation_id(), tell)
         listener = WholeAnswer(tell) if whole else tell
+        logged = None
+        if self._settings.log_turns:
+            listener = logged = LoggedTurn(listener, request.correlation_id(), request.request_id())
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
             ending = _ending(turn, parameters)
+            if logged is not None:
+                logged.asks(turn)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
             self._refuse(request, listener, as_session_error(error))
         else:
             if ending is None:
                 stream.turn_id = self._engine.submit(turn, listener)
+                if logged is not None:
+                    logged.turn_id = stream.turn_id
             elif ending.cancelled is None:
                 self._engine.stop_answer(ending.session_id, turn.tenant, listener)
             else:

@@ -62,15 +62,16 @@ def make_app(
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=[NEW_SESSION_ID],
             )
         )
     if api_key:
         middleware.append(Middleware(ApiKey, key=api_key))
-    handlers = {HTTPException: _http_error, Exception: _unforeseen}
-    return Starlette(lifespan=lifespan, middleware=middleware, exception_handlers=handlers)
+    return Starlette(
+        lifespan=lifespan, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS
+    )
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
@@ -94,3 +95,7 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
 
 async def _unforeseen(http: HttpRequest, error: Exception) -> Response:
     return as_adapter_error(error).response()
+
+
+EXCEPTION_HANDLERS = {HTTPException: _http_error, Exception: _unforeseen}
+"""What is told where no route fits, or something of ours fails."""

@@ -9,13 +9,20 @@ from typing import Any
 from llava_sagemaker.adapter.chat_messages import Conversation, Picture, read_conversation
 from llava_sagemaker.adapter.chat_parameters import read_parameters
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request, unavailable
-from llava_sagemaker.adapter.invocation import Invocation, Request
+from llava_sagemaker.adapter.invocation import (
+    AnswerFormat,
+    Body,
+    Invocation,
+    Request,
+    as_json,
+)
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.openai_answers import ChatAnswer
 from llava_sagemaker.adapter.pictures import Pictures
 from llava_sagemaker.adapter.remembered import Known, Remembered
 from llava_sagemaker.adapter.session_ids import SESSION_NAME, named_session_id
 from llava_sagemaker.adapter.turns import turn
+from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import history_to_json
 from llava_triton.contract.operations import Operation
@@ -52,9 +59,17 @@ async def chat_request(
     size = len(request.body)
     parameters = read_parameters(fields)
     stream = request.by_streaming_call if parameters.stream is None else parameters.stream
-    conversation = await off_loop(size, read_conversation, fields.get("messages"))
+    in_session = request.session is not None or request.session_name is not None
+    if parameters.choices > 1 and in_session:
+        raise invalid_request(
+            "n above 1 came with a session, which goes on with one answer; ask without a session, "
+            "or ask the session again for each further answer",
+            "n",
+        )
+    num_frames = _num_frames(fields.get("media_io_kwargs"))
+    conversation = await off_loop(size, read_conversation, fields.get("messages"), num_frames)
     past = b""
-    if request.session is not None or request.session_name is not None:
+    if in_session:
         past = await off_loop(size, conversation.past_digest)
     if request.open_session is not None:
         place = await _in_session(request.open_session, conversation, past, remembered, check_open)
@@ -74,7 +89,7 @@ async def chat_request(
         turn,
         place.session_id,
         start=place.flags.get("start", False),
-        end=place.flags.get("end", False),
+        end=place.flags.get("end", False) and parameters.choices == 1,
         text=conversation.text,
         images=await pictures.load(images, request.take),
         positions=conversation.positions,
@@ -83,8 +98,8 @@ async def chat_request(
         parameters=Operation(rewind=place.kept).to_parameters(),
     )
     answer = ChatAnswer(parameters.include_usage, "logprobs" in parameters.sampling)
-    if asked.end:  # no session: nothing to remember
-        return Invocation("chat", asked, answer, stream)
+    if not in_session:  # nothing to remember
+        return Invocation("chat", asked, answer, stream, choices=parameters.choices)
     before = place.before
     if place.known is not None and place.known.turns != place.turns:
         if conversation.past:
@@ -100,6 +115,43 @@ async def chat_request(
             place.session_id, before, conversation, asked.start, place.kept
         ),
     )
+
+
+def _num_frames(options: Any) -> int | None:
+    """Of each video, that are to be shown: vLLM's `{"video": {"num_frames": 8}}`."""
+    try:
+        number = (options or {}).get("video", {}).get("num_frames")
+    except AttributeError:
+        number = options
+    if number is None or (type(number) is int and 0 < number < 1_000_000):
+        return number
+    raise invalid_request(
+        f"media_io_kwargs is {str(options)[:80]}; it may be "
+        '{"video": {"num_frames": a number of at least 1}}',
+        "media_io_kwargs",
+    )
+
+
+@dataclass(frozen=True)
+class _Ended(AnswerFormat):
+    """As OpenAI's API tells that something was deleted."""
+
+    name: str
+
+    def whole(self, answer: Delta) -> Body:
+        return as_json({"id": self.name, "object": "session", "deleted": True})
+
+
+def end_request(request: Request) -> Invocation:
+    """Ends the session that its client calls by a name.
+
+    Raises:
+        AdapterError: invalid_request, the request names none.
+    """
+    if request.session_name is None:
+        raise invalid_request(f"the request names no session; name it in the header {SESSION_NAME}")
+    session_id = named_session_id(request.tenant, request.session_name)
+    return Invocation("close", turn(session_id, end=True), _Ended(request.session_name))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.json_body import LongString, beginning, too_long
+from llava_sagemaker.adapter.pictures import Video
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.positions import Positions
 
-Picture = str | LongString
-"""A data URI or a URL."""
+Picture = str | LongString | Video
+"""A data URI or a URL; of a video where it says so."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,12 @@ def _asked(before: bytes, text: str, pictures: Sequence[bytes], positions: Posit
     return _extended(before, [text, *pictures, *places])
 
 
-def _extended(digest: bytes, parts: Sequence[str | bytes | LongString]) -> bytes:
+def _extended(digest: bytes, parts: Sequence[Picture | bytes]) -> bytes:
     grown = hashlib.sha256(digest)
     for part in parts:
+        if isinstance(part, Video):
+            grown.update(_extended(part.mark, [part.named]))
+            continue
         if isinstance(part, LongString):
             pieces = part.pieces
         else:
@@ -125,18 +129,22 @@ class _Message(NamedTuple):
     positions: Positions = None
 
 
-def read_conversation(messages: Any) -> Conversation:
+def read_conversation(messages: Any, num_frames: int | None = None) -> Conversation:
     """Check a request's `messages`.
 
     Neighbouring messages of one side are joined by line breaks. What the system says is the user's
     to say: the models know no other place for it.
+
+    Args:
+        messages: of the request.
+        num_frames: that are shown of each video.
 
     Raises:
         AdapterError: invalid_request, naming the message.
     """
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages must be a list with at least one message")
-    said = [_message(number, message) for number, message in enumerate(messages, 1)]
+    said = [_message(number, each, num_frames) for number, each in enumerate(messages, 1)]
     while said and said[-1] == _Message("assistant", ""):
         said.pop()  # where some clients want the answer to be put
     sides = [_joined(list(run)) for _, run in groupby(said, key=lambda message: message.side)]
@@ -181,7 +189,7 @@ _SIDES: dict[Any, Literal["user", "assistant"]] = {
 }
 
 
-def _message(number: int, message: Any) -> _Message:
+def _message(number: int, message: Any, num_frames: int | None) -> _Message:
     name = f"message {number}"
     if not isinstance(message, dict):
         raise _wrong(f"{name} is no object with role and content")
@@ -199,8 +207,8 @@ def _message(number: int, message: Any) -> _Message:
     positions: list[int] = []
     before = ""
     for kind, value in _parts(name, message.get("content")):
-        if kind == "image":
-            images.append(value)
+        if kind != "text":
+            images.append(value if kind == "image" else Video(value, num_frames))
             positions.append(len(text))
         elif isinstance(value, LongString):
             raise too_long(name, value)
@@ -220,9 +228,11 @@ def _wrong(sentence: str) -> AdapterError:
     return invalid_request(sentence, "messages")
 
 
-def _parts(name: str, content: Any) -> Iterator[tuple[Literal["text", "image"], Picture]]:
-    """A message's content: text and pictures, in order. Types are those of chat completions and of
-    OpenAI's newer API, whose clients mix them."""
+def _parts(
+    name: str, content: Any
+) -> Iterator[tuple[Literal["text", "image", "video"], str | LongString]]:
+    """A message's content: text, pictures and videos, in order. Types are those of chat
+    completions and of OpenAI's newer API, whose clients mix them; that of videos is vLLM's."""
     for part in content if isinstance(content, list) else [content]:
         if part is None or isinstance(part, str | LongString):
             yield "text", part or ""
@@ -233,21 +243,22 @@ def _parts(name: str, content: Any) -> Iterator[tuple[Literal["text", "image"], 
             if not isinstance(text, str | LongString | None):
                 raise _wrong(f"the text of {name} must be a string")
             yield "text", text or ""
-        elif kind in ("image_url", "input_image"):
-            image = part.get("image_url")
+        elif kind in ("image_url", "input_image", "video_url", "input_video"):
+            field: Literal["image", "video"] = "video" if "video" in kind else "image"
+            image = part.get(f"{field}_url")
             url = image.get("url") if isinstance(image, dict) else image
             if not isinstance(url, str | LongString) or ":" not in beginning(url):
                 raise AdapterError(
                     400,
-                    "image_invalid",
-                    f"{name} has an image_url that is no URL; give a data URI, an https:// or an "
-                    "s3:// URL",
+                    f"{field}_invalid",
+                    f"{name} has {'an' if field == 'image' else 'a'} {field}_url that is no URL; "
+                    "give a data URI, an https:// or an s3:// URL",
                     "messages",
                 )
-            yield "image", url
+            yield field, url
         elif isinstance(part, dict):
             raise _wrong(
-                f"{name} has a part that is neither text nor image_url: {str(kind)[:80]!r}"
+                f"{name} has a part that is no text, image_url or video_url: {str(kind)[:80]!r}"
             )
         else:
             raise _wrong(f"the content of {name} must be a string or a list of parts")

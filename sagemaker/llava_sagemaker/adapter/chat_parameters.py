@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_sagemaker.adapter.chat_outputs import output_parameters
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
+from llava_triton.contract.sampling_parameters import MAX_CHOICES
 
 _SAMPLING = (
     "temperature",
@@ -29,6 +30,8 @@ _SAMPLING = (
     "stop_token_ids",
     "structured_outputs",
     "ignore_eos",
+    # OpenAI's, of its other API:
+    "truncation",
     # Nobody else's:
     "max_seconds",
 )
@@ -41,7 +44,6 @@ _OTHER_NAMES = {
 """What others call one of them: OpenAI today, and Hugging Face's servers. The first that is given
 counts, the engine's own name last."""
 TAKEN_ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "length_penalty": (1,),
     "tools": ([],),
@@ -74,6 +76,8 @@ class ChatParameters:
     stream: bool | None
     """None: the request does not say."""
     include_usage: bool
+    choices: int
+    """How many answers."""
 
 
 def read_parameters(fields: dict[str, Any]) -> ChatParameters:
@@ -94,7 +98,16 @@ def read_parameters(fields: dict[str, Any]) -> ChatParameters:
             'stream_options must be an object like {"include_usage": true}', "stream_options"
         )
     sampling = _sampling(given) | output_parameters(given)
-    return ChatParameters(sampling, stream, options.get("include_usage") is True)
+    include_usage = options.get("include_usage") is True
+    return ChatParameters(sampling, stream, include_usage, _choices(given.get("n", 1)))
+
+
+def _choices(n: Any) -> int:
+    if isinstance(n, float) and n.is_integer():
+        n = int(n)
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_CHOICES:
+        raise invalid_request(f"n must be the number of answers, 1 to {MAX_CHOICES}", "n")
+    return n
 
 
 def _refused(given: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from llava_triton.contract.errors import (
     ErrorCode,
     SessionError,
 )
-from llava_triton.contract.models import IMAGE
+from llava_triton.contract.models import IMAGE, VIDEO
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ class AdapterError(Exception):
 
     Args:
         status: the HTTP status.
-        code: for programs: session_not_found, invalid_request, image_..., body_too_large,
+        code: for programs: session_not_found, invalid_request, image_..., video_...,
+            body_too_large,
             unavailable, internal.
         sentence: for people: what was given, what was expected, what to do.
         param: the field of the request that is to blame, where it is one.
@@ -98,8 +99,8 @@ def _of_engine(error: SessionError, level: int) -> AdapterError:
                 "the session is unknown, has expired or was lost; open a new one by "
                 'SessionId="NEW_SESSION"',
             )
-        case ErrorCode.INVALID_ARG if error.subject == IMAGE.name:
-            return AdapterError(400, "image_invalid", error.sentence)
+        case ErrorCode.INVALID_ARG if error.subject in (IMAGE.name, VIDEO.name):
+            return AdapterError(400, f"{error.subject}_invalid", error.sentence)
         case ErrorCode.INVALID_ARG:
             return invalid_request(error.sentence)
         case ErrorCode.UNAVAILABLE | ErrorCode.CANCELLED:

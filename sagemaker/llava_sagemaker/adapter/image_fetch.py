@@ -1,4 +1,4 @@
-"""Pictures that a request names by an https or s3 URL.
+"""Pictures and videos that a request names by an https or s3 URL.
 
 A server that fetches what strangers name is a way into its network. So nothing is fetched that the
 operator has not allowed by name, and nothing from addresses that are not the public internet's: the
@@ -161,7 +161,11 @@ class ImageFetcher:
     ) -> tuple[int, str, bytes]:
         connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER_BYTES)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = [("Host", parts.hostname or ""), ("Accept", "image/*"), ("Connection", "close")]
+        headers = [
+            ("Host", parts.hostname or ""),
+            ("Accept", "image/*, video/*"),
+            ("Connection", "close"),
+        ]
         try:
             request = h11.Request(method="GET", target=target, headers=headers)
         except (h11.LocalProtocolError, UnicodeEncodeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +84,10 @@ class AnswerFormat(ABC):
     def whole(self, answer: Delta) -> Body:
         """A whole answer."""
 
+    def choices(self, answers: Sequence[Delta]) -> Body:
+        """Several whole answers to one question; most formats have one."""
+        return self.whole(answers[0])
+
     def piece(self, piece: Delta) -> bytes:
         """Events that tell a piece of a streamed answer."""
         return event(ANSWER.to_values(piece))
@@ -112,6 +116,8 @@ class Invocation:
     """The ID of the session that this closes for the caller."""
     session_turn: SessionTurn | None = None
     """Is told how it ends."""
+    choices: int = 1
+    """Answers; of several, the turn opens a session that is open until all have begun."""
     only_resumes: bool = False
     """The turn asks for nothing but that its session is there."""
 

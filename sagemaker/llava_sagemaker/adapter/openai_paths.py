@@ -68,6 +68,7 @@ def openai_routes(handler: RequestHandler, health: Health) -> list[Route]:
     for prefix in PREFIXES:
         routes += [
             Route(f"{prefix}/chat/completions", handler.chat, methods=["POST"]),
+            Route(f"{prefix}/sessions", handler.end_session, methods=["DELETE"]),
             Route(f"{prefix}/models", models, methods=["GET"]),
             Route(f"{prefix}/models/{{name:path}}", one_model, methods=["GET"]),
         ]

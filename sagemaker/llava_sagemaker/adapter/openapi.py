@@ -6,7 +6,9 @@ from importlib.metadata import version
 from typing import Any
 
 from llava_sagemaker.adapter.chat_parameters import TAKEN_ONLY
+from llava_sagemaker.adapter.session_ids import SESSION_NAME
 from llava_triton.contract.sampling_parameters import (
+    MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_SEED,
@@ -16,6 +18,11 @@ from llava_triton.contract.sampling_parameters import (
 )
 
 Schema = dict[str, Any]
+
+
+def _constant(*values: Any) -> Schema:
+    return {"enum": list(values)}
+
 
 _STOP: Schema = {"type": "string", "maxLength": MAX_STOP_CHARACTERS}
 _PENALTY: Schema = {"type": ["number", "null"], "minimum": -MAX_PENALTY, "maximum": MAX_PENALTY}
@@ -46,6 +53,8 @@ _TAKEN: dict[str, Schema] = {
     "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS},
     "response_format": {"type": ["object", "null"]},
     "structured_outputs": {"type": ["object", "null"]},
+    "truncation": _constant("auto", "disabled", None),
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
     "stream": {"type": ["boolean", "null"]},
     "stream_options": {"type": ["object", "null"]},
 }
@@ -58,10 +67,6 @@ def _reference(name: str) -> Schema:
 
 def _object(properties: dict[str, Schema], *required: str) -> Schema:
     return {"type": "object", "properties": properties, "required": list(required)}
-
-
-def _constant(*values: Any) -> Schema:
-    return {"enum": list(values)}
 
 
 _TEXT: Schema = {"type": "string"}
@@ -108,6 +113,13 @@ _SCHEMAS: dict[str, Schema] = {
                 },
                 *("type", "image_url"),
             ),
+            _object(
+                {
+                    "type": _constant("video_url", "input_video"),
+                    "video_url": {"anyOf": [_URL, _object({"url": _URL}, "url")]},
+                },
+                *("type", "video_url"),
+            ),
         ]
     },
     "ChatCompletionRequest": _object(
@@ -146,8 +158,10 @@ _SCHEMAS: dict[str, Schema] = {
             "completion_tokens": _NUMBER,
             "total_tokens": _NUMBER,
             "prompt_tokens_details": _object({"cached_tokens": _NUMBER}, "cached_tokens"),
+            "num_forgotten_turns": _NUMBER,
         },
         *("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
+        "num_forgotten_turns",
     ),
     "Model": _object(
         {"id": _TEXT, "object": _constant("model"), "created": _NUMBER, "owned_by": _TEXT},
@@ -203,8 +217,15 @@ def _openai_paths(prefix: str) -> dict[str, Any]:
     chat = _operation("Answer a conversation", answers, 400, 401, 408, 413, 415, 500, 503)
     request = {"schema": _reference("ChatCompletionRequest")}
     chat["requestBody"] = {"required": True, "content": {"application/json": request}}
+    deleted = _object(
+        {"id": _TEXT, "object": _constant("session"), "deleted": _constant(True)},
+        *("id", "object", "deleted"),
+    )
+    end = _operation("End a named session", _answer(deleted), 400, 401, 408, 413, 415, 500, 503)
+    end["parameters"] = [{"name": SESSION_NAME, "in": "header", "required": True, "schema": _TEXT}]
     return {
         f"{prefix}/chat/completions": {"post": chat},
+        f"{prefix}/sessions": {"delete": end},
         f"{prefix}/models": {
             "get": _operation("All models", _answer(_reference("Models")), 401),
         },
@@ -237,6 +258,10 @@ _INVOCATION = {
     ),
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"type": "object"}}, "image/*": {}},
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "image/*": {},
+            "video/*": {},
+        },
     },
 }

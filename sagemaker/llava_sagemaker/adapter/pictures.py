@@ -1,13 +1,38 @@
-"""Pictures as JSON requests name them: base64, data URIs, https and s3 URLs."""
+"""Pictures and videos as JSON requests name them: base64, data URIs, https and s3 URLs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.json_body import LongString
+from llava_triton.contract.models import VIDEO_MARK
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that a request names."""
+
+    named: str | LongString
+    """Base64, a data URI or a URL."""
+    num_frames: int | None = None
+    """Of it, that are to be shown; None: as many as the models show."""
+
+    @property
+    def mark(self) -> bytes:
+        """What tells the models that what follows is a video."""
+        number = "" if self.num_frames is None else f";num_frames={self.num_frames}"
+        return VIDEO_MARK + f"*{number},".encode()
+
+
+def named_pictures(fields: dict[str, Any]) -> list[Any]:
+    """Take a request's `image`, one or a list, and its `video`; for `Pictures.load`."""
+    image, video = fields.pop("image", []), fields.pop("video", [])
+    images = image if isinstance(image, list) else [image]
+    return [*images, *map(Video, video if isinstance(video, list) else [video])]
 
 
 class Fetch(Protocol):
@@ -69,11 +94,13 @@ class Pictures:
     async def _one(
         self, named: Any, take: Callable[[int], None], places: asyncio.Semaphore
     ) -> bytes | LongString:
+        if isinstance(named, Video):
+            return _joined(named.mark, await self._one(named.named, take, places))
         if isinstance(named, LongString):  # no URL is so long
             return named
         if not isinstance(named, str) or not named:
             raise AdapterError(
-                400, "image_invalid", "a picture must be base64 text, a data URI or a URL"
+                400, "image_invalid", "a picture or video must be base64 text, a data URI or a URL"
             )
         scheme, colon, _ = named[:16].partition(":")
         if not colon or scheme.lower() == "data":
@@ -82,3 +109,9 @@ class Pictures:
             fetched = await self._fetch(named)
             take(len(fetched))
         return fetched
+
+
+def _joined(mark: bytes, content: bytes | LongString) -> LongString:
+    """Without a copy of the content."""
+    pieces = content.pieces if isinstance(content, LongString) else (content,)
+    return LongString((mark, *pieces))

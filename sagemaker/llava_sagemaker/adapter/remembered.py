@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
 from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn
-from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT
+from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT, VIDEO
 from llava_triton.contract.operations import Operation
 
 _NOT_IN_MESSAGES = b""
 """Stands for the digest of a picture that no chat completion showed."""
-_REFUSED = ("invalid_request", "image_invalid")
+MOST_PICTURES = 1024
+"""Of a session, that are remembered one by one; of one with more it is not known what it shows."""
+MOST_QUESTIONS = 1024
+"""The same: of one with more it is not known to which it could go back."""
+_REFUSED = ("invalid_request", "image_invalid", "video_invalid")
 """Outcomes that leave a session as it was before the turn."""
 
 
@@ -67,6 +71,8 @@ class Said:
     def and_answered(self, question: Asked, answer: str) -> Said:
         """The same, a question and its answer."""
         questions = None if self.questions is None else (*self.questions, question)
+        if questions is not None and len(questions) > MOST_QUESTIONS:
+            questions = None
         return Said(question.after(answer), questions)
 
 
@@ -176,7 +182,7 @@ class Remembered:
             self._known.pop(turn.session_id, None)
             return None
         operation = Operation.from_parameters(turn.parameters)
-        shows = IMAGE.name in turn.tensors
+        shows = IMAGE.name in turn.tensors or VIDEO.name in turn.tensors
         text = turn.tensors.get(TEXT_INPUT.name)
         asks = text is not None and text.size > LENGTH_BYTES  # an empty text is none
         pictures = frozenset({_NOT_IN_MESSAGES} if shows else ())
@@ -272,6 +278,8 @@ class Remembered:
             known = self.opening[session_id] = Known()
         begun = SessionTurn(self, session_id, known, opens, left, question)
         known.pictures |= pictures
+        if len(known.pictures) > MOST_PICTURES:
+            known.pictures = frozenset({_NOT_IN_MESSAGES})
         return begun
 
 

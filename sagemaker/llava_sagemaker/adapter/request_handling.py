@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llava_sagemaker.adapter.chat import chat_request
+from llava_sagemaker.adapter.chat import chat_request, end_request
+from llava_sagemaker.adapter.choices import choices, whole_choices
 from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.errors import (
     as_adapter_error,
@@ -94,7 +95,8 @@ class RequestHandler:
         self._engines = engines
         self._metrics = metrics
         self._settings = settings
-        fetch = ImageFetcher(list(hosts), list(buckets), settings.max_image_bytes)
+        most_bytes = max(settings.max_image_bytes, settings.max_video_bytes)
+        fetch = ImageFetcher(list(hosts), list(buckets), most_bytes)
         self._pictures = Pictures(fetch, settings.max_images_per_turn)
         # More than there can be: one that has ended is not always told.
         self._remembered = Remembered(2 * settings.max_sessions * len(engines.all))
@@ -102,7 +104,7 @@ class RequestHandler:
         self._reading = 0
         """Requests whose body has not come: they take no place of those that could be answered."""
         # A picture in base64, and the texts.
-        self._bodies = BodyRoom(settings.max_image_bytes * 4 // 3 + 2 * settings.max_text_bytes)
+        self._bodies = BodyRoom(most_bytes * 4 // 3 + 2 * settings.max_text_bytes)
 
     async def any_kind(self, http: HttpRequest) -> Response:
         """The answer to a request, whatever its kind."""
@@ -111,6 +113,10 @@ class RequestHandler:
     async def chat(self, http: HttpRequest) -> Response:
         """The answer to a chat completion."""
         return await self._answer(http, self._understand_chat)
+
+    async def end_session(self, http: HttpRequest) -> Response:
+        """The answer to a request that ends the session of a client's own name."""
+        return await self._answer(http, self._understand_end)
 
     async def _answer(self, http: HttpRequest, understand: _Understand) -> Response:
         with self._bodies.share() as share:  # until the answer, or its first piece
@@ -137,7 +143,10 @@ class RequestHandler:
             session_turn = invocation.session_turn
             if not invocation.stream:
                 return await self._whole(http, invocation, began)
-            pieces = self._engines.pieces(invocation.turn)
+            if invocation.choices > 1:
+                pieces = choices(self._engines, invocation.turn, invocation.choices)
+            else:
+                pieces = self._engines.pieces(invocation.turn)
             # The status is the first piece's to tell.
             async with asyncio.timeout(SILENCE_SECONDS):
                 first = await _while_connected(http, anext(pieces))
@@ -183,7 +192,7 @@ class RequestHandler:
     async def _understand(
         self, http: HttpRequest, request: Request, share: BodyShare
     ) -> Invocation:
-        if request.content_type.startswith("image/"):
+        if request.content_type.startswith(("image/", "video/")):
             return raw_picture(request)
         binary = request.content_type == BINARY_CONTENT_TYPE
         if not binary and request.content_type not in JSON_TYPES:
@@ -225,6 +234,11 @@ class RequestHandler:
         self._check_texts(invocation.turn)
         return invocation
 
+    async def _understand_end(
+        self, http: HttpRequest, request: Request, share: BodyShare
+    ) -> Invocation:
+        return end_request(request)
+
     async def _chat(
         self, http: HttpRequest, request: Request, fields: dict[str, Any]
     ) -> Invocation:
@@ -252,10 +266,14 @@ class RequestHandler:
         async with asyncio.timeout(left + GRACE_SECONDS):
             size = invocation.turn.size
             turn = await off_loop(size, limited, invocation.turn, max(left, 1.0))
-            answer = await _while_connected(http, self._engines.whole(turn))
-        if invocation.session_turn is not None:
-            invocation.session_turn.completed(answer.text)
-        body = invocation.format.whole(answer)
+            if invocation.choices > 1:
+                answering = whole_choices(self._engines, turn, invocation.choices)
+                body = invocation.format.choices(await _while_connected(http, answering))
+            else:
+                answer = await _while_connected(http, self._engines.whole(turn))
+                if invocation.session_turn is not None:
+                    invocation.session_turn.completed(answer.text)
+                body = invocation.format.whole(answer)
         return Response(body.content, 200, self._headers(invocation), body.content_type)
 
     def _ended(self, kind: str, session_turn: SessionTurn | None, outcome: str) -> None:

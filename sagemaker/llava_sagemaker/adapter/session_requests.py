@@ -1,4 +1,4 @@
-"""AWS's standard session requests, and pictures sent as they are."""
+"""AWS's standard session requests, and pictures and videos sent as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava_sagemaker.adapter.invocation import (
 )
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
-from llava_sagemaker.adapter.pictures import Pictures
+from llava_sagemaker.adapter.pictures import Pictures, Video, named_pictures
 from llava_sagemaker.adapter.session_ids import checked_session_id, new_session_id
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.answers import ANSWER
@@ -58,10 +58,10 @@ class _Answered(AnswerFormat):
 async def session_request(
     request: Request, fields: dict[str, Any], pictures: Pictures
 ) -> Invocation:
-    """`{"requestType": "NEW_SESSION"}`, perhaps with `image` (one or a list), `text` and sampling
-    parameters, or with `resume`, the ID of a session that the journal has; or one of the others in
-    an open session: `CLOSE`; `REGENERATE`, perhaps with sampling parameters; `REWIND` with `turns`,
-    the number to keep; `FORK`, perhaps with `turns`; `STOP`.
+    """`{"requestType": "NEW_SESSION"}`, perhaps with `image` and `video` (each one or a list),
+    `text` and sampling parameters, or with `resume`, the ID of a session that the journal has; or
+    one of the others in an open session: `CLOSE`; `REGENERATE`, perhaps with sampling parameters;
+    `REWIND` with `turns`, the number to keep; `FORK`, perhaps with `turns`; `STOP`.
 
     Raises:
         AdapterError: invalid_request or image_....
@@ -99,7 +99,7 @@ def resumed_session(request: Request) -> Invocation:
 
 
 def raw_picture(request: Request) -> Invocation:
-    """A body of `Content-Type: image/*`: opens a session on it, or shows it in one.
+    """A body of `Content-Type: image/*` or `video/*`: opens a session on it, or shows it in one.
 
     Raises:
         AdapterError: invalid_request, there is no session or no picture.
@@ -110,7 +110,10 @@ def raw_picture(request: Request) -> Invocation:
         )
     if not request.body:
         raise invalid_request("the body is empty; send the bytes of a picture file")
-    shown = turn(**request.session_flags(), images=[request.body])
+    images: list[bytes | LongString] = [request.body]
+    if request.content_type.startswith("video/"):
+        images = [LongString((Video("").mark, request.body))]
+    shown = turn(**request.session_flags(), images=images)
     told = _Created(shown.session_id) if shown.start else _Answered(shown.session_id)
     return in_session("image", shown, told)
 
@@ -123,12 +126,12 @@ def _resuming(request: Request, session_id: Any) -> Request:
 
 async def _open(request: Request, fields: dict[str, Any], pictures: Pictures) -> Invocation:
     text = fields.pop("text", None)
-    image = fields.pop("image", [])
+    named = named_pictures(fields)
     if isinstance(text, LongString):
         raise too_long("text", text)
     if text is not None and not isinstance(text, str):
         raise invalid_request("text must be a string")
-    images = await pictures.load(image if isinstance(image, list) else [image], request.take)
+    images = await pictures.load(named, request.take)
     if request.resumes and not text and not images:
         return resumed_session(request)
     # Whatever else the header says: only we make IDs.

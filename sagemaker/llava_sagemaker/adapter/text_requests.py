@@ -22,14 +22,14 @@ from llava_sagemaker.adapter.invocation import (
 from llava_sagemaker.adapter.json_body import LongString, too_long
 from llava_sagemaker.adapter.off_loop import off_loop
 from llava_sagemaker.adapter.openai_answers import TextCompletion, finish_reason
-from llava_sagemaker.adapter.pictures import Pictures
+from llava_sagemaker.adapter.pictures import Pictures, named_pictures
 from llava_sagemaker.adapter.turns import turn
 from llava_triton.contract.delta import Delta
 
 
 async def text_request(request: Request, fields: dict[str, Any], pictures: Pictures) -> Invocation:
-    """One question: in the session of the header, in a new one, or without. `image` may name
-    pictures, as in a session request.
+    """One question: in the session of the header, in a new one, or without. `image` and
+    `video` may name pictures and videos, as in a session request.
 
     Raises:
         AdapterError: invalid_request or image_..., naming the field that cannot be followed.
@@ -47,8 +47,9 @@ async def text_request(request: Request, fields: dict[str, Any], pictures: Pictu
     parameters = read_parameters({**fields, **(more or {})})
     if "logprobs" in parameters.sampling:
         raise invalid_request("logprobs is told of messages only; send the text as one", "logprobs")
-    image = fields.get("image", [])
-    images = await pictures.load(image if isinstance(image, list) else [image], request.take)
+    if parameters.choices > 1:
+        raise invalid_request("n above 1 is for messages only; send the text as one", "n")
+    images = await pictures.load(named_pictures(fields), request.take)
     asked = await off_loop(
         len(request.body),
         turn,

@@ -12,6 +12,7 @@ from llava_sagemaker.container.errors import ContainerError
 from llava_sagemaker.container.shared_memory import warning
 from llava_sagemaker.container.stop_signal import Stopped, StopSignal
 from llava_sagemaker.container.supervisor import RESTARTS, Supervisor, check_port
+from llava_triton.contract.settings import Settings
 from llava_triton.server.triton_server import ServerError
 
 
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_port(options.port)
         with stop.at_once():
             repository = repository_to_serve(options.model_dir)
+            check_settings(repository)
             told = warning(repository)
         if told:
             print(f"warning: {told}", flush=True)
@@ -60,6 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print("stopped", flush=True)
     return 0
+
+
+def check_settings(repository: Path) -> None:
+    """Raises ContainerError where settings.json or LLAVA_CHANGED_SETTINGS has none that fit."""
+    try:
+        Settings.of_repository(repository)
+    except (ValueError, TypeError) as error:
+        raise ContainerError(f"{repository} has no settings that fit: {error}") from error
 
 
 if __name__ == "__main__":

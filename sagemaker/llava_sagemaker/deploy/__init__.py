@@ -1,5 +1,6 @@
-"""From an empty AWS account to a chat, and back: boto3 and a small command line.
+"""From an empty AWS account to a chat, and back: a CloudFormation template (`template.yaml`), and a
+small command line for what CloudFormation cannot do.
 
-There is no state file. What exists is found in AWS by name and tag (`place.py`), and settings that
-a command does not give are read from what runs (`settings.py`).
+There is no state file. The stack is found by name and tag (`place.py`), and settings that a command
+does not give are its parameters (`parameters.py`).
 """

@@ -15,19 +15,11 @@ import typer
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
-from llava_sagemaker.deploy import (
-    cost,
-    endpoint,
-    lifecycle,
-    policies,
-    report,
-    scaling,
-    storage,
-)
+from llava_sagemaker.deploy import cost, parameters, policies, report, stacks, storage
 from llava_sagemaker.deploy import image as images
+from llava_sagemaker.deploy import up as ups
 from llava_sagemaker.deploy.errors import DeployError, explain
 from llava_sagemaker.deploy.place import Place
-from llava_sagemaker.deploy.settings import Wish, resolve
 from llava_sagemaker.scaling_metrics import ENDPOINT, NAMESPACE, OPEN_SESSIONS
 
 app = typer.Typer(
@@ -89,6 +81,32 @@ Buckets = Annotated[
     list[str] | None,
     typer.Option("--image-bucket", help="Bucket that s3 pictures may come from (repeat)"),
 ]
+KmsKey = Annotated[
+    str | None,
+    typer.Option(help="ARN of a KMS key for bucket and journal", show_default=False),
+]
+ServerSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--setting", help="NAME=VALUE, a setting of the server (repeat); journal= : no journal"
+    ),
+]
+
+
+class Routing(StrEnum):
+    """Where requests outside sessions go; the names are SageMaker's, in small letters."""
+
+    least_outstanding_requests = "least-outstanding-requests"
+    prefix_aware = "prefix-aware"
+
+
+RoutingOption = Annotated[
+    Routing | None,
+    typer.Option(
+        help="Where requests outside sessions go [first: least-outstanding-requests]",
+        show_default=False,
+    ),
+]
 
 
 class Who(StrEnum):
@@ -96,6 +114,7 @@ class Who(StrEnum):
 
     deployer = "deployer"
     caller = "caller"
+    openai = "openai"
     instances = "instances"
 
 
@@ -119,6 +138,9 @@ def up(
     volume_gb: Volume = None,
     image_host: Hosts = None,
     image_bucket: Buckets = None,
+    setting: ServerSettings = None,
+    routing: RoutingOption = None,
+    kms_key: KmsKey = None,
     yes: Yes = False,
 ) -> None:
     """Create the endpoint with all it needs, or bring it to what is asked for; safe to run again.
@@ -127,36 +149,44 @@ def up(
     """
     with _plain_errors():
         place = _place(name, region)
-        if context.info_name == "update" and endpoint.read_running(place) is None:
+        if context.info_name == "update" and stacks.describe_endpoint(place) is None:
             raise DeployError(f"there is no endpoint {name} in {place.region}: `up` makes one")
-        wish = Wish(
-            repository,
-            image,
-            build,
-            instance_type,
-            min_instances,
-            max_instances,
-            sessions_per_instance,
-            scale_in,
-            volume_gb,
-            tuple(image_host) if image_host else None,
-            tuple(image_bucket) if image_bucket else None,
-        )
-        lifecycle.up(place, wish, _confirm(yes))
+        given = {
+            "InstanceType": instance_type,
+            "MinInstances": _text(min_instances),
+            "MaxInstances": _text(max_instances),
+            "SessionsPerInstance": _text(sessions_per_instance),
+            "ScaleIn": None if scale_in is None else str(scale_in).lower(),
+            "VolumeGb": _text(volume_gb),
+            "ImageHosts": _list(image_host),
+            "ImageBuckets": _list(image_bucket),
+            "ImageObjects": _list(
+                image_bucket and [f"arn:{place.partition}:s3:::{b}/*" for b in image_bucket]
+            ),
+            "Routing": routing and routing.value.upper().replace("-", "_"),
+            "KmsKeyArn": kms_key,
+        }
+        ups.up(place, given, _confirm(yes), repository, image, build, setting)
 
 
 @app.command()
 def package(name: Name, repository: Path, region: Region = None) -> None:
     """Upload a model repository, as `up` does first; only what is new travels."""
     with _plain_errors():
-        storage.put_repository(_place(name, region), repository)
+        place = _place(name, region)
+        storage.check_repository(repository)
+        stacks.bring_base(place, {})
+        storage.put_repository(place, repository)
 
 
 @app.command(name="image")
 def build_image(name: Name, region: Region = None) -> None:
     """Build the container's image with docker and push it, as `up` does first."""
     with _plain_errors():
-        report.say(f"--image {images.build_and_push(_place(name, region))}")
+        place = _place(name, region)
+        images.require_docker(place)
+        stacks.bring_base(place, {})
+        report.say(f"--image {images.build_and_push(place)}")
 
 
 @app.command()
@@ -164,22 +194,25 @@ def status(name: Name, region: Region = None) -> None:
     """What exists of the deployment, and how it is."""
     with _plain_errors():
         place = _place(name, region)
-        things = lifecycle.inventory(place)
-        if not things:
+        stack = stacks.read(place)
+        if stack is None:
             report.say(f"nothing exists of {name} in {place.region}")
-        for thing in things:
-            report.say(f"{thing.kind + ':':24}{thing.name}")
-        running = endpoint.read_running(place)
+            return
+        _list_resources(place)
+        report.say(f"{'stack:':24}{stack.status}")
+        running = stacks.describe_endpoint(place)
         if running is None:
             return
-        now = scaling.read_scaling(place, running.deployment)
-        report.say(f"{'status:':24}{running.status} {running.failure}".rstrip())
-        report.say(f"{'image:':24}{running.image}")
-        report.say(f"{'model data:':24}{running.data_uri}")
-        limits = f"{now.min_instances} to {now.max_instances}"
-        report.say(f"{'instances:':24}{running.instances} ({limits}), {now.instance_type}")
+        now = stack.parameters
+        report.say(f"{'status:':24}{running['EndpointStatus']}")
+        report.say(f"{'image:':24}{now['ImageUri']}")
+        report.say(f"{'model data:':24}{now['ModelDataUri']}")
+        report.say(f"{'settings:':24}{now['Settings']}")
+        count = running["ProductionVariants"][0]["CurrentInstanceCount"]
+        limits = f"{now['MinInstances']} to {now['MaxInstances']}"
+        report.say(f"{'instances:':24}{count} ({limits}), {now['InstanceType']}")
         report.say(f"{'sessions per instance:':24}{_open_sessions(place)}")
-        report.say(cost.estimate(now, cost.price(place, now.instance_type)))
+        report.say(cost.estimate(now, cost.price(place, now["InstanceType"])))
 
 
 @app.command()
@@ -212,15 +245,13 @@ def down(name: Name, region: Region = None, yes: Yes = False) -> None:
     """Delete everything that was created for the endpoint, half-finished runs included."""
     with _plain_errors():
         place = _place(name, region)
-        things = lifecycle.inventory(place)
-        if not things:
+        if stacks.read(place) is None:
             report.say(f"nothing exists of {name} in {place.region}")
             return
-        for thing in things:
-            report.say(f"{thing.kind + ':':24}{thing.name}")
+        _list_resources(place)
         if not yes:
-            typer.confirm("delete all this?", abort=True)
-        lifecycle.down(things)
+            typer.confirm("delete all this, with the journal of all sessions?", abort=True)
+        stacks.remove(place)
         report.say(f"nothing is left of {name}")
 
 
@@ -236,13 +267,10 @@ def policy(
     """Print an IAM policy (JSON) with no more than is needed."""
     with _plain_errors():
         place = _place(name, region, account)
-        if who is Who.deployer:
-            document = policies.deployer_policy(place)
-        elif who is Who.caller:
-            document = policies.caller_policy(place)
+        if who is Who.instances:
+            document = policies.instances_policy(place)
         else:
-            own = f"{place.registry}/{place.image_repository}:latest"
-            document = policies.execution_policy(place, [own], [])
+            document = policies.policy(place, who.value)
         typer.echo(json.dumps(document, indent=2))
 
 
@@ -257,11 +285,26 @@ def print_cost(
     """What the instances would cost; creates nothing."""
     with _plain_errors():
         place = _place(name, region)
-        wish = Wish(
-            instance_type=instance_type, min_instances=min_instances, max_instances=max_instances
-        )
-        wanted = resolve(place, wish, None, lambda: 1.0)
-        report.say(cost.estimate(wanted, cost.price(place, wanted.instance_type)))
+        given = {
+            "InstanceType": instance_type,
+            "MinInstances": _text(min_instances),
+            "MaxInstances": _text(max_instances),
+        }
+        wanted = parameters.resolve(place, given, {})
+        report.say(cost.estimate(wanted, cost.price(place, wanted["InstanceType"])))
+
+
+def _text(number: float | None) -> str | None:
+    return None if number is None else f"{number:g}"
+
+
+def _list(items: list[str] | None) -> str | None:
+    return None if items is None else ",".join(items)
+
+
+def _list_resources(place: Place) -> None:
+    for logical, name in stacks.resources(place):
+        report.say(f"{logical + ':':24}{name}")
 
 
 def _place(name: str, region: str | None, account: str | None = None) -> Place:

@@ -7,14 +7,15 @@ which is said.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from llava_sagemaker.deploy.errors import code_of
+from llava_sagemaker.deploy.instance_types import engines_of
 from llava_sagemaker.deploy.place import Place
-from llava_sagemaker.deploy.settings import Deployment
 
 _PRICE_LIST_REGION = {"aws": "us-east-1", "aws-cn": "cn-northwest-1"}
 _PAGE = "https://aws.amazon.com/sagemaker/ai/pricing/"
@@ -65,12 +66,15 @@ def price(place: Place, instance_type: str) -> Price:
     return Price(known, f"{reason}; rounded price of {_TABLE_DATE} in us-east-1, see {_PAGE}")
 
 
-def estimate(deployment: Deployment, found: Price) -> str:
-    """Some lines for people."""
-    low, high = deployment.min_instances, deployment.max_instances
+def estimate(parameters: Mapping[str, str], found: Price) -> str:
+    """Some lines for people, about the template's parameters."""
+    low, high = int(parameters["MinInstances"]), int(parameters["MaxInstances"])
     instances = f"{low}" if low == high else f"{low} to {high}"
+    instance_type = parameters["InstanceType"]
+    engines = engines_of(instance_type)
+    each = f" of {engines} GPUs" if engines > 1 else ""
     lines = [
-        f"cost of {instances} x {deployment.instance_type}",
+        f"cost of {instances} x {instance_type}{each}",
         f"  price from: {found.source}",
     ]
     if found.dollars_an_hour is None:
@@ -84,6 +88,7 @@ def estimate(deployment: Deployment, found: Price) -> str:
             )
         lines.append("  while an update runs: twice that")
     lines.append("  storage, metrics, alarms and logs: a few dollars a month besides")
+    lines.append("  the journal: by what is said and shown (docs/operations.md)")
     return "\n".join(lines)
 
 

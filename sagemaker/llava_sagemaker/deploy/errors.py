@@ -33,6 +33,7 @@ _ABSENT = {
     "RepositoryNotFoundException",
     "ResourceNotFoundException",
 }
+_DENIED_ACTION = re.compile(r"(?:not authorized to perform|perform):? ([\w-]+:\w+)")
 _QUOTA_CONSOLE = "https://console.aws.amazon.com/servicequotas/home/services/sagemaker/quotas"
 
 
@@ -84,20 +85,40 @@ def explain(error: BotoCoreError | ClientError) -> str:
 def _explain_answer(error: ClientError) -> str:
     code, message, operation = code_of(error), message_of(error), error.operation_name
     if code in _DENIED:
-        named = re.search(r"(?:not authorized to perform|perform):? ([\w-]+:\w+)", message)
-        action = named.group(1) if named else operation
-        return (
-            f"your AWS user may not do {action}. AWS says: {message or 'access denied'}\n"
-            "`llava-sagemaker policy NAME` prints the policy that a person who deploys needs"
-        )
+        return _denied(message, operation)
     if code in _BAD_CREDENTIALS:
         return f"AWS does not know these credentials ({code}: {message}): run `aws configure`"
     if code in _EXPIRED:
         return "the AWS credentials have expired: sign in again (`aws sso login`)"
     if code in _QUOTA:
-        return (
-            f"a quota of this AWS account is used up ({operation}). AWS says: {message}\n"
-            f"ask for more at {_QUOTA_CONSOLE} (the quota is named '<instance type> for endpoint "
-            "usage'; an update needs twice the instances for a while), or take another type"
-        )
+        return _used_up(message, operation)
     return f"{operation} failed with {code}. AWS says: {message}"
+
+
+def explain_reason(reason: str) -> str:
+    """What CloudFormation says of a thing that failed -> the same, and what to do about it."""
+    if _DENIED_ACTION.search(reason) or "AccessDenied" in reason:
+        return _denied(reason, "what CloudFormation did for you")
+    if "LimitExceeded" in reason or "service limit" in reason:
+        return _used_up(reason, "CloudFormation")
+    if "already exist" in reason.lower():
+        advice = "It is somebody else's: choose another deployment name, or remove it yourself"
+        return f"{reason}\n{advice}"
+    return reason
+
+
+def _denied(message: str, operation: str) -> str:
+    named = _DENIED_ACTION.search(message)
+    action = named.group(1) if named else operation
+    return (
+        f"your AWS user may not do {action}. AWS says: {message or 'access denied'}\n"
+        "`llava-sagemaker policy NAME` prints the policy that a person who deploys needs"
+    )
+
+
+def _used_up(message: str, operation: str) -> str:
+    return (
+        f"a quota of this AWS account is used up ({operation}). AWS says: {message}\n"
+        f"ask for more at {_QUOTA_CONSOLE} (the quota is named '<instance type> for endpoint "
+        "usage'; an update needs twice the instances for a while), or take another type"
+    )

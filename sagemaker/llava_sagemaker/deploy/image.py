@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from botocore.exceptions import ClientError
 
@@ -18,6 +17,7 @@ from llava_sagemaker.deploy.errors import DeployError, code_of, is_absent
 from llava_sagemaker.deploy.place import Place
 
 CHECKOUT = Path(__file__).parents[3]
+TEMPLATE = "sagemaker/llava_sagemaker/deploy/template.yaml"
 _REGISTRY = re.compile(
     r"(?P<registry>(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?)"
 )
@@ -75,8 +75,9 @@ def _elsewhere(place: Place) -> str:
         "On a machine with docker and this checkout, run\n"
         f"    llava-sagemaker image {place.name} --region {place.region}\n"
         "or, when only docker and the AWS command line are there (the first line once):\n"
-        f"    aws ecr create-repository --region {place.region} --repository-name "
-        f"{place.image_repository} --tags Key={place.tags[0]['Key']},Value={place.name}\n"
+        f"    aws cloudformation deploy --region {place.region} --stack-name {place.stack} "
+        f"--template-file {TEMPLATE} --parameter-overrides Name={place.name} "
+        f"--tags {place.tags[0]['Key']}={place.name} --capabilities CAPABILITY_IAM\n"
         f"    aws ecr get-login-password --region {place.region} | docker login --username AWS "
         f"--password-stdin {place.registry}\n"
         "(and the same login for the registry of the base image: see sagemaker/Dockerfile)\n"
@@ -99,8 +100,6 @@ def build_and_push(place: Place) -> str:
     dockerfile = CHECKOUT / "sagemaker" / "Dockerfile"
     if not dockerfile.is_file():
         raise DeployError(f"{dockerfile} is missing: build from a checkout, or give --image")
-    ecr = place.client("ecr")
-    _bring_repository(place, ecr)
     uri = f"{place.registry}/{place.image_repository}:latest"
     report.say(f"building {uri}")
     # The base image is AWS's own, in an ECR registry of AWS's.
@@ -135,8 +134,6 @@ def by_digest(place: Place, uri: str) -> str:
 
 def remove_other_images(place: Place, keep_uri: str) -> None:
     """Delete the images of the deployment's repository that nothing runs."""
-    if not find_repository(place):
-        return
     ecr = place.client("ecr")
     pages = ecr.get_paginator("list_images").paginate(repositoryName=place.image_repository)
     digests = {image["imageDigest"] for page in pages for image in page["imageIds"]}
@@ -147,37 +144,10 @@ def remove_other_images(place: Place, keep_uri: str) -> None:
         )
 
 
-def find_repository(place: Place) -> bool:
-    """Whether the ECR repository exists and is ours."""
-    tags = _repository_tags(place, place.client("ecr"))
-    return tags is not None and place.owns(tags)
-
-
-def remove_repository(place: Place) -> None:
-    """Delete the ECR repository with its images."""
-    place.client("ecr").delete_repository(repositoryName=place.image_repository, force=True)
-
-
-def _bring_repository(place: Place, ecr: Any) -> None:
-    tags = _repository_tags(place, ecr)
-    if tags is not None:
-        place.must_own("ECR repository", place.image_repository, tags)
-        return
-    ecr.create_repository(repositoryName=place.image_repository, tags=place.tags)
-    report.say(f"created the ECR repository {place.image_repository}")
-
-
-def _repository_tags(place: Place, ecr: Any) -> list[dict[str, str]] | None:
-    """The ECR repository's tags; None when there is none."""
-    try:
-        found = ecr.describe_repositories(repositoryNames=[place.image_repository])
-    except ClientError as error:
-        if is_absent(error):
-            return None
-        raise
-    arn = found["repositories"][0]["repositoryArn"]
-    tags: list[dict[str, str]] = ecr.list_tags_for_resource(resourceArn=arn)["tags"]
-    return tags
+def arn(place: Place, uri: str) -> str:
+    """The ARN of the repository that an image lies in."""
+    name = parse(uri)
+    return f"arn:{place.partition}:ecr:{name.region}:{name.account}:repository/{name.repository}"
 
 
 def _login(place: Place, registry: str, region: str) -> None:

@@ -1,7 +1,7 @@
 """One deployment's place in an AWS account: its clients, the names of what belongs to it, its tag.
 
 Every name follows from the deployment's name, so that nothing has to be written down; the tag says
-that a thing with such a name is really ours.
+that a stack with such a name is really ours.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ class Place:
 
     @property
     def bucket(self) -> str:
-        """The S3 bucket with the model repository's versions; nothing else is in it."""
+        """The S3 bucket with the model repository's versions and the journal."""
         return f"llava-triton-{self.name}-{self.account_id}-{self.region}"
 
     @property
-    def role(self) -> str:
-        """The IAM role of the instances. IAM knows no regions, so the name has it."""
-        return f"llava-triton-{self.name}-{self.region}"
+    def stack(self) -> str:
+        """The CloudFormation stack."""
+        return f"llava-triton-{self.name}"
 
     @property
     def image_repository(self) -> str:
@@ -112,25 +112,16 @@ class Place:
         """The CloudWatch alarm that stops a bad update."""
         return f"llava-triton-{self.name}-errors"
 
-    def arn(self, service: str, resource: str) -> str:
-        """The ARN of a resource in this account and region."""
-        region = "" if service == "iam" else self.region
-        return f"arn:{self.partition}:{service}:{region}:{self.account_id}:{resource}"
-
     # ---- tags ----
 
     @property
     def tags(self) -> list[dict[str, str]]:
-        """The tag, as most services want it."""
+        """The tag; CloudFormation gives the stack's to all that is in it."""
         return [{"Key": TAG, "Value": self.name}]
-
-    def owns(self, tags: Iterable[Mapping[str, str]]) -> bool:
-        """Whether a thing with these tags is this deployment's."""
-        return any(tag["Key"] == TAG and tag["Value"] == self.name for tag in tags)
 
     def must_own(self, kind: str, thing: str, tags: Iterable[Mapping[str, str]]) -> None:
         """Raises DeployError when a thing has a name of ours but not the tag."""
-        if not self.owns(tags):
+        if not any(tag["Key"] == TAG and tag["Value"] == self.name for tag in tags):
             raise DeployError(
                 f"the {kind} {thing} exists already, without the tag {TAG}={self.name}: it is "
                 "somebody else's. Choose another deployment name, or remove it yourself"

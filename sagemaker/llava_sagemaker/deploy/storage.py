@@ -10,21 +10,21 @@ on how a large file was cut in parts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from llava_sagemaker.deploy import report
-from llava_sagemaker.deploy.errors import DeployError, is_absent
+from llava_sagemaker.deploy.errors import DeployError
 from llava_sagemaker.deploy.place import Place
+from llava_triton.contract.settings import FILE_NAME, Settings
 
 _CHUNK = 1 << 22
-_NEEDED = ("settings.json", "llava/config.pbtxt", "language_model/config.pbtxt")
+_PREFIX = "repository-"  # the journal is the bucket's other half
+_NEEDED = (FILE_NAME, "llava/config.pbtxt", "language_model/config.pbtxt")
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,12 @@ def put_repository(place: Place, repository: Path) -> str:
         The S3 URI of this version, ending in a slash.
 
     Raises:
-        DeployError: the folder is not an exported model repository, or the bucket is not ours.
+        DeployError: the folder is not an exported model repository.
     """
     files = _local_files(repository)
     prefix = _version(files)
     s3 = place.client("s3")
-    _bring_bucket(place, s3)
-    stored = {key: _stored_sha256(place, s3, key) for key in _keys(place, s3)}
+    stored = {key: _stored_sha256(place, s3, key) for key in _keys(place, s3, _PREFIX)}
     by_content = {sha256: key for key, sha256 in stored.items()}
     missing = [file for file in files if stored.get(prefix + file.name) != file.sha256]
     to_copy = [file for file in missing if file.sha256 in by_content]
@@ -93,82 +92,49 @@ def remove_other_versions(place: Place, keep_uri: str) -> None:
     if not keep_uri.startswith(ours):
         raise DeployError(f"{keep_uri} is not in {ours}: no version is deleted there")
     kept = keep_uri.removeprefix(ours)
-    _delete(place, s3, [key for key in _keys(place, s3) if not key.startswith(kept)])
+    _delete(place, s3, [key for key in _keys(place, s3, _PREFIX) if not key.startswith(kept)])
 
 
-def max_sessions(place: Place, repository: Path | str) -> float:
-    """How many sessions an instance holds, by a repository's settings: a folder, or its S3 URI.
+def settings_of(place: Place, repository: Path | str) -> Settings:
+    """The settings of a model repository: a folder, or its S3 URI.
 
     Raises:
-        DeployError: the settings are missing or do not say it.
+        DeployError: it holds none.
     """
     try:
         if isinstance(repository, Path):
-            text = (repository / "settings.json").read_bytes()
+            text = (repository / FILE_NAME).read_bytes()
         else:
             bucket, _, prefix = repository.removeprefix("s3://").partition("/")
-            answer = place.client("s3").get_object(Bucket=bucket, Key=f"{prefix}settings.json")
+            answer = place.client("s3").get_object(Bucket=bucket, Key=f"{prefix}{FILE_NAME}")
             text = answer["Body"].read()
-        return float(json.loads(text)["max_sessions"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Settings.from_json(text.decode())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DeployError(
-            f"{repository}: settings.json does not say max_sessions ({error}). Give a repository "
-            "that `make export MODEL=...` made, under build/repositories"
+            f"{repository}: {FILE_NAME} holds no settings ({error}). Give a repository that "
+            "`make export MODEL=...` made, under build/repositories"
         ) from error
 
 
-def find_bucket(place: Place) -> bool:
-    """Whether the bucket exists and is ours."""
-    tags = _bucket_tags(place, place.client("s3"))
-    return tags is not None and place.owns(tags)
-
-
-def remove_bucket(place: Place) -> None:
-    """Delete the bucket with all versions."""
+def empty_bucket(place: Place) -> None:
+    """Delete all that is in the bucket, if there is one: model repositories and journal."""
     s3 = place.client("s3")
-    _delete(place, s3, list(_keys(place, s3)))
-    s3.delete_bucket(Bucket=place.bucket)
+    with contextlib.suppress(s3.exceptions.NoSuchBucket):
+        _delete(place, s3, list(_keys(place, s3)))
 
 
-def _bring_bucket(place: Place, s3: Any) -> None:
-    tags = _bucket_tags(place, s3)
-    if tags is not None:
-        place.must_own("S3 bucket", place.bucket, tags)
-        return
-    # Outside us-east-1 S3 wants to be told the region once more.
-    where = (
-        {}
-        if place.region == "us-east-1"
-        else {"CreateBucketConfiguration": {"LocationConstraint": place.region}}
-    )
-    s3.create_bucket(Bucket=place.bucket, **where)
+def has_objects(place: Place) -> bool:
+    """Whether there is a bucket with something in it."""
+    s3 = place.client("s3")
     try:
-        s3.put_bucket_tagging(Bucket=place.bucket, Tagging={"TagSet": place.tags})
-    except BaseException:
-        s3.delete_bucket(Bucket=place.bucket)  # nothing without a tag stays behind
-        raise
-    report.say(f"created the S3 bucket {place.bucket}")
+        return next(_keys(place, s3), None) is not None
+    except s3.exceptions.NoSuchBucket:
+        return False
 
 
-def _bucket_tags(place: Place, s3: Any) -> list[dict[str, str]] | None:
-    """The bucket's tags; None when there is no bucket."""
-    try:
-        s3.head_bucket(Bucket=place.bucket)
-    except ClientError as error:
-        if is_absent(error):
-            return None
-        raise
-    try:
-        tags: list[dict[str, str]] = s3.get_bucket_tagging(Bucket=place.bucket)["TagSet"]
-    except ClientError as error:
-        if is_absent(error):
-            return []
-        raise
-    return tags
-
-
-def _keys(place: Place, s3: Any) -> Iterator[str]:
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=place.bucket):
+def _keys(place: Place, s3: Any, prefix: str = "") -> Iterator[str]:
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=place.bucket, Prefix=prefix)
+    for page in pages:
         yield from (entry["Key"] for entry in page.get("Contents", ()))
 
 
@@ -188,13 +154,18 @@ def _delete(place: Place, s3: Any, keys: list[str]) -> None:
             )
 
 
-def _local_files(repository: Path) -> list[LocalFile]:
+def check_repository(repository: Path) -> None:
+    """Raises DeployError unless the folder is an exported model repository."""
     missing = [name for name in _NEEDED if not (repository / name).is_file()]
     if missing:
         raise DeployError(
             f"{repository} is not an exported model repository ({missing[0]} is missing): give one "
             "that `make export MODEL=...` made, under build/repositories"
         )
+
+
+def _local_files(repository: Path) -> list[LocalFile]:
+    check_repository(repository)
     paths = [
         path
         for path in sorted(_walk(repository))
@@ -226,4 +197,4 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _version(files: list[LocalFile]) -> str:
     """The prefix of a version: the hash of its files' names and contents."""
     listing = "".join(f"{file.sha256} {file.name}\n" for file in files)
-    return f"repository-{hashlib.sha256(listing.encode()).hexdigest()[:16]}/"
+    return f"{_PREFIX}{hashlib.sha256(listing.encode()).hexdigest()[:16]}/"

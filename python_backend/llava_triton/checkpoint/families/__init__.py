@@ -5,6 +5,7 @@ from __future__ import annotations
 from llava_triton.checkpoint.families.base import Config, Family
 from llava_triton.checkpoint.families.llava import Llava
 from llava_triton.checkpoint.families.llava_next import LlavaNext
+from llava_triton.checkpoint.families.llava_next_video import LlavaNextVideo
 from llava_triton.checkpoint.families.llava_onevision import LlavaOnevision
 
 __all__ = ["FAMILIES", "Config", "Family", "family_of"]
@@ -12,6 +13,7 @@ __all__ = ["FAMILIES", "Config", "Family", "family_of"]
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
+    "llava_next_video": LlavaNextVideo,
     "llava_onevision": LlavaOnevision,
 }
 

@@ -1,4 +1,4 @@
-"""What a family says about its pictures: how many tiles, how many tokens, which rows."""
+"""What a family says about its pictures and videos: how many tiles, how many tokens, which rows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
+from torch import Tensor, nn
+from transformers import (
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
+)
 
-Config = LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig
+Config = LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig | LlavaNextVideoConfig
 
 PHOTOGRAPH = (768, 1024)
 """Height and width of the picture that memory is planned for."""
@@ -27,6 +32,9 @@ class Family(ABC):
     takes_whole_pictures: ClassVar[bool]
     """Whether the size of a picture decides its tiles: it is then never decoded at a smaller
     one."""
+
+    takes_videos: ClassVar[bool] = False
+    """Whether it was made to see videos."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -53,6 +61,26 @@ class Family(ABC):
             [R, D], one row a token, on the same device.
         """
 
+    def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
+        """What stands in the place of a video's tokens; only where `takes_videos`.
+
+        Args:
+            frames: features [N, T, D] of its N frames, a tile each.
+            newline: as for `rows`.
+
+        Returns:
+            [R, D], one row a token, on the same device.
+        """
+        raise NotImplementedError
+
+    def pooler(self) -> nn.Module | None:
+        """What makes of a tile's features, before the projector, those that a video has of it.
+
+        None: nothing has to, before the projector. Else the vision encoder gives both, those of a
+        picture's tile first: features [N, T, D] then end with the rows of frames.
+        """
+        return None
+
     def fault(self, image_processor: Any, tile_tokens: int) -> str | None:
         """Why the parts of a checkpoint do not fit one another; None: they do.
 
@@ -61,6 +89,17 @@ class Family(ABC):
             tile_tokens: T, measured.
         """
         return None
+
+    def video_fault(self, frame: tuple[int, int] | None) -> str | None:
+        """Why a checkpoint's video processor does not fit its tower; None: it does.
+
+        Args:
+            frame: height and width of what it makes of a frame; None: they differ.
+        """
+        if frame == (self._tile_side, self._tile_side):
+            return None
+        made = "frames of different sizes" if frame is None else f"frames of {frame} pixels"
+        return f"its video processor makes {made}; its vision tower takes {self._tile_side} a side"
 
     def num_tokens(self, height: int, width: int, tile_tokens: int) -> int:
         """Tokens of a picture, counted by arranging features that have no content.
@@ -73,6 +112,11 @@ class Family(ABC):
         shape = (self.num_tiles(height, width), tile_tokens, 1)
         newline = torch.empty(1, device="meta")
         return len(self.rows(torch.empty(shape, device="meta"), height, width, newline))
+
+    def num_video_tokens(self, frames: int, tile_tokens: int) -> int:
+        """Tokens of a video of so many frames, counted likewise."""
+        features = torch.empty((frames, tile_tokens, 1), device="meta")
+        return len(self.video_rows(features, torch.empty(1, device="meta")))
 
     @property
     def photograph_tokens(self) -> int:

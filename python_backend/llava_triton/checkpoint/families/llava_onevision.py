@@ -1,4 +1,7 @@
-"""LLaVA-OneVision: LLaVA-NeXT's tiles, and a grid of many patches is shrunk to fewer."""
+"""LLaVA-OneVision: LLaVA-NeXT's tiles, and a grid of many patches is shrunk to fewer.
+
+A video is its frames, a tile each, shrunk to half as many patches a side, and a newline embedding.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import LlavaOnevisionConfig
@@ -27,6 +31,7 @@ class LlavaOnevision(LlavaNext):
     """
 
     config_class = LlavaOnevisionConfig
+    takes_videos = True
 
     def fault(self, image_processor: Any, tile_tokens: int) -> str | None:
         """See `Family.fault`."""
@@ -34,6 +39,17 @@ class LlavaOnevision(LlavaNext):
         if not re.fullmatch(rf"{AT_MOST}[1-9]\d*", ratio):
             return f"its vision_aspect_ratio is {ratio!r}; served are those like 'anyres_max_9'"
         return super().fault(image_processor, tile_tokens)
+
+    def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
+        """See `Family.video_rows`: frames of half as many patches a side, and one newline behind
+        the last of them."""
+        assert newline is not None
+        side, depth = self._patches, frames.shape[-1]
+        grids = frames.view(-1, side, side, depth).permute(0, 3, 1, 2).contiguous()
+        half = math.ceil(side / 2)
+        grids = interpolate(grids, [half, half], mode="bilinear")
+        rows = grids.permute(0, 2, 3, 1).reshape(-1, depth)
+        return torch.cat([rows, newline.to(rows)[None]])
 
     def _shrunk(self, grid: Tensor) -> Tensor:
         """At most about as many patches as `vision_aspect_ratio` has tiles ("anyres_max_9")."""
