@@ -13,6 +13,7 @@ import socket
 import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -417,7 +418,9 @@ def test_small_bodies_have_room_beside_large_ones() -> None:
 async def in_process() -> AsyncIterator[RequestHandler]:
     """The adapter's handler in the running loop, nobody behind it."""
     triton = Triton("127.0.0.1:1")
-    yield RequestHandler(triton, AdapterMetrics(), SETTINGS)
+    # One engine, which nobody looks for.
+    engines: Any = SimpleNamespace(all=[triton], pieces=triton.pieces, whole=triton.whole)
+    yield RequestHandler(engines, AdapterMetrics(engines), SETTINGS)
     await triton.close()
 
 
