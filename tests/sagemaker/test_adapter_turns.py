@@ -109,7 +109,7 @@ def test_a_turn_that_cannot_be_undone_has_its_call_cancelled(
         pieces = triton.pieces(turn("s", text="What?"))
         assert (await anext(pieces)).text == "W"
         await pieces.aclose()
-        await until(lambda: stub.calls_ended == 1)
+        await until(lambda: stub.calls_ended >= 1)  # on a busy machine its request's, too
         await triton.close()
 
     asyncio.run(leave())
