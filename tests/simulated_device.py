@@ -180,6 +180,8 @@ def running_turn(turn: Turn, session: Session, prompt: int, answer: int) -> Runn
         session=session,
         prompt_tokens=prompt,
         mark=session.mark(len(session.turns)),
+        forgets=(),
+        kept_mark=session.mark(len(session.turns)),
         max_tokens=answer,
         draws=Draws(SamplingParameters()),
         processors=cast(Any, None),

@@ -23,7 +23,15 @@ CONVERSATIONS, TURNS = 3, 3
 def test_conversations_about_pictures(adapter: Adapter, tmp_path: Path) -> None:
     if not AIPERF.exists():
         pytest.skip("`make aiperf` makes its environment")
-    command = [AIPERF, "profile", "--model", "llava", "--endpoint-type", "chat", "--streaming"]
+    command: list[str | Path] = [
+        AIPERF,
+        "profile",
+        "--model",
+        "llava",
+        "--endpoint-type",
+        "chat",
+        "--streaming",
+    ]
     command += ["--url", f"http://127.0.0.1:{adapter.port}"]
     command += ["--conversation-num", str(CONVERSATIONS)]
     command += ["--conversation-turn-mean", str(TURNS), "--conversation-turn-stddev", "0"]

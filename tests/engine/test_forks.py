@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -225,7 +226,7 @@ def test_another_answer_to_a_question_computes_nothing_of_it(
     else:
         asked.wait()
     before = harness.engine.statistics()
-    sampled = {"temperature": 2.0, "max_tokens": 9, "ignore_eos": True}
+    sampled: dict[str, Any] = {"temperature": 2.0, "max_tokens": 9, "ignore_eos": True}
     others = [
         harness.submit(f"other {seed}", start=True, end=True, operation=AGAIN, seed=seed, **sampled)
         for seed in range(3)

@@ -86,7 +86,7 @@ class Models:
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Two of them."""
-        turn.written("an-id")
+        turn.written("an-id", direct=False)
         read_turn(turn)
         if not turn.start and sum(turn.session_id.encode()) % 3 == 0:
             raise not_found("the session is unknown or has expired; open a new one")

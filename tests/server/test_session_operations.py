@@ -51,7 +51,7 @@ def test_going_back(url: str) -> None:
 
 def test_a_session_that_forgets_its_oldest_turns(url: str) -> None:
     with Session.open(url, image=PICTURE, truncation="auto") as session:
-        told = []
+        told: list[Answer] = []
         while not told or not told[-1].num_forgotten_turns:
             told.append(session.ask(QUESTIONS[len(told) % 3] * 4, max_tokens=20))
             assert len(told) < 60

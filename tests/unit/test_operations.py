@@ -186,7 +186,7 @@ def test_the_table_of_sessions_is_what_the_server_would_plan() -> None:
 def record_bytes(picture: int) -> int:
     """Of a record with 50 tokens asked and 100 answered, four letters each."""
     end = picture + 150
-    turn = CompletedTurn(end - 100, end, images=1, pending=0, answer="x" * 400)
+    turn = CompletedTurn(end - 100, end, images=1, pending=0, answer="x" * 400, number=0)
     name, now = "0" * 64, 1.7e9 + 0.123456
     return len(
         encode(
