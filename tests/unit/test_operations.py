@@ -20,7 +20,14 @@ from llava_triton.engine.statistics import Statistics
 from llava_triton.journal.records import Record, encode
 from llava_triton.journal.writer import JournalCounters
 from llava_triton.kernels.base import BLOCK_TOKENS
-from llava_triton.model.memory_size import blocks_for, features_budget
+from llava_triton.model.memory_size import (
+    CONTEXT_BYTES,
+    GpuNeeds,
+    blocks_for,
+    check_blocks,
+    features_budget,
+    gpu_budget,
+)
 from llava_triton.serving.metrics import engine_metrics, image_encoder_metrics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -158,17 +165,28 @@ SHAPES = {  # bytes of keys and values a token, of features a token; tokens of a
     "llava-onevision-qwen2-7b-ov": (56 * 1024, 7 * 1024, 4725, 32768),
 }
 """As docs/families.md has them."""
+TOWERS = {"llava-onevision-qwen2-7b-ov": 400_000_000}
+"""Parameters of the vision tower, where it is not CLIP-L/14's."""
+VOCABULARIES = {"llava-onevision-qwen2-7b-ov": 152_000}
+"""Tokens, where it is not Llama's vocabulary."""
 TALK = 1000
 
 
-def sessions_on(gpu_bytes: float, weights: float, shape: tuple[int, int, int, int]) -> int | None:
-    """How many sessions the server would plan for; None where the weights do not fit."""
-    token, feature, picture, context = shape
-    free, gpu = int(gpu_bytes - weights), torch.device("cuda")
-    if free <= 0:
+def sessions_on(gpu_bytes: float, billions: float, name: str) -> int | None:
+    """How many sessions the server would plan for; None where it would not start."""
+    token, feature, picture, context = SHAPES[name]
+    settings, gpu = Settings(), torch.device("cuda")
+    tower = TOWERS.get(name, 300_000_000)
+    needs = GpuNeeds.of(tower, settings.max_sessions, VOCABULARIES.get(name, 32_064))
+    weights = int(2 * (billions * 1e9 - tower))
+    free = int(gpu_bytes) - weights - CONTEXT_BYTES
+    budget = gpu_budget(free, int(gpu_bytes), weights, needs)
+    features = features_budget(settings, picture * feature, budget, gpu)
+    blocks = blocks_for(settings, token * BLOCK_TOKENS, context, budget, features, gpu)
+    try:
+        check_blocks(blocks, picture, settings, gpu)
+    except ValueError:
         return None
-    features = features_budget(Settings(), picture * feature, free, gpu)
-    blocks = blocks_for(Settings(), token * BLOCK_TOKENS, context, free, features, gpu)
     return blocks // (-(-(picture + TALK) // BLOCK_TOKENS) + 1)
 
 
@@ -179,8 +197,8 @@ def test_the_table_of_sessions_is_what_the_server_would_plan() -> None:
     for name, billions, tokens, cells in rows:
         assert int(tokens.replace(",", "")) == SHAPES[name][2] + TALK
         told = [None if cell == "-" else int(cell) for cell in cells.split(" | ")]
-        weights = 2 * float(billions) * 1e9
-        assert told == [sessions_on(gb * 1e9, weights, SHAPES[name]) for gb in (24, 48, 80)], name
+        planned = [sessions_on(gb * 1e9, float(billions), name) for gb in (24, 48, 80)]
+        assert told == planned, name
 
 
 def record_bytes(picture: int) -> int:

@@ -68,7 +68,8 @@ class ResumingTransport(Transport):
                 raise
             lost = error
         try:
-            self._transport.ask(resuming(source))
+            with closing(self._transport.another()) as other:  # this one may be closed
+                other.ask(resuming(source))
         except SessionError as error:
             raise _told(lost, error) from error
         return super().fork(source, session_id)
@@ -138,10 +139,13 @@ class AsyncResumingTransport(AsyncTransport):
             if error.code is not ErrorCode.NOT_FOUND:
                 raise
             lost = error
+        other = self._transport.another()  # this one may be closed
         try:
-            await self._transport.ask(resuming(source))
+            await other.ask(resuming(source))
         except SessionError as error:
             raise _told(lost, error) from error
+        finally:
+            await other.close()
         return await super().fork(source, session_id)
 
     async def stop_answer(self, session_id: int | str) -> Delta:
