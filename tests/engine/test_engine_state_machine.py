@@ -482,7 +482,7 @@ class EngineMachine(RuleBasedStateMachine):
         if left is None:
             return None
         if flight.operation.regenerate:
-            question = talks_of(before)[len(talks_of(left))]
+            question = [each for each in talks_of(before) if each.text is not None][-1]
             return (*left, replace(talk, text=question.text, pictures=question.pictures))
         return left if talk.says_nothing else (*left, talk)
 
