@@ -37,8 +37,8 @@ demo_repository := build/repositories/demo/settings.json
 named := $(filter-out file,$(origin REPOSITORY))
 export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
     model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
-    $(addprefix python_backend/llava_triton/,contract/settings.py checkpoint/weights.py \
-    checkpoint/vision_tower.py))
+    $(addprefix python_backend/llava_triton/,contract/settings.py checkpoint/*.py \
+    checkpoint/families/*.py))
 
 ##@ The main job
 
@@ -95,7 +95,7 @@ soak: .venv/runtime compiler $(demo_repository) ## Sessions through every door o
 hostile: .venv/runtime compiler $(demo_repository) ## What strangers can do, with honest clients beside them (5 minutes)
 	$(python) -m benchmarks.hostile
 
-fuzz: .venv/fuzz compiler $(demo_repository) ## A million inputs for every parser of what clients send (15 minutes; INPUTS=)
+fuzz: .venv/fuzz compiler $(demo_repository) ## A million inputs for the parsers of what clients send, but videos (15 minutes; INPUTS=)
 	$(python) -m tests.fuzz --inputs $(INPUTS)
 
 chaos: .venv/runtime compiler ## Everything is killed and stopped, beside sessions that must not notice (20 minutes)

@@ -12,6 +12,7 @@ Shared by all, lower files first:
     doors, stand   every way into a running server and its session adapter
 
 A file a command: bench (with part, fairness, distance, report, plots), accuracy, adapter_cost,
-large_bodies (piece_server), soak (soak_clients), profile (perf_analyzer), hostile/, gpu_check/;
+large_bodies (piece_server), soak (soak_clients), profile (perf_analyzer), hibernate, beside_plain,
+hostile/, chaos/, gpu_check/; `make fuzz` is tests/fuzz;
 decoupled_bls and payload_backlog show faults of Triton's and use nothing of ours but the server.
 """

@@ -3,7 +3,7 @@
 Two local instances with two engines each and one journal in a folder. Clients hold sessions with a
 picture and questions about it, and ask again where they are not answered. Meanwhile processes are
 killed and stopped. In the end no session is lost, no answer is another than that of a quiet
-endpoint, and the journal is empty.
+endpoint, and the journal has only what faults have left.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Client(threading.Thread):
         return answers
 
     def _opened(self, opening: dict[str, Any]) -> tuple[str, str]:
-        """A session that was opened is one whose ID the client has."""
+        """Opens a session. It counts as open once the client has its ID."""
 
         def open_it() -> Told:
             told = self._endpoint.ask(opening, "NEW_SESSION")

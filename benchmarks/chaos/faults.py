@@ -23,7 +23,7 @@ FAULTS = {
     "SIGSTOP of a whole instance": 1,
     "SIGTERM of an instance": 1,
 }
-"""How often each comes, of one another."""
+"""Relative frequencies."""
 STOPPED_SECONDS = (0.3, 3.0)
 GROWN = "SIGSTOP of a whole instance"
 

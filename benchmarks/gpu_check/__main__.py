@@ -1,4 +1,4 @@
-"""`make gpu-check STEP=1..3`: what only a GPU can show, on a machine without a network.
+"""The three steps of `make gpu-check` (STEP=1, 2, 3): what only a GPU can show, without a network.
 
 Three commands of less than ten minutes. Stages run one after the other, each in a process and with
 a time limit of its own, and the report is written anew after each: what is cut off leaves what was

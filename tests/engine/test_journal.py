@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from llava_triton.engine.session import SessionId
 from llava_triton.journal import writer
 from llava_triton.journal.records import session_key
 from llava_triton.journal.store import Store, StoreError
-from tests.engine_harness import PATIENCE_SECONDS, EngineHarness, Pending
+from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
+from tests.waiting import wait_until
 
 RESUME = Operation(resume=True)
 FIRST = Ask("What is it?", (PICTURES[0],))
@@ -40,13 +40,6 @@ def folder(tmp_path: Path) -> Path:
 def journaled(start: Start, folder: Path) -> Callable[..., EngineHarness]:
     """Starts engines that share a journal."""
     return lambda **limits: start(journal=folder.as_uri(), **limits)
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.002)
 
 
 def safe(harness: EngineHarness, session_id: SessionId = "s") -> None:

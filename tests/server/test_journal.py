@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from llava_triton.client.transport import LostConnectionError
 from llava_triton.server.triton_server import TritonServer, free_ports
 from tests.conftest import ROOT
 from tests.triton import ask
+from tests.waiting import wait_until
 
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*"))[:3]
 QUESTIONS = (
@@ -33,7 +33,6 @@ QUESTIONS = (
 )
 LIMIT: dict[str, Any] = {"max_tokens": 24}
 MOST_SESSIONS = 3
-PATIENCE_SECONDS = 60.0
 
 
 class Server:
@@ -81,13 +80,6 @@ class Server:
 
     def stop(self) -> None:
         self._server.stop(at_once=True)
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

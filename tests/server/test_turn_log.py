@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.contract.settings import VARIABLE
@@ -41,6 +42,17 @@ def log(demo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         yield server, lines
 
 
+def ask_nothing(server: TritonServer, session: str) -> None:
+    """A ping, a look for a session, and the end of an answer that nobody is giving."""
+    alone = {"sequence_start": True, "sequence_end": True}
+    with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+        client.infer("llava", [], sequence_id=uuid.uuid4().hex, **alone)
+        with pytest.raises(InferenceServerException, match="INVALID_ARG"):
+            client.infer("llava", [], sequence_id=session)
+        stop = {"stop_answer": session}
+        client.infer("llava", [], sequence_id=uuid.uuid4().hex, parameters=stop, **alone)
+
+
 def test_every_turn_has_a_line_and_no_line_has_an_id(log: Any) -> None:
     server, lines = log
     session = uuid.uuid4().hex
@@ -52,8 +64,9 @@ def test_every_turn_has_a_line_and_no_line_has_an_id(log: Any) -> None:
         )
         with pytest.raises(InferenceServerException):
             whole(stream.turn(session=session, text="?", parameters={"temperature": -1}))
+        ask_nothing(server, session)
         whole(stream.turn(session=session, text="And what else?", end=True))
-    opened, refused, closed = lines(3)
+    opened, refused, closed = lines(3)  # and none of what asked nothing
     assert {line["session"] for line in (opened, refused, closed)} == {session_hash(session)}
     assert session not in json.dumps([opened, refused, closed])
     assert (opened["opens"], opened["closes"], opened["pictures"]) == (True, False, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from llava_sagemaker.adapter.metrics import joined
 from llava_triton.server.engines import Engines, servers_on
 from llava_triton.server.machine import Share
 from llava_triton.server.server_error import ServerError, StartCrashError
-
-PATIENCE_SECONDS = 20.0
+from tests.waiting import wait_until
 
 
 class Server:
@@ -41,13 +39,6 @@ class Server:
 
     def stop(self, *, at_once: bool = False) -> None:
         self.stops += 1
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def fails(look: Callable[[], None]) -> bool:

@@ -139,7 +139,8 @@ class AsyncSession:
     ) -> AsyncSession:
         """Open a session; arguments and errors as for `Session.open`.
 
-        A replay is not offered here; `history` opens a lost session again.
+        Where the servers keep a journal, a lost session comes back by itself. A replay is not
+        offered here: without a journal, `history` opens a lost session again.
         """
         address = Address.of(url)
         shows = shown(image, video, num_frames)

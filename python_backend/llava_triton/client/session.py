@@ -76,9 +76,11 @@ class Session:
             truncation: "auto" lets the session forget its oldest turns where the context is full,
                 instead of refusing the turn; an answer's `num_forgotten_turns` says how many. A
                 turn may say otherwise for itself.
+            resume: the ID of a session to go on with, which the server or its journal has; `image`
+                joins it. Leave `session_id`, `history` and `truncation` out then.
 
         Raises:
-            SessionError: no server there, a bad picture, or a full server.
+            SessionError: no server there, a bad picture, a full server, or no session to resume.
         """
         address = Address.of(url)
         transport = _transport(address, tenant)

@@ -26,7 +26,8 @@ class Settings:
     """What an operator may want to change; everything else is derived from the checkpoint."""
 
     max_sessions: int = 256
-    """Sessions open at once; one more START is refused with UNAVAILABLE."""
+    """Sessions in memory at once; one more START is refused with UNAVAILABLE, unless a journal lets
+    an idle one hibernate."""
     max_queued_turns: int = 1024
     """Turns waiting or running over all sessions; one more is refused with UNAVAILABLE. (An END
     without text or picture is taken in an open session whatever waits: it makes room.)"""
@@ -64,8 +65,8 @@ class Settings:
     for image features; null: a quarter of what is free when the server starts (where the CPU is
     the device an eighth, and none for image features)."""
     image_features_bytes: int | None = None
-    """Memory on the device for image features; null: what all sessions could need, up to 36 %
-    of what is free (an eighth where the CPU is the device)."""
+    """Memory on the device for image features; null: what all sessions could need, up to 40 %
+    of what is left after the reserve (an eighth of what is free where the CPU is the device)."""
     cache_freed_blocks: bool = True
     """Whether keys and values that no open session holds on the device can still be found by a
     session with the same beginning. false: what only ended sessions said and showed is computed

@@ -19,7 +19,7 @@ from llava_triton.conversation.prompt import CompletedTurn, Prompt, Span
 from llava_triton.conversation.renderer import Past
 
 KEPT_SHARE = 2
-"""One part in so many of the room is left to the turns that are kept and the new message."""
+"""Kept turns and the new message may take 1 / KEPT_SHARE of the room."""
 ANSWER_SHARE = 4
 """An answer has one part in so many of the room at least: turns are forgotten where it would not.
 What it may have does not count, so that a conversation forgets the same however it is told."""
@@ -104,7 +104,7 @@ def _sizes(turns: Sequence[CompletedTurn]) -> list[_Size]:
 
 
 def _kept(sizes: Sequence[_Size], kept: Sequence[int], new: NewTurn, context: int) -> list[int]:
-    """What is still kept of some turns, of which these were, before a new one."""
+    """Which turns are still kept before a new one, of those that were kept until now."""
     all_tokens = new.message + sum(sizes[index].length for index in kept)
     if all_tokens + context // ANSWER_SHARE <= context:
         return list(kept)

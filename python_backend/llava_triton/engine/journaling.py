@@ -23,7 +23,7 @@ from llava_triton.journal.writer import Done
 from llava_triton.model.runner import ModelRunner
 
 EncodePictures = Callable[[Sequence[bytes], str], Sequence[Tensor]]
-"""Pictures as they were sent, and whose they are -> the features [T, D] of each. May wait; for
+"""From pictures as sent and their tenant to the features [T, D] of each. Blocks; may be called from
 several threads. Raises SessionError."""
 AT_ONCE = 4
 """Sessions that are read at the same time."""

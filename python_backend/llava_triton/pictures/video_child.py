@@ -118,7 +118,7 @@ def _say(answers: BinaryIO, **told: Any) -> None:
 
 
 def _sampled(question: Question, data: bytes) -> Iterator[np.ndarray | None]:
-    """Frames uint8 [H, W, 3]; None: those before were the wrong ones."""
+    """Frames uint8 [H, W, 3]. None: forget those before, they were chosen by a wrong count."""
     total = _count(question, data)
     while True:
         seen = 0

@@ -18,7 +18,7 @@ from llava_triton.server.triton_server import START_SECONDS, TritonServer, keeps
 PORTS = 3
 """Of each engine."""
 WRITING_SECONDS = 8.0
-"""So long, at the end, an engine may take to write what its journal has not."""
+"""How long an engine may take, at its end, to write what the journal lacks."""
 METRICS_SECONDS = 0.6
 """Its metrics are no older."""
 _WAITING = re.compile(r"^llava_journal_records_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)

@@ -144,7 +144,7 @@ class LanguageModel:
         listener = WholeAnswer(tell) if whole else tell
         logged = None
         if self._settings.log_turns:
-            listener = logged = LoggedTurn(listener, request.correlation_id(), request.request_id())
+            logged = LoggedTurn(listener, request.correlation_id(), request.request_id())
         try:
             with work_beside(self._device):  # it copies the features
                 turn = self._turn_request(request, parameters)
@@ -153,9 +153,11 @@ class LanguageModel:
                 logged.asks(turn)
         except Exception as error:
             # Raising would fail every request of this call and is said to leak shared memory.
-            self._refuse(request, listener, as_session_error(error))
+            self._refuse(request, logged or listener, as_session_error(error))
         else:
             if ending is None:
+                if logged is not None and not _asks_nothing(turn):
+                    listener = logged
                 stream.turn_id = self._engine.submit(turn, listener)
                 if logged is not None:
                     logged.turn_id = stream.turn_id
@@ -353,6 +355,12 @@ def _ending(turn: TurnRequest, parameters: dict[str, Any]) -> Ending | None:
             "alone, with the sequence start and end flags and a sequence ID of its own"
         )
     return ending
+
+
+def _asks_nothing(turn: TurnRequest) -> bool:
+    """Whether a turn only finds out whether the engine answers, or has a session: it opens none
+    that stays, ends none, and neither says nor shows anything."""
+    return turn.start == turn.end and not turn.has_message and turn.operation == NO_OPERATION
 
 
 def _is_watched(request: Any) -> bool:

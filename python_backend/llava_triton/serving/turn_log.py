@@ -13,7 +13,8 @@ from llava_triton.contract.errors import SessionError
 from llava_triton.engine.turn import Listener, TurnRequest
 
 SESSION_DIGITS = 12
-"""Of an ID's hash: enough to find a session's lines, useless to enter it. Who knows an ID may."""
+"""Digits of the ID's hash: enough to find a session's lines. The ID itself would open the session
+to every reader."""
 
 
 def session_hash(session_id: int | str) -> str:

@@ -59,14 +59,17 @@ Max = Annotated[
 Sessions = Annotated[
     float | None,
     typer.Option(
-        help="Open sessions per instance that autoscaling aims at [first: 70% of max_sessions]",
+        help="Open sessions per instance that autoscaling aims at "
+        "[first: 70% of max_sessions, for each GPU]",
         show_default=False,
     ),
 ]
 ScaleIn = Annotated[
     bool | None,
     typer.Option(
-        help="Whether autoscaling may remove instances; their sessions end", show_default=False
+        help="Whether autoscaling may remove instances; their sessions go on from the journal, "
+        "or end without one",
+        show_default=False,
     ),
 ]
 Volume = Annotated[

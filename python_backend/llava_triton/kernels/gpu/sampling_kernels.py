@@ -30,7 +30,7 @@ def _chunk(
     factor: tl.tensor,
     least: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of tokens from `first` on: keys in the order of their logits, weights, which there are."""
+    """A chunk of tokens from `first` on: their sort keys, their weights, which of them exist."""
     token = first + tl.arange(0, CHUNK)
     there = token < VOCABULARY
     logit = tl.load(row + token, mask=there, other=float("-inf")) + 0.0  # -0 is 0
@@ -98,7 +98,7 @@ def _at(
     least: tl.tensor,
     wanted: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of a key: tokens above it, their weights, tokens at it, the weight of one of these."""
+    """How many tokens lie above a key, and their weight; how many at it, and the weight of one."""
     above = largest * 0.0
     weights = largest * 0.0
     equal = largest * 0.0
