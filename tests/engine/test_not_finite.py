@@ -72,8 +72,8 @@ def broken_logits(
         broken[:] = [row for row, part in enumerate(step.parts) if is_broken(part)]
         return launch(step)
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = right(hidden)
+    def logits(hidden: torch.Tensor, *out: torch.Tensor | None) -> torch.Tensor:
+        made: torch.Tensor = right(hidden, *out)
         made[broken, 7] = value
         return made
 

@@ -626,7 +626,7 @@ def test_without_triton(
 ) -> None:
     class Nowhere:
         grpc_address = f"127.0.0.1:{free_ports(1)[0]}"
-        ports = {"metrics": free_ports(1)[0]}  # noqa: RUF012
+        metrics_address = f"127.0.0.1:{free_ports(1)[0]}"
 
     adapter = Adapter(Nowhere, demo_repository)  # type: ignore[arg-type]
     try:
