@@ -316,8 +316,8 @@ def test_an_instance_that_has_ended_has_no_sessions(containers: list[Container],
         home.ended, home.in_service = True, False
         session.ask("What?")
         assert other.asked == [session.id]
-        for container in containers:
-            container.in_service = False
+        for container in containers:  # the session's home is the other one now
+            container.ended, container.in_service = True, False
         with pytest.raises(SessionError, match="no instance") as caught:
             session.ask("What?")
         assert caught.value.code is ErrorCode.UNAVAILABLE

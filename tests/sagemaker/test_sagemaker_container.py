@@ -112,12 +112,13 @@ def test_what_dies_is_started_again(demo_repository: Path, tmp_path: Path, victi
         session = open_session(container)
         container.kill(victim)
         container.wait_until(lambda: "has died" in container.output, "news of it")
+        container.wait_until(lambda: container.ping() != 200, "/ping to say so")
         container.wait_until_ready()
         answer = container.invoke(question("How many shapes are there?"), session)
         if victim == "llava_sagemaker.adapter":  # sessions are the engines'
             assert "five" in text_of(answer)
         else:
-            assert answer.code == "session_not_found"
+            assert answer.code == "session_not_found", answer.body
             open_session(container)
         assert "Traceback" not in container.output
     finally:

@@ -175,10 +175,8 @@ def test_sessions_outlive_their_adapter(container: TwoEngines) -> None:
     container.kill("llava_sagemaker.adapter")
     container.wait_until(lambda: container.ping() == 0, "its end")
     container.wait_until_ready()
-    cached = []
     for session in sessions:
         answer = container.invoke(question(QUESTIONS[1]), session)
         assert text_of(answer)
-        outputs = {each["name"]: each["data"] for each in answer.json["outputs"]}
-        cached.append(outputs["num_cached_tokens"][0])
-    assert all(tokens > 100 for tokens in cached), cached
+        outputs = {each["name"]: each["data"][0] for each in answer.json["outputs"]}
+        assert outputs["num_cached_tokens"] > outputs["num_input_tokens"] / 2
