@@ -211,6 +211,14 @@ def test_a_fork_of_a_lost_session(with_journal: Pair) -> None:
     assert pair.engine_of(fork.new_session) == pair.engine_of(session)
 
 
+def test_a_fork_of_nothing_is_tried_once(with_journal: Pair) -> None:
+    pair = with_journal
+    fork = pair.adapter.invoke({"requestType": "FORK"}, "made-up")
+    assert (fork.status, fork.code) == (400, "session_not_found")
+    asked = [seen for engine in pair.engines for seen in engine.seen if seen.resume or seen.fork]
+    assert len(asked) == 2
+
+
 def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:
     """For SageMaker, which may refuse the ID of a session whose instance has gone."""
     pair = with_journal

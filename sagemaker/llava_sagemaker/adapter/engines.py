@@ -91,6 +91,7 @@ class Engines:
         """Send a turn; the pieces of its answer, and its errors, as for `Triton.pieces`."""
         again: Turn | None = turn
         del turn  # with its pictures: the answer may take long
+        tried = False
         while again is not None:
             try:
                 async with contextlib.aclosing(self._at(await self._place(again), again)) as pieces:
@@ -99,8 +100,9 @@ class Engines:
                         yield piece
                 again = None
             except SessionError as error:
-                if again is None or not self._may_resume(again, error):
+                if again is None or tried or not self._may_resume(again, error):
                     raise
+                tried = True
                 again = await self._resuming(again)
 
     async def whole(self, turn: Turn) -> Delta:
@@ -201,13 +203,12 @@ class Engines:
         return self._journal and error.code is ErrorCode.NOT_FOUND and not is_new
 
     async def _resuming(self, turn: Turn) -> Turn:
-        """The same turn, its session brought back first."""
+        """The same turn, its session brought back first. Errors as for `pieces`."""
         self.resumed += 1
         source = turn.parameters.get(FORK)
         if source is None:
             return _resumed(turn)
-        with contextlib.suppress(SessionError):  # the turn says what has become of it
-            await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
+        await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
         return turn
 
     # Which engines serve.
