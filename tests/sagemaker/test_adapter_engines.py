@@ -18,6 +18,7 @@ from tests.stub_triton import StubTriton
 
 SETTINGS = Settings(max_sessions=64, max_queued_turns=64)
 PICTURE = b"\x89PNG a picture"
+IN_FLIGHT = "llava_adapter_requests_in_flight"
 SHOWN = "data:image/png;base64,iVBORw0KGgo="
 
 
@@ -65,8 +66,17 @@ class Pair:
         assert opened.status == 200, opened.body
         return opened.new_session
 
-    def ask(self, session: str | None, text: str) -> Answer:
-        return self.adapter.invoke(question(text), session)
+    def open_on(self, number: int) -> str:
+        session = self.open()
+        return session if self.engine_of(session) == number else self.open_on(number)
+
+    def ask(self, session: str | None, text: str, tenant: str = "") -> Answer:
+        body, headers = json.dumps(question(text)).encode(), {"Content-Type": "application/json"}
+        if session is not None:
+            headers["X-Amzn-SageMaker-Session-Id"] = session
+        if tenant:
+            headers["X-Llava-Tenant"] = tenant
+        return self.adapter.request("POST", "/invocations", body, headers)
 
     def engine_of(self, session: str) -> int:
         (number,) = (n for n, engine in enumerate(self.engines) if session in engine.open)
@@ -122,6 +132,52 @@ def test_an_adapter_that_has_forgotten_asks_the_engines(pair: Pair) -> None:
         assert text_of(pair.ask(session, f"again {number}")) == f"again {number}"
         assert pair.asked(f"again {number}") == [where[number]]
     assert pair.ask("made-up", "Hello?").code == "session_not_found"
+
+
+def test_a_stranger_changes_nothing_for_the_owner(pair: Pair) -> None:
+    session = pair.open_on(1)
+    assert pair.ask(session, "Hello?", "stranger").code == "session_not_found"
+    looks = pair.asked("")
+    assert text_of(pair.ask(session, "And?")) == "And?"
+    assert pair.asked("") == looks  # its engine was still known
+    pair.restart_adapter()
+    for engine in pair.engines:
+        engine.may_answer.clear()
+    with ThreadPoolExecutor(2) as pool:
+        refused = pool.submit(pair.ask, session, "Hello?", "stranger")
+        pair.adapter.wait_until(lambda: len(pair.asked("")) == len(looks) + 2)
+        answered = pool.submit(pair.ask, session, "Still?")
+        pair.adapter.wait_until(lambda: pair.adapter.metric(IN_FLIGHT) == 2)
+        for engine in pair.engines:
+            engine.may_answer.set()
+        assert refused.result().code == "session_not_found"
+        assert text_of(answered.result()) == "Still?"
+    assert pair.asked("Still?") == [1]
+
+
+def test_an_engine_that_is_full_may_have_the_session(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.open_on(1)
+    pair.restart_adapter()
+    pair.engines[1].is_full = True
+    assert pair.ask(session, "Hello?").code == "unavailable"
+    assert pair.engine_of(session) == 1  # nor was it resumed on the other one
+    pair.engines[1].is_full, pair.engines[0].is_full = False, True
+    pair.restart_adapter()
+    assert text_of(pair.ask(session, "Hello?")) == "Hello?"
+    assert pair.asked("Hello?")[-1] == 1
+
+
+def test_a_resumed_session_stays_where_its_turn_was_refused(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.open_on(1)
+    pair.engines[1].open.clear()
+    refused = pair.adapter.invoke(b"no picture", session, "image/png")
+    assert refused.code == "image_invalid", refused.body
+    number, looks = pair.engine_of(session), pair.asked("")
+    assert text_of(pair.ask(session, "Hello?")) == "Hello?"
+    assert pair.asked("Hello?") == [number]
+    assert pair.asked("") == looks  # it was known to be there
 
 
 def test_a_turn_without_a_session_goes_where_less_is_under_way(pair: Pair) -> None:
@@ -238,7 +294,7 @@ def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:
         lost()
         headers = {
             "X-Amzn-SageMaker-Session-Id": "NEW_SESSION",
-            "X-Amzn-SageMaker-Custom-Attributes": f"tenant=me; resume={session}",
+            "X-Amzn-SageMaker-Custom-Attributes": f"trace=7; resume={session}",
             "Content-Type": "application/json",
         }
         told = adapter.request("POST", "/invocations", data, headers)
