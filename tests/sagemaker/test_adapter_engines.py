@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -122,6 +123,37 @@ def test_named_sessions_are_placed_evenly_too(pair: Pair) -> None:
         chat = pair.adapter.request("POST", "/v1/chat/completions", body, headers)
         assert chat.status == 200, chat.body
     assert [len(engine.open) for engine in pair.engines] == [3, 3]
+
+
+def test_named_sessions_are_entered_by_their_names_alone(pair: Pair) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}).encode()
+    headers = {"Content-Type": "application/json", "X-Session-Id": "a name"}
+    assert pair.adapter.request("POST", "/v1/chat/completions", body, headers).status == 200
+    (session,) = pair.engines[0].open | pair.engines[1].open
+    for asked in ({"requestType": "CLOSE"}, {"requestType": "FORK"}, question("?")):
+        refused = pair.adapter.invoke(asked, session)
+        assert (refused.status, refused.code) == (400, "invalid_request")
+    assert pair.engines[0].open | pair.engines[1].open == {session}
+
+
+def test_several_answers_share_their_time(pair: Pair) -> None:
+    for engine in pair.engines:
+        engine.may_answer.clear()
+    body = {"messages": [{"role": "user", "content": "long"}], "n": 2, "max_seconds": 9}
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(pair.adapter.invoke, body)
+        pair.adapter.wait_until(lambda: bool(pair.asked("long")))
+        began = time.monotonic()
+        pair.adapter.wait_until(lambda: time.monotonic() - began > 0.5)
+        for engine in pair.engines:
+            engine.may_answer.set()
+        assert answering.result().status == 200, answering.result().body
+    pair.adapter.wait_until(lambda: not any(engine.open for engine in pair.engines))
+    first, fork, end = (seen for engine in pair.engines for seen in engine.seen)
+    first, fork = (json.loads(seen.inputs["sampling_parameters"][0]) for seen in (first, fork))
+    assert first["max_seconds"] == 9
+    assert 1 <= fork["max_seconds"] < 8.5
+    assert end.end  # and nobody was asked where the session is
 
 
 def test_an_adapter_that_has_forgotten_asks_the_engines(pair: Pair) -> None:
@@ -273,6 +305,21 @@ def test_a_fork_of_nothing_is_tried_once(with_journal: Pair) -> None:
     assert (fork.status, fork.code) == (400, "session_not_found")
     asked = [seen for engine in pair.engines for seen in engine.seen if seen.resume or seen.fork]
     assert len(asked) == 2
+
+
+def test_what_was_said_is_remembered_when_a_session_is_resumed(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.adapter.invoke({"requestType": "NEW_SESSION"}, "NEW_SESSION").new_session
+    first = {"role": "user", "content": "Hello?"}
+    told = pair.adapter.invoke({"messages": [first]}, session)
+    for engine in pair.engines:
+        engine.open.clear()
+    again = pair.adapter.invoke({"requestType": "NEW_SESSION", "resume": session}, "NEW_SESSION")
+    assert again.new_session == session
+    said = [first, told.json["choices"][0]["message"], {"role": "user", "content": "And?"}]
+    assert pair.adapter.invoke({"messages": said}, session).status == 200
+    seen = pair.engines[pair.engine_of(session)].seen[-1]
+    assert (seen.text, seen.start, "history" in seen.inputs) == ("And?", False, False)
 
 
 def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:

@@ -140,8 +140,8 @@ class Engines:
         except SessionError as error:
             is_open = error.code is not ErrorCode.NOT_FOUND and not start
             raise
-        except BaseException:  # its client has left, or the engine is lost
-            is_open = not start
+        except BaseException:  # its client has left, perhaps served, or the engine is lost
+            is_open = is_open or not start
             raise
         finally:
             engine.turns -= 1
@@ -293,7 +293,7 @@ class _Homes:
             else:
                 self._forget(key)
 
-    def _of(self, engine: Engine) -> Iterator[tuple[str, _Home]]:
+    def _of(self, engine: Engine) -> Iterator[tuple[SessionKey, _Home]]:
         return (each for each in self._homes.items() if each[1].engine is engine)
 
     def _use(self, key: SessionKey, home: _Home) -> None:
