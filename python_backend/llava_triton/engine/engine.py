@@ -341,7 +341,7 @@ class Engine:
         if self._stopping:
             return unavailable("the server is shutting down")
         if before and not before[0].request.operation.resume:
-            owner = before[0].request.tenant
+            owner: str | None = before[0].request.tenant
         else:
             # Only where no turn of it has begun: to look a session up may end it. One that is being
             # read may be anybody's, whoever asked for it first.
