@@ -32,6 +32,7 @@ class Seen:
     fork: str = ""
     stop: str = ""
     """The session whose answer is to end."""
+    tenant: str = ""
 
     @property
     def text(self) -> str:
@@ -53,6 +54,10 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def __init__(self, journal: set[str] | None = None, port: int | None = None) -> None:
         self.seen: list[Seen] = []
         self.open: set[str] = set()
+        self.tenants: dict[str, str] = {}
+        """Of the sessions that were ever open."""
+        self.is_full = False
+        """Whether all turns are refused until later."""
         self.journal = journal
         self.calls_ended = 0
         """Calls that were cancelled, or whose channel was closed."""
@@ -112,6 +117,7 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             resume="resume" in parameters and parameters["resume"].bool_param,
             fork=parameters["fork"].string_param if "fork" in parameters else "",
             stop=parameters["stop_answer"].string_param if "stop_answer" in parameters else "",
+            tenant=parameters["tenant"].string_param if "tenant" in parameters else "",
         )
         for tensor, data in zip(request.inputs, request.raw_input_contents, strict=True):
             seen.inputs[tensor.name] = list(_elements(data))
@@ -141,18 +147,25 @@ class StubTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         return self.knows_waiting and (seen.session, request.id) in self.cancelled
 
     def _refusal(self, seen: Seen) -> str:
+        if self.is_full:
+            return "UNAVAILABLE: 64 turns are waiting already"
+        if self.tenants.get(seen.session, seen.tenant) != seen.tenant:
+            return "NOT_FOUND: session ID is unknown or has expired"
         if seen.resume and seen.session not in self.open | (self.journal or set()):
             return "NOT_FOUND: session ID is unknown or has expired"
         if (seen.fork or seen.stop) and (seen.fork or seen.stop) not in self.open:
             return "NOT_FOUND: session ID is unknown or has expired"
         if not seen.start and seen.session not in self.open:
             return "inference request for sequence 1 must specify the START flag"
+        if seen.resume:
+            self.open.add(seen.session)  # also where its turn is refused
         if any(image.startswith(b"no picture") for image in seen.inputs.get("image", [])):
             return "INVALID_ARG: image 1 is no picture"
         if not seen.inputs and not seen.start and not seen.end:
             return "INVALID_ARG: the turn asks nothing"
         if seen.start:
             self.open.add(seen.session)
+            self.tenants[seen.session] = seen.tenant
             if self.journal is not None:
                 self.journal.add(seen.session)
         if seen.end:

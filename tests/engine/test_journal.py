@@ -219,6 +219,34 @@ def test_whoever_may_not_resume_learns_nothing(journaled: Callable[..., EngineHa
     assert failure(harness.submit("x", start=True, operation=both)) is ErrorCode.INVALID_ARG
 
 
+def test_who_asks_first_for_a_lost_session_is_not_its_owner(
+    journaled: Callable[..., EngineHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = journaled()
+    harness.ask("s", "What is it?", start=True, tenant="alice")
+    safe(harness)
+    lose(harness)
+    may_read, call = threading.Event(), Store._call
+
+    async def slow(self: Store, asked: Any) -> Any:
+        while not may_read.is_set():
+            await asyncio.sleep(0.005)
+        return await call(self, asked)
+
+    monkeypatch.setattr(Store, "_call", slow)
+    stranger = harness.submit("s", "?", start=True, tenant="bob", operation=RESUME)
+    owner = harness.submit("s", "Why so?", start=True, tenant="alice", operation=RESUME)
+    behind = harness.submit("s", "?", tenant="bob")
+    anew = harness.submit("s", "?", start=True, tenant="bob")
+    may_read.set()
+    assert failure(stranger) is ErrorCode.NOT_FOUND
+    assert failure(behind) is ErrorCode.NOT_FOUND
+    assert failure(anew) is ErrorCode.INVALID_ARG  # taken
+    assert owner.wait()
+    assert len(harness.session("s").turns) == 2
+    harness.check_books()
+
+
 def test_without_a_journal_there_is_nothing_to_resume(start: Start) -> None:
     harness = start()
     assert failure(resume(FIRST, harness)) is ErrorCode.NOT_FOUND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -371,6 +372,29 @@ def test_a_session_that_is_refused_is_released_before_its_client_hears_of_it(
     assert set(release.parameters) == {protocol.RELEASE}
     served.send("Guess", session="a", parameters={protocol.RELEASE: "guessed"}).sender.wait()
     assert not served.send("And?").sender.wait()[-1].has_error()
+
+
+def test_no_line_of_the_log_has_an_id(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refuse = refusing("INTERNAL: the sequence secret-1 is not known")
+    monkeypatch.setattr(Served, "_called", lambda _, call: refuse(call))
+    served = Served(checkpoint, log_turns=True)
+    for source in ("secret-1-2", "secret\\3", 4711):
+        copy = {"fork": source}
+        served.send(session="secret-1", flags=START, parameters=copy).sender.wait()
+    served.send("?", session="secret-1").sender.wait()
+    served.model.finalize()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["outcome"] for line in lines] == ["NOT_FOUND"] * 4
+    for told in (*(line["error"] for line in lines), *caplog.messages):
+        assert "secret" not in told
+        assert "4711" not in told
+        assert "1-2" not in told
+    assert len(caplog.messages) == 3
 
 
 def test_room_is_told(served: Served) -> None:

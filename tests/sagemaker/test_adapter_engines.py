@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.stub_triton import StubTriton
 
 SETTINGS = Settings(max_sessions=64, max_queued_turns=64)
 PICTURE = b"\x89PNG a picture"
+IN_FLIGHT = "llava_adapter_requests_in_flight"
 SHOWN = "data:image/png;base64,iVBORw0KGgo="
 
 
@@ -65,8 +67,17 @@ class Pair:
         assert opened.status == 200, opened.body
         return opened.new_session
 
-    def ask(self, session: str | None, text: str) -> Answer:
-        return self.adapter.invoke(question(text), session)
+    def open_on(self, number: int) -> str:
+        session = self.open()
+        return session if self.engine_of(session) == number else self.open_on(number)
+
+    def ask(self, session: str | None, text: str, tenant: str = "") -> Answer:
+        body, headers = json.dumps(question(text)).encode(), {"Content-Type": "application/json"}
+        if session is not None:
+            headers["X-Amzn-SageMaker-Session-Id"] = session
+        if tenant:
+            headers["X-Llava-Tenant"] = tenant
+        return self.adapter.request("POST", "/invocations", body, headers)
 
     def engine_of(self, session: str) -> int:
         (number,) = (n for n, engine in enumerate(self.engines) if session in engine.open)
@@ -114,6 +125,37 @@ def test_named_sessions_are_placed_evenly_too(pair: Pair) -> None:
     assert [len(engine.open) for engine in pair.engines] == [3, 3]
 
 
+def test_named_sessions_are_entered_by_their_names_alone(pair: Pair) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}).encode()
+    headers = {"Content-Type": "application/json", "X-Session-Id": "a name"}
+    assert pair.adapter.request("POST", "/v1/chat/completions", body, headers).status == 200
+    (session,) = pair.engines[0].open | pair.engines[1].open
+    for asked in ({"requestType": "CLOSE"}, {"requestType": "FORK"}, question("?")):
+        refused = pair.adapter.invoke(asked, session)
+        assert (refused.status, refused.code) == (400, "invalid_request")
+    assert pair.engines[0].open | pair.engines[1].open == {session}
+
+
+def test_several_answers_share_their_time(pair: Pair) -> None:
+    for engine in pair.engines:
+        engine.may_answer.clear()
+    body = {"messages": [{"role": "user", "content": "long"}], "n": 2, "max_seconds": 9}
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(pair.adapter.invoke, body)
+        pair.adapter.wait_until(lambda: bool(pair.asked("long")))
+        began = time.monotonic()
+        pair.adapter.wait_until(lambda: time.monotonic() - began > 0.5)
+        for engine in pair.engines:
+            engine.may_answer.set()
+        assert answering.result().status == 200, answering.result().body
+    pair.adapter.wait_until(lambda: not any(engine.open for engine in pair.engines))
+    first, fork, end = (seen for engine in pair.engines for seen in engine.seen)
+    first, fork = (json.loads(seen.inputs["sampling_parameters"][0]) for seen in (first, fork))
+    assert first["max_seconds"] == 9
+    assert 1 <= fork["max_seconds"] < 8.5
+    assert end.end  # and nobody was asked where the session is
+
+
 def test_an_adapter_that_has_forgotten_asks_the_engines(pair: Pair) -> None:
     sessions = [pair.open() for _ in range(4)]
     where = [pair.engine_of(session) for session in sessions]
@@ -122,6 +164,52 @@ def test_an_adapter_that_has_forgotten_asks_the_engines(pair: Pair) -> None:
         assert text_of(pair.ask(session, f"again {number}")) == f"again {number}"
         assert pair.asked(f"again {number}") == [where[number]]
     assert pair.ask("made-up", "Hello?").code == "session_not_found"
+
+
+def test_a_stranger_changes_nothing_for_the_owner(pair: Pair) -> None:
+    session = pair.open_on(1)
+    assert pair.ask(session, "Hello?", "stranger").code == "session_not_found"
+    looks = pair.asked("")
+    assert text_of(pair.ask(session, "And?")) == "And?"
+    assert pair.asked("") == looks  # its engine was still known
+    pair.restart_adapter()
+    for engine in pair.engines:
+        engine.may_answer.clear()
+    with ThreadPoolExecutor(2) as pool:
+        refused = pool.submit(pair.ask, session, "Hello?", "stranger")
+        pair.adapter.wait_until(lambda: len(pair.asked("")) == len(looks) + 2)
+        answered = pool.submit(pair.ask, session, "Still?")
+        pair.adapter.wait_until(lambda: pair.adapter.metric(IN_FLIGHT) == 2)
+        for engine in pair.engines:
+            engine.may_answer.set()
+        assert refused.result().code == "session_not_found"
+        assert text_of(answered.result()) == "Still?"
+    assert pair.asked("Still?") == [1]
+
+
+def test_an_engine_that_is_full_may_have_the_session(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.open_on(1)
+    pair.restart_adapter()
+    pair.engines[1].is_full = True
+    assert pair.ask(session, "Hello?").code == "unavailable"
+    assert pair.engine_of(session) == 1  # nor was it resumed on the other one
+    pair.engines[1].is_full, pair.engines[0].is_full = False, True
+    pair.restart_adapter()
+    assert text_of(pair.ask(session, "Hello?")) == "Hello?"
+    assert pair.asked("Hello?")[-1] == 1
+
+
+def test_a_resumed_session_stays_where_its_turn_was_refused(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.open_on(1)
+    pair.engines[1].open.clear()
+    refused = pair.adapter.invoke(b"no picture", session, "image/png")
+    assert refused.code == "image_invalid", refused.body
+    number, looks = pair.engine_of(session), pair.asked("")
+    assert text_of(pair.ask(session, "Hello?")) == "Hello?"
+    assert pair.asked("Hello?") == [number]
+    assert pair.asked("") == looks  # it was known to be there
 
 
 def test_a_turn_without_a_session_goes_where_less_is_under_way(pair: Pair) -> None:
@@ -211,6 +299,29 @@ def test_a_fork_of_a_lost_session(with_journal: Pair) -> None:
     assert pair.engine_of(fork.new_session) == pair.engine_of(session)
 
 
+def test_a_fork_of_nothing_is_tried_once(with_journal: Pair) -> None:
+    pair = with_journal
+    fork = pair.adapter.invoke({"requestType": "FORK"}, "made-up")
+    assert (fork.status, fork.code) == (400, "session_not_found")
+    asked = [seen for engine in pair.engines for seen in engine.seen if seen.resume or seen.fork]
+    assert len(asked) == 2
+
+
+def test_what_was_said_is_remembered_when_a_session_is_resumed(with_journal: Pair) -> None:
+    pair = with_journal
+    session = pair.adapter.invoke({"requestType": "NEW_SESSION"}, "NEW_SESSION").new_session
+    first = {"role": "user", "content": "Hello?"}
+    told = pair.adapter.invoke({"messages": [first]}, session)
+    for engine in pair.engines:
+        engine.open.clear()
+    again = pair.adapter.invoke({"requestType": "NEW_SESSION", "resume": session}, "NEW_SESSION")
+    assert again.new_session == session
+    said = [first, told.json["choices"][0]["message"], {"role": "user", "content": "And?"}]
+    assert pair.adapter.invoke({"messages": said}, session).status == 200
+    seen = pair.engines[pair.engine_of(session)].seen[-1]
+    assert (seen.text, seen.start, "history" in seen.inputs) == ("And?", False, False)
+
+
 def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:
     """For SageMaker, which may refuse the ID of a session whose instance has gone."""
     pair = with_journal
@@ -230,7 +341,7 @@ def test_a_new_session_can_be_an_old_one(with_journal: Pair) -> None:
         lost()
         headers = {
             "X-Amzn-SageMaker-Session-Id": "NEW_SESSION",
-            "X-Amzn-SageMaker-Custom-Attributes": f"tenant=me; resume={session}",
+            "X-Amzn-SageMaker-Custom-Attributes": f"trace=7; resume={session}",
             "Content-Type": "application/json",
         }
         told = adapter.request("POST", "/invocations", data, headers)

@@ -340,14 +340,16 @@ class Engine:
         before = lanes.of_session(request.session_id)
         if self._stopping:
             return unavailable("the server is shutting down")
-        # Only where no turn of it is on its way: to look a session up may end it.
-        session = None if before else self._sessions.find(request.session_id)
-        owner = before[0].request.tenant if before else session.tenant if session else None
+        if before and not before[0].request.operation.resume:
+            owner: str | None = before[0].request.tenant
+        else:
+            # Only where no turn of it has begun: to look a session up may end it. One that is being
+            # read may be anybody's, whoever asked for it first.
+            session = self._sessions.find(request.session_id)
+            owner = session.tenant if session else None
         if owner not in (None, request.tenant):
             # At once: behind the owner's turns a stranger would learn that there are some.
-            opens = request.start and not request.operation.resume
-            refuse = taken_by_another if opens else unknown
-            return refuse(request.session_id)
+            return _not_yours(request)
         if request.only_ends and self._ends_something(turn):
             return None  # it makes room
         if lanes.turns >= settings.max_queued_turns:
@@ -496,6 +498,9 @@ class Engine:
             journal.restore(session, resumed, images)
             turn.resuming = None  # it holds the features
             self._sessions.open(session)
+            for other in self._lanes.of_session(session.id):
+                if other.request.tenant != session.tenant:
+                    self._withdraw(other, _not_yours(other.request))
         elif session.tenant != request.tenant:
             raise unknown(request.session_id)
         if request.is_empty and not request.end and request.operation.rewind is None:
@@ -901,6 +906,11 @@ class Engine:
         )
         now.journal = replace(self._journal.counters) if self._journal is not None else None
         return now
+
+
+def _not_yours(request: TurnRequest) -> SessionError:
+    opens = request.start and not request.operation.resume
+    return taken_by_another(request.session_id) if opens else unknown(request.session_id)
 
 
 def _too_late(turn: Turn) -> SessionError:

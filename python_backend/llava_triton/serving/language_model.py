@@ -53,7 +53,7 @@ from llava_triton.pictures.feature_rows import unflattened
 from llava_triton.serving.backend import Backend
 from llava_triton.serving.metrics import Publisher, engine_metrics
 from llava_triton.serving.response_thread import ResponseThread
-from llava_triton.serving.turn_log import LoggedTurn
+from llava_triton.serving.turn_log import LoggedTurn, session_hash, without_ids
 from llava_triton.serving.whole_answers import Outbox, WholeAnswer
 
 if TYPE_CHECKING:
@@ -250,9 +250,10 @@ class LanguageModel:
                     flags=self._backend.end,
                 )
         except SessionError as error:
-            log.warning("sequence %r was not let go: %s", session_id, error)
+            said = without_ids(str(error), session_id)
+            log.warning("sequence %s was not let go: %s", session_hash(session_id), said)
         except Exception:
-            log.exception("sequence %r was not let go", session_id)
+            log.exception("sequence %s was not let go", session_hash(session_id))
         finally:
             tell()
 

@@ -22,6 +22,14 @@ def session_hash(session_id: int | str) -> str:
     return hashlib.sha256(str(session_id).encode()).hexdigest()[:SESSION_DIGITS]
 
 
+def without_ids(text: str, *session_ids: int | str | None) -> str:
+    """The text with other words for these IDs, also where they are quoted as Python does it."""
+    named = {form(each) for each in session_ids if each for form in (repr, str)}
+    for written in sorted(named, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(written, "(an ID)")
+    return text
+
+
 class LoggedTurn:
     """A listener that tells another one, and writes the line when the turn has ended.
 
@@ -41,7 +49,8 @@ class LoggedTurn:
     ) -> None:
         self._listener = listener
         self._write = write or _print
-        self._session_id = str(session_id)
+        self._session_ids: list[int | str | None] = [session_id]
+        """Those that it names."""
         self._began = time.monotonic()
         self._line: dict[str, object] = {
             "event": "turn",
@@ -54,6 +63,7 @@ class LoggedTurn:
 
     def asks(self, turn: TurnRequest) -> None:
         """What the turn is, when the request has been read."""
+        self._session_ids.append(turn.operation.fork)
         self._line |= {
             "tenant": turn.tenant,
             "opens": turn.start,
@@ -67,7 +77,7 @@ class LoggedTurn:
         total = round((time.monotonic() - self._began) * 1000.0, 1)
         line = {**self._line, "turn": self.turn_id, "total_ms": total}
         if isinstance(event, SessionError):
-            sentence = event.sentence.replace(self._session_id, "(its ID)")
+            sentence = without_ids(event.sentence, *self._session_ids)
             line |= {"outcome": event.code.name, "error": sentence}
         elif event.is_final:
             line |= {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import SAMPLING_PARAMETERS
 from llava_triton.contract.operations import Operation
 from llava_triton.contract.sampling_parameters import MAX_SEED
+
+LEAST_SECONDS = 1.0
+"""A later answer has at least so long, or what the first one has."""
 
 _ending: set[asyncio.Task[None]] = set()
 """Sessions that are being ended; whoever asked has gone."""
@@ -57,7 +61,7 @@ async def choices(engines: Engines, turn: Turn, count: int) -> AsyncGenerator[De
     """
     pieces: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
     asking = [asyncio.create_task(_ask(engines, turn, 0, pieces))]
-    begun: set[int] = set()
+    began, begun = time.monotonic(), set[int]()
     ended = 0
     try:
         while ended < count:
@@ -66,7 +70,7 @@ async def choices(engines: Engines, turn: Turn, count: int) -> AsyncGenerator[De
                 raise piece
             if len(asking) == 1 and (piece.num_output_tokens or piece.is_final):
                 for other in range(1, count):
-                    again = _another(turn, other)
+                    again = _another(turn, other, time.monotonic() - began)
                     asking.append(asyncio.create_task(_ask(engines, again, other, pieces)))
             if index not in begun:
                 begun.add(index)
@@ -107,14 +111,18 @@ async def _ask(
         pieces.put_nowait((index, error))
 
 
-def _another(turn: Turn, index: int) -> Turn:
-    """The turn of another answer: the same sampling, but for the seed, which is as many higher."""
+def _another(turn: Turn, index: int, late: float) -> Turn:
+    """The turn of another answer, so many seconds later: the same sampling, but for the seed, which
+    is as many higher, and the time, which is as much less."""
     tensors = {}
     if SAMPLING_PARAMETERS.name in turn.tensors:
-        given = b"".join(turn.tensors[SAMPLING_PARAMETERS.name].pieces)[LENGTH_BYTES:]
-        sampling = json.loads(given)
+        data = b"".join(turn.tensors[SAMPLING_PARAMETERS.name].pieces)[LENGTH_BYTES:]
+        sampling = json.loads(data)
         if isinstance(sampling.get("seed"), int):  # the engine has taken it
             sampling["seed"] = (sampling["seed"] + index) % (MAX_SEED + 1)
+        given = sampling.get("max_seconds")
+        if given is not None:
+            sampling["max_seconds"] = max(given - late, min(given, LEAST_SECONDS))
         tensors[SAMPLING_PARAMETERS.name] = packed([json.dumps(sampling).encode()])
     again = Operation(fork=turn.session_id, regenerate=True).to_parameters()
     return Turn(new_session_id(), True, True, tensors, turn.tenant, again)

@@ -34,8 +34,12 @@ SETTLED_SECONDS = 2.0
 WAIT_SECONDS = 30.0
 """So long a turn waits for an engine to be started again, where a journal has its session."""
 LOOK_SECONDS = 5.0
-"""An engine that is asked for a session and does not answer has it: the question waits behind a
-turn of the session."""
+"""An engine that is asked for a session and does not answer may have it: the question waits behind
+a turn of the session."""
+
+SessionKey = tuple[str, str]
+"""A tenant, and the ID by which it asks for a session: of another tenant's it learns nothing, and
+changes nothing for that."""
 
 
 @dataclass(eq=False)
@@ -83,14 +87,14 @@ class Engines:
         self._journal = bool(settings.journal)
         self._homes = _Homes(settings.session_idle_seconds)
         self._any_serves = asyncio.Event()
-        self._looks: dict[str, asyncio.Task[Engine | None]] = {}
-        """By session."""
+        self._looks: dict[SessionKey, asyncio.Task[Engine | None]] = {}
         self._watches = [asyncio.create_task(self._watch(engine)) for engine in self.all]
 
     async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer, and its errors, as for `Triton.pieces`."""
         again: Turn | None = turn
         del turn  # with its pictures: the answer may take long
+        tried = False
         while again is not None:
             try:
                 async with contextlib.aclosing(self._at(await self._place(again), again)) as pieces:
@@ -99,8 +103,9 @@ class Engines:
                         yield piece
                 again = None
             except SessionError as error:
-                if again is None or not self._may_resume(again, error):
+                if again is None or tried or not self._may_resume(again, error):
                     raise
+                tried = True
                 again = await self._resuming(again)
 
     async def whole(self, turn: Turn) -> Delta:
@@ -121,9 +126,10 @@ class Engines:
 
     async def _at(self, engine: Engine, turn: Turn) -> AsyncGenerator[Delta, None]:
         """A turn, sent to an engine; what is known of its session follows from how it ends."""
-        is_open, start, end, session_id = False, turn.start, turn.end, turn.session_id
+        is_open, end, key = False, turn.end, _key(turn)
+        start = turn.start and RESUME not in turn.parameters
         engine.turns += 1
-        home = None if start and end else self._homes.begins(session_id, engine)
+        home = None if start and end else self._homes.begins(key, engine)
         answer = engine.triton.pieces(turn)
         del turn  # with its pictures
         try:
@@ -134,13 +140,13 @@ class Engines:
         except SessionError as error:
             is_open = error.code is not ErrorCode.NOT_FOUND and not start
             raise
-        except BaseException:  # its client has left, or the engine is lost
-            is_open = not start
+        except BaseException:  # its client has left, perhaps served, or the engine is lost
+            is_open = is_open or not start
             raise
         finally:
             engine.turns -= 1
             if home is not None:
-                self._homes.ended(session_id, home, is_open and not end)
+                self._homes.ended(key, home, is_open and not end)
 
     # Where a turn goes.
 
@@ -154,14 +160,14 @@ class Engines:
         await self._settle()
         other = turn.parameters.get(STOP_ANSWER, turn.parameters.get(FORK))
         if other is not None:  # of an open session
-            return await self._find(str(other), turn.tenant) or self._fewest_sessions()
+            return await self._find((turn.tenant, str(other))) or self._fewest_sessions()
         if turn.start and turn.end and RESUME not in turn.parameters:
             return min(self._serving(), key=lambda engine: (engine.turns, engine.sessions))
         if turn.start and RESUME not in turn.parameters and not is_named(turn.session_id):
             return self._fewest_sessions()  # we have just made the ID
-        found = await self._find(turn.session_id, turn.tenant)
+        found = await self._find(_key(turn))
         # Others may have waited for the same answer, and one of them was first.
-        return found or self._homes.engine_of(turn.session_id) or self._fewest_sessions()
+        return found or self._homes.engine_of(_key(turn)) or self._fewest_sessions()
 
     def _serving(self) -> list[Engine]:
         """Those to choose from. Where none serves, all of them: their errors say why."""
@@ -171,27 +177,19 @@ class Engines:
         self._homes.forget_expired()  # (as `begins` does, but before it is counted)
         return min(self._serving(), key=lambda engine: (engine.sessions, engine.turns))
 
-    async def _find(self, session_id: str, tenant: str) -> Engine | None:
+    async def _find(self, key: SessionKey) -> Engine | None:
         """The engine that has a session; None: none of those that serve."""
-        known = self._homes.engine_of(session_id)
+        known = self._homes.engine_of(key)
         if known is not None:
             return known
         serving = self._serving()
         if len(serving) == 1:
             return serving[0]  # it will say
-        look = self._looks.get(session_id)
+        look = self._looks.get(key)
         if look is None:
-            look = self._looks[session_id] = asyncio.create_task(
-                self._look(serving, session_id, tenant)
-            )
-            look.add_done_callback(lambda _: self._looks.pop(session_id, None))
+            look = self._looks[key] = asyncio.create_task(_look(serving, key))
+            look.add_done_callback(lambda _: self._looks.pop(key, None))
         return await asyncio.shield(look)
-
-    async def _look(self, engines: list[Engine], session_id: str, tenant: str) -> Engine | None:
-        """Ask engines for a session, by a turn that asks for nothing."""
-        nothing = Turn(session_id, tenant=tenant)
-        found = await asyncio.gather(*(_has(engine, nothing) for engine in engines))
-        return next((engine for engine, has in zip(engines, found, strict=True) if has), None)
 
     # Bringing sessions back.
 
@@ -201,13 +199,12 @@ class Engines:
         return self._journal and error.code is ErrorCode.NOT_FOUND and not is_new
 
     async def _resuming(self, turn: Turn) -> Turn:
-        """The same turn, its session brought back first."""
+        """The same turn, its session brought back first. Errors as for `pieces`."""
         self.resumed += 1
         source = turn.parameters.get(FORK)
         if source is None:
             return _resumed(turn)
-        with contextlib.suppress(SessionError):  # the turn says what has become of it
-            await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
+        await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
         return turn
 
     # Which engines serve.
@@ -250,77 +247,94 @@ class _Homes:
 
     def __init__(self, idle_seconds: float) -> None:
         self._idle_seconds = idle_seconds
-        self._homes: OrderedDict[str, _Home] = OrderedDict()
+        self._homes: OrderedDict[SessionKey, _Home] = OrderedDict()
 
-    def engine_of(self, session_id: str) -> Engine | None:
+    def engine_of(self, key: SessionKey) -> Engine | None:
         """Where a session is; None: not known."""
-        home = self._homes.get(session_id)
+        home = self._homes.get(key)
         return None if home is None else home.engine
 
-    def begins(self, session_id: str, engine: Engine) -> _Home:
+    def begins(self, key: SessionKey, engine: Engine) -> _Home:
         """A turn of a session goes to an engine."""
         self.forget_expired()
-        home = self._homes.get(session_id)
+        home = self._homes.get(key)
         if home is None or home.engine is not engine:
-            self._forget(session_id)
-            home = self._homes[session_id] = _Home(engine, 0.0)
+            self._forget(key)
+            home = self._homes[key] = _Home(engine, 0.0)
             engine.sessions += 1
         home.turns += 1
-        self._use(session_id, home)
+        self._use(key, home)
         return home
 
-    def ended(self, session_id: str, home: _Home, is_open: bool) -> None:
+    def ended(self, key: SessionKey, home: _Home, is_open: bool) -> None:
         """Such a turn has ended, and its session is still there, or not."""
         home.turns -= 1
-        if self._homes.get(session_id) is not home:
+        if self._homes.get(key) is not home:
             return  # forgotten meanwhile
         if is_open:
-            self._use(session_id, home)
+            self._use(key, home)
         else:
-            self._forget(session_id)
+            self._forget(key)
 
     def forget_engine(self, engine: Engine) -> None:
         """It has lost its sessions."""
-        for session_id in [each for each, home in self._of(engine)]:
-            self._forget(session_id)
+        for key in [each for each, home in self._of(engine)]:
+            self._forget(key)
 
     def forget_expired(self) -> None:
         """Sessions that nobody has used for so long that their engines have closed them."""
         until = time.monotonic() - self._idle_seconds
         while self._homes:
-            session_id, home = next(iter(self._homes.items()))
+            key, home = next(iter(self._homes.items()))
             if home.used_at > until:
                 return
             if home.turns:
-                self._use(session_id, home)
+                self._use(key, home)
             else:
-                self._forget(session_id)
+                self._forget(key)
 
-    def _of(self, engine: Engine) -> Iterator[tuple[str, _Home]]:
+    def _of(self, engine: Engine) -> Iterator[tuple[SessionKey, _Home]]:
         return (each for each in self._homes.items() if each[1].engine is engine)
 
-    def _use(self, session_id: str, home: _Home) -> None:
+    def _use(self, key: SessionKey, home: _Home) -> None:
         home.used_at = time.monotonic()
-        self._homes.move_to_end(session_id)
+        self._homes.move_to_end(key)
 
-    def _forget(self, session_id: str) -> None:
-        home = self._homes.pop(session_id, None)
+    def _forget(self, key: SessionKey) -> None:
+        home = self._homes.pop(key, None)
         if home is not None:
             home.engine.sessions -= 1
 
 
-async def _has(engine: Engine, nothing: Turn) -> bool:
-    """Whether an engine has the session of a turn that asks for nothing."""
+async def _look(engines: list[Engine], key: SessionKey) -> Engine | None:
+    """The engine that has a session, by what all say to a turn that asks for nothing; where none
+    has it for certain, one that may: elsewhere it would live twice."""
+    nothing = Turn(key[1], tenant=key[0])
+    said = await asyncio.gather(*(_has(engine, nothing) for engine in engines))
+    for wanted in (True, None):
+        if wanted in said:
+            return engines[said.index(wanted)]
+    return None
+
+
+async def _has(engine: Engine, nothing: Turn) -> bool | None:
+    """Whether an engine has the session of a turn that asks for nothing; None: it does not say."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             await engine.triton.whole(nothing)
     except SessionError as error:
-        return error.code is ErrorCode.INVALID_ARG  # there is one, and it was asked nothing
+        if error.code is ErrorCode.NOT_FOUND:
+            return False
+        return True if error.code is ErrorCode.INVALID_ARG else None  # it was asked nothing
     except TimeoutError:
-        return True
+        return None
     except grpc.aio.AioRpcError:
         return False  # it has just gone, with its sessions
     return True
+
+
+def _key(turn: Turn) -> SessionKey:
+    return turn.tenant, turn.session_id
 
 
 def _resumed(turn: Turn) -> Turn:

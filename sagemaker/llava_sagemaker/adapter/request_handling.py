@@ -137,7 +137,7 @@ class RequestHandler:
             invocation, kind = replace(invocation, turn=turn), invocation.kind
             if request.resumes:
                 invocation = replace(invocation, opened=request.session)
-            if kind != "chat":
+            if kind != "chat" and not invocation.only_resumes:
                 begun = self._remembered.other_turn_begins(invocation.turn)
                 invocation = replace(invocation, session_turn=begun)
             session_turn = invocation.session_turn

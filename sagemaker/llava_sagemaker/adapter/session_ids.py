@@ -35,8 +35,14 @@ def checked_session_id(given: str) -> str:
     """An ID as a client gave it.
 
     Raises:
-        AdapterError: invalid_request, no session can have this ID.
+        AdapterError: invalid_request, no session can have this ID, or it has a name, by which alone
+            it is entered: whoever knows that can work the ID out, for any tenant.
     """
+    if is_named(given):
+        raise invalid_request(
+            f"the session ID {given[:80]!r} is one of a session with a name; name it in the header "
+            f"{SESSION_NAME}"
+        )
     if len(given) > MAX_CHARACTERS or not _PATTERN.fullmatch(given):
         raise invalid_request(
             f"the session ID {given[:80]!r} is none; it has letters, digits and hyphens, at most "
