@@ -184,6 +184,8 @@ def test_a_session_opened_anew_forgets_the_lost_one(
     THIRD.wait(harness, "s", start=True)  # on the open one
     safe(harness)
     lose(harness)
+    certain = time.time() + 2 * writer.UNCERTAIN_SECONDS  # else pictures may be the new one's
+    wait_until(lambda: time.time() > certain)
     SECOND.wait(harness, "s", start=True)  # on the one in the journal
     safe(harness)
     key = folder / session_key("s", "")

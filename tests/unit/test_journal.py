@@ -369,6 +369,28 @@ def test_a_deletion_that_is_tried_again_spares_what_was_opened_anew(
     hands.until(lambda: not hands.paths())
 
 
+def test_pictures_of_no_session_go_and_those_of_any_session_stay(
+    hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "TIDY_SECONDS", 0.1)
+    log, newer, nobodys = Log(KEY), session_key("newer", ""), session_key("nobody's", "")
+    for key in (KEY, newer, nobodys):
+        hands.pictures.keep(key, NAME, b"a picture")
+    assert hands.write(log) is None
+    data = forged(encode(replace(RECORD, session=newer), 1, ""), b'"format":1', b'"format":2')
+    hands.background.run(hands.store.replace(record_path(newer, 1), data)).result()
+    stay = {path for path in hands.paths() if not path.startswith(nobodys)}
+    assert len(stay) >= 3
+    for number in range(3):  # one after the other, also while the last one is waited for
+        hands.pictures.keep(nobodys, f"{number:064}", b"a picture")
+        for key in (KEY, newer, nobodys):
+            hands.writer.tidy(key)
+    hands.until(lambda: not hands.writer._to_tidy and hands.writer._idle.is_set())
+    hands.until(lambda: not any(path.startswith(nobodys) for path in hands.paths()))
+    assert stay <= set(hands.paths())
+    assert hands.read() is not None
+
+
 def test_what_takes_a_place_keeps_what_it_has_shown_since(hands: Hands) -> None:
     old, seen = Log(KEY), "ef" * 32
     for name in (NAME, seen):

@@ -162,8 +162,9 @@ class Writer:
         """Guards the counts of logs and of all."""
         self._queues: dict[str, deque[_Append | _Forget]] = {}
         """By session, what is to be done; the loop's thread alone touches it."""
-        self._to_tidy: set[str] = set()
-        """Sessions whose pictures are looked for soon; the loop's thread alone touches it."""
+        self._to_tidy: dict[str, float] = {}
+        """Sessions whose pictures are looked for soon, and up to when the last ones may come; the
+        loop's thread alone touches it."""
         self._forgets = 0
         """Sessions that wait to be deleted."""
         self._tasks: set[asyncio.Future[None]] = set()
@@ -226,14 +227,16 @@ class Writer:
         self._background.soon(lambda: self._tidy_later(key))
 
     def _tidy_later(self, key: str) -> None:
-        if key in self._to_tidy or len(self._to_tidy) >= MOST_TO_TIDY:
-            return  # beyond that, they are left to whoever sweeps
-        self._to_tidy.add(key)
         until = time.time() + min(PICTURE_SECONDS, TIDY_SECONDS)
-        asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy, key, until)
+        if key in self._to_tidy:
+            self._to_tidy[key] = until
+        elif len(self._to_tidy) < MOST_TO_TIDY:  # beyond that, they are left to whoever sweeps
+            self._to_tidy[key] = until
+            asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy, key, until)
 
     def _tidy(self, key: str, until: float) -> None:
-        self._to_tidy.discard(key)
+        if self._to_tidy.pop(key) > until:  # others came meanwhile
+            self._tidy_later(key)
         if not self._is_open(key):
             self._forget_soon(_Forget(Log(key), until, expired=True))
 
@@ -419,6 +422,9 @@ class Writer:
         first = await self._read(own.key, 1)
         if first is not None and first.generation not in {own.generation, *own.replaces}:
             return  # opened anew, here or elsewhere
+        known = own.number or own.waiting or own.dropped or own.replaces
+        if not known and record_path(own.key, 1) in (each.path for each in entries):
+            return  # perhaps another release's
         if work.expired:
             there = await self._read(own.key, own.number + 1)
             if there and there.generation == own.generation and there.writer != own.writer:
