@@ -18,7 +18,7 @@ from llava_triton.contract.operations import Operation
 from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
 from llava_triton.journal import writer
-from llava_triton.journal.records import session_key
+from llava_triton.journal.records import picture_path, session_key
 from llava_triton.journal.store import Store, StoreError
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
@@ -177,6 +177,8 @@ def test_a_session_opened_anew_forgets_the_lost_one(
     THIRD.wait(harness, "s", start=True)  # on the open one
     safe(harness)
     lose(harness)
+    certain = time.time() + 2 * writer.UNCERTAIN_SECONDS  # else pictures may be the new one's
+    wait_until(lambda: time.time() > certain)
     SECOND.wait(harness, "s", start=True)  # on the one in the journal
     safe(harness)
     key = folder / session_key("s", "")
@@ -515,3 +517,125 @@ def test_a_session_that_is_not_safe_does_not_hibernate(
         return [session.id for session in engine._sessions.oldest_first()]
 
     assert harness.on_engine(open_now) == ["t"]
+
+
+def test_a_session_that_went_on_elsewhere_survives_its_expiry_here(
+    journaled: Callable[..., EngineHarness], folder: Path
+) -> None:
+    one, other = journaled(), journaled()
+    FIRST.wait(one, "s", start=True)
+    FIRST.wait(one, "t", start=True)
+    for name in ("s", "t"):
+        safe(one, name)
+    assert resume(SECOND, other).wait()
+    safe(other)
+    one.clock.now += 1_201.0
+    wait_until(lambda: len(one.expired) == 2)
+    wait_until(lambda: not files(folder / session_key("t", "")))
+    wait_until(lambda: one.journal._writer._idle.is_set())
+    lose(other)
+    assert resume(THIRD, other).wait()
+    assert len(other.session("s").turns) == 3
+
+
+def test_what_was_opened_anew_elsewhere_survives_the_end_here(
+    journaled: Callable[..., EngineHarness],
+) -> None:
+    one, other = journaled(), journaled()
+    FIRST.wait(one, "s", start=True)
+    FIRST.wait(one, "t", start=True)
+    safe(one)
+    safe(one, "t")
+    for name in ("s", "t"):
+        SECOND.wait(other, name, start=True)
+        safe(other, name)
+    SECOND.wait(one, "s", end=True)
+    one.clock.now += 1_201.0
+    wait_until(lambda: one.expired == ["t"])
+    wait_until(lambda: one.journal._writer._idle.is_set())
+    lose(other)
+    for name in ("s", "t"):
+        assert resume(THIRD, other, name).wait()
+        assert len(other.session(name).turns) == 2
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_end_of_a_stranger_deletes_nothing(
+    journaled: Callable[..., EngineHarness], busy: bool
+) -> None:
+    harness = journaled()
+    harness.ask("s", "What is it?", start=True, tenant="alice")
+    safe(harness)
+    alices = harness.submit("s", "Why?", tenant="alice") if busy else None
+    assert failure(harness.submit("s", end=True, tenant="bob")) is ErrorCode.NOT_FOUND
+    if alices is not None:
+        assert alices.wait()
+    wait_until(lambda: not harness.engine.statistics().sessions_open)
+    wait_until(lambda: harness.journal._writer._idle.is_set())
+    harness.ask("s", start=True, tenant="alice", operation=RESUME)
+    assert len(harness.session("s").turns) == 1 + busy
+    # The owner's own END that is refused ends all.
+    assert failure(harness.submit("s", "?", end=True, tenant="alice", history=[PastTurn("?", "!")]))
+    wait_until(lambda: not harness.engine.statistics().sessions_open)
+    wait_until(lambda: harness.journal._writer._idle.is_set())
+    again = harness.submit("s", start=True, tenant="alice", operation=RESUME)
+    assert failure(again) is ErrorCode.NOT_FOUND
+
+
+def test_pictures_that_no_session_has_do_not_stay(
+    journaled: Callable[..., EngineHarness], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "TIDY_SECONDS", 0.3)
+    harness = journaled()
+    THIRD.wait(harness, "open", start=True)
+    assert failure(THIRD.submit(harness, "made up")) is ErrorCode.NOT_FOUND
+    past = [PastTurn("", "", 9)]
+    refused = harness.submit("refused", "?", PICTURES[:1], start=True, history=past)
+    assert failure(refused) is ErrorCode.INVALID_ARG
+    with harness.held_device() as device:
+        cancelled = THIRD.submit(harness, "cancelled", start=True)
+        device.wait_until_busy()
+        harness.engine.cancel(cancelled.id)
+        assert failure(cancelled) is ErrorCode.CANCELLED
+    THIRD.wait(harness, "ended", start=True)
+    harness.ask("ended", end=True)
+    late = picture_path(session_key("ended", ""), "ab" * 32)
+    harness.journal.keep(session_key("ended", ""), "ab" * 32, b"it came late")
+    wait_until(lambda: (folder / late).exists())
+    assert failure(THIRD.submit(harness, "open", history=past))
+    key = session_key("open", "")
+    wait_until(lambda: {path.relative_to(folder).parts[0] for path in files(folder)} == {key})
+    safe(harness, "open")
+    lose(harness)
+    assert resume(SECOND, harness, "open").wait()
+
+
+def test_what_is_used_without_an_answer_lives_as_long_in_the_journal(
+    journaled: Callable[..., EngineHarness],
+) -> None:
+    harness = journaled(max_sessions=1)
+    FIRST.wait(harness, "s", start=True)
+    safe(harness)
+
+    def pass_(seconds: float) -> None:
+        harness.wall.now += seconds
+        harness.clock.now += seconds
+
+    uses: list[Callable[[], object]] = [
+        lambda: failure(harness.submit("s", "?", history=[PastTurn("?", "!")])),  # refused
+        lambda: harness.ask("s", start=True, operation=RESUME),
+    ]
+    for use in uses:
+        pass_(1_000.0)
+        assert use()
+        safe(harness)
+    FIRST.wait(harness, "other", start=True)
+    assert harness.expired == ["s"]  # it hibernates
+    pass_(1_000.0)
+    safe(harness, "other")
+    harness.ask("s", start=True, operation=RESUME)  # which is a use
+    safe(harness)
+    lose(harness)
+    pass_(1_000.0)
+    assert resume(SECOND, harness).wait()
+    assert len(harness.session("s").turns) == 2

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
+import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,6 +150,42 @@ def test_a_conversation_about_a_video_and_a_picture(
     again = stand.ask(QUESTIONS[0], session=uuid.uuid4().hex, start=True, end=True, videos=[file])
     assert stand.tiles() == before
     assert again.num_cached_tokens > 0
+
+
+def test_a_session_with_a_video_is_resumed_where_videos_are_shown_otherwise(
+    stand: Stand, tmp_path: Path
+) -> None:
+    file = clips.clip(clips.noise(24))
+    expected = [
+        stand.ask(QUESTIONS[0], session="a video", start=True, videos=[file]).text,
+        stand.ask(QUESTIONS[1], session="a video", end=True).text,
+    ]
+    repository, folder = tmp_path / "repository", tmp_path / "a journal"
+    shutil.copytree(stand.repository, repository, symlinks=True)
+    said = []
+    for number in (FRAMES, FRAMES // 2):
+        settings = {"journal": folder.as_uri(), "video_frames": number}
+        (repository / "settings.json").write_text(json.dumps(settings))
+        with TritonServer(repository, *free_ports(3)) as server:
+            if not said:
+                with tritonclient.http.InferenceServerClient(server.http_address) as client:
+                    asked = ask(
+                        client,
+                        QUESTIONS[0],
+                        session="a video",
+                        start=True,
+                        videos=[file],
+                        parameters={"max_tokens": 32},
+                    )
+                said.append(asked.text)
+                until = time.monotonic() + 60.0
+                while not list(folder.glob("*/records/*")):
+                    assert time.monotonic() < until, "the turn was not written"
+                    time.sleep(0.02)
+            else:
+                with Session.open(server.grpc_url, resume="a video") as session:
+                    said.append(session.ask(QUESTIONS[1], max_tokens=32).text)
+    assert said == expected
 
 
 def test_frames_are_added_turn_by_turn(stand: Stand) -> None:

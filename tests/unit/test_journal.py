@@ -239,6 +239,20 @@ def test_a_picture_that_does_not_come_keeps_its_record_out(
     assert hands.writer.counters.dropped == 2
 
 
+def test_only_one_record_waits_for_a_picture_that_does_not_come(hands: Hands) -> None:
+    log = Log(KEY)
+    hands.writer.counters.retries = 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writer_module, "SYNC_SECONDS", 0.1)  # it is not waited for any longer
+        assert "picture was not written" in str(hands.write(log))
+    for _ in range(3):  # of `PICTURE_SECONDS` each
+        assert "picture was not written" in str(hands.write(log, covers=log.dropped))
+    hands.pictures.keep(KEY, NAME, b"a picture")
+    hands.until(lambda: hands.paths())
+    assert hands.write(log, covers=log.dropped) is None
+    assert log.is_safe
+
+
 def test_of_two_writers_the_second_loses(hands: Hands) -> None:
     one = Log(KEY)
     assert hands.write(one, images=[], spans=[], turns=[]) is None
@@ -300,6 +314,81 @@ def test_a_session_that_ends_takes_no_picture_of_the_next_one(hands: Hands) -> N
     hands.writer.forget(log, asked_at)
     hands.until(lambda: len(hands.paths()) == 1)
     assert hands.paths() == [later]
+
+
+def test_what_waits_to_be_deleted_is_bounded(
+    hands: Hands, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing: dict[str, Any] = {"images": [], "spans": [], "turns": []}
+    logs = [Log(session_key(name, "")) for name in "abcd"]
+    for log in logs:
+        assert hands.write(log, session=log.key, **nothing) is None
+    entries, down = Store.entries, [True]
+
+    async def faulty(self: Store, prefix: str) -> Any:
+        if down and prefix:
+            raise StoreError("down")
+        return await entries(self, prefix)
+
+    monkeypatch.setattr(Store, "entries", faulty)
+    monkeypatch.setattr(writer_module, "MOST_WAITING", 2)
+    for log in logs:
+        hands.writer.forget(log, time.time())
+    assert caplog.text.count("stays in the journal") == 2
+    down.clear()
+    hands.until(lambda: len(hands.paths()) == 2)
+    hands.until(lambda: hands.writer._idle.is_set())
+    hands.writer.forget(logs[2], time.time())
+    hands.until(lambda: len(hands.paths()) == 1)
+
+
+def test_a_deletion_that_is_tried_again_spares_what_was_opened_anew(
+    hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing: dict[str, Any] = {"images": [], "spans": [], "turns": []}
+    old, new, before = Log(KEY), Log(KEY), Log(KEY)
+    assert hands.write(old, **nothing) is None
+    delete, down = Store.delete, [True]
+
+    async def faulty(self: Store, paths: Any) -> None:
+        if down and asyncio.current_task() in hands.writer._tasks:
+            raise StoreError("down")
+        await delete(self, paths)
+
+    monkeypatch.setattr(Store, "delete", faulty)
+    hands.writer.forget(old, time.time())
+    hands.until(lambda: hands.writer.counters.retries)
+    elsewhere = Hands(hands.store, hands.background)
+    assert elsewhere.write(new, **nothing) is None
+    down.clear()
+    hands.until(lambda: hands.writer._idle.is_set())
+    assert hands.read().last.generation == new.generation
+    # What took its place here, and ended before it was written, takes it along.
+    before.replaces = frozenset({new.generation})
+    hands.writer.forget(before, time.time())
+    hands.until(lambda: not hands.paths())
+
+
+def test_pictures_of_no_session_go_and_those_of_any_session_stay(
+    hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "TIDY_SECONDS", 0.1)
+    log, newer, nobodys = Log(KEY), session_key("newer", ""), session_key("nobody's", "")
+    for key in (KEY, newer, nobodys):
+        hands.pictures.keep(key, NAME, b"a picture")
+    assert hands.write(log) is None
+    data = forged(encode(replace(RECORD, session=newer), 1, ""), b'"format":1', b'"format":2')
+    hands.background.run(hands.store.replace(record_path(newer, 1), data)).result()
+    stay = {path for path in hands.paths() if not path.startswith(nobodys)}
+    assert len(stay) >= 3
+    for number in range(3):  # one after the other, also while the last one is waited for
+        hands.pictures.keep(nobodys, f"{number:064}", b"a picture")
+        for key in (KEY, newer, nobodys):
+            hands.writer.tidy(key)
+    hands.until(lambda: not hands.writer._to_tidy and hands.writer._idle.is_set())
+    hands.until(lambda: not any(path.startswith(nobodys) for path in hands.paths()))
+    assert stay <= set(hands.paths())
+    assert hands.read() is not None
 
 
 def test_what_takes_a_place_keeps_what_it_has_shown_since(hands: Hands) -> None:

@@ -622,6 +622,32 @@ def test_a_video_as_its_family_sees_it(checkpoint: Path) -> None:
         assembly.close()
 
 
+def test_a_video_is_shown_again_as_it_was_whatever_the_settings_are(checkpoint: Path) -> None:
+    """The journal has it as it was sent."""
+    frames = [png(each) for each in clips.noise(3)]
+    sent = [
+        *turn_items([], [MP4, b"data:video/*;num_frames=2," + MP4], SETTINGS),
+        *turn_items([], [b"data:video/mp4;base64," + base64.b64encode(MP4)], SETTINGS),
+        *turn_items([], frames, SETTINGS),
+        b"data:video/png;base64," + b",".join(map(base64.b64encode, frames)),
+        frames[0],  # a picture
+    ]
+    then, now = (
+        PictureAssembly(checkpoint, checkpoint, replace(SETTINGS, video_frames=number))
+        for number in (3, 4)
+    )
+    try:
+        kept = [then.as_shown(item) for item in sent]
+        kept = [now.as_shown(item) for item in kept]  # brought back, and kept again
+        for before, after in zip(sent, kept, strict=True):
+            np.testing.assert_array_equal(
+                then.look(before).decode().pixels, now.look(after).decode().pixels
+            )
+    finally:
+        then.close()
+        now.close()
+
+
 def test_a_family_that_knows_no_videos_says_so(tmp_path: Path) -> None:
     checkpoint = tiny_llava(tmp_path / "checkpoint")
     assembly = PictureAssembly(checkpoint, checkpoint, SETTINGS)

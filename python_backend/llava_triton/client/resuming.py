@@ -41,8 +41,13 @@ class ResumingTransport(Transport):
 
     def stream(self, turn: TurnMessage) -> Generator[Delta, None, None]:
         """Pieces of the answer. A session that is not known is told so before the first one."""
+        return self._stream(turn, self._transport.stream(turn))
+
+    def _stream(
+        self, turn: TurnMessage, first: Generator[Delta, None, None]
+    ) -> Generator[Delta, None, None]:
         try:
-            with closing(self._transport.stream(turn)) as deltas:
+            with closing(first) as deltas:
                 yield from deltas
             return
         except SessionError as error:

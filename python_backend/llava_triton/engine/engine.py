@@ -205,6 +205,12 @@ class Engine:
         """Cancel a session's turns and free everything it holds. Unknown IDs are fine."""
         self._command(lambda: self._close_now(session_id))
 
+    def not_taken(self, session_id: SessionId, tenant: str) -> None:
+        """A request was refused before it was a turn; what the journal has of its pictures goes,
+        unless a session has them."""
+        if self._journal is not None:
+            self._journal.tidy(session_id, tenant)
+
     def knows(self, session_id: SessionId) -> bool:
         """Whether a session is open or has turns on their way; waits as `statistics` does."""
         sessions, lanes = self._sessions, self._lanes
@@ -415,10 +421,12 @@ class Engine:
             pictures = self._images.hold_all(prepared.digests, request.image_features)
         except Exception as error:
             if request.end:
-                # Triton has ended the sequence for good.
-                self._sessions.drop(session_id, turn.arrived_at)
+                # Triton has ended the sequence for good. A stranger's END ends no more than that:
+                # the owner may resume the session.
+                owns = self._sessions.look(session_id, request.tenant) is not None
+                self._sessions.drop(session_id, turn.arrived_at, forgotten=owns)
             else:
-                self._sessions.used(session_id, request.tenant)
+                self._used(session_id, request.tenant)
             self._refuse(turn, as_session_error(error))
             self._leave(turn)
             return
@@ -504,7 +512,7 @@ class Engine:
         elif session.tenant != request.tenant:
             raise unknown(request.session_id)
         if request.is_empty and not request.end and request.operation.rewind is None:
-            self._sessions.used(session.id, session.tenant)
+            self._used(session.id, session.tenant)
             self._answer_at_once(turn, "prefilled", len(session.tokens), session.forgotten)
             return False
         turn.request = request.on_open_session()
@@ -518,9 +526,16 @@ class Engine:
         self._tell(turn, Delta("", reason, tokens, 0, 0, 0.0, num_forgotten_turns=forgotten))
         self._leave(turn)
 
-    def _dropped(self, session: Session, asked_at: float | None) -> None:
+    def _used(self, session_id: SessionId, tenant: str) -> None:
+        """A tenant's session was used by a turn that changed nothing, if it is open."""
+        self._sessions.used(session_id, tenant)
+        session = self._sessions.look(session_id, tenant)
+        if self._journal is not None and session is not None:
+            self._journal.write_use(session)
+
+    def _dropped(self, session: Session, asked_at: float | None, expired: bool) -> None:
         if self._journal is not None and asked_at is not None:
-            self._journal.forget(session, asked_at)
+            self._journal.forget(session, asked_at, expired)
         elif self._journal is not None:
             self._journal.leave(session)
 
@@ -795,15 +810,21 @@ class Engine:
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
             self._sessions.forget_images(session, running.kept_mark.images)
             session.come_back()
-            self._sessions.used(session.id, session.tenant)
             if running.recorded and self._journal is not None:
                 self._journal.write_session(session)
+            self._used(session.id, session.tenant)
         self._tell(turn, error)
         self._leave(turn)
 
     def _refuse(self, turn: Turn, error: SessionError) -> None:
         self._statistics.turns_refused += turn.asked_for
+        self._tidy(turn)
         self._tell(turn, error)
+
+    def _tidy(self, turn: Turn) -> None:
+        """A turn has not begun: where there is no session, nobody else deletes its pictures."""
+        if self._journal is not None and turn.request.image_features:
+            self._journal.tidy(turn.request.session_id, turn.request.tenant)
 
     def _leave(self, turn: Turn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
@@ -867,6 +888,7 @@ class Engine:
         """End a turn that has not begun."""
         if error.code is ErrorCode.CANCELLED:
             self._statistics.turns_cancelled += turn.asked_for
+            self._tidy(turn)
             self._tell(turn, error)
         else:
             self._refuse(turn, error)

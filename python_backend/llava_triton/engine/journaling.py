@@ -12,7 +12,7 @@ from llava_triton.conversation.prompt import CompletedTurn
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Image, digest_of
 from llava_triton.engine.resumed import Resumed
-from llava_triton.engine.session import PictureSpan, Session
+from llava_triton.engine.session import PictureSpan, Session, SessionId
 from llava_triton.engine.session_table import unknown
 from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
 from llava_triton.journal.journal import Journal
@@ -77,12 +77,22 @@ class SessionJournal:
         """Write a session as it is, in the place of all that was written of it."""
         self._write(session, 0, (), session.pending_images)
 
-    def forget(self, session: Session, asked_at: float) -> None:
-        """A session has ended; that was asked for at a time of `time.monotonic`."""
+    def write_use(self, session: Session) -> None:
+        """Write that a session was used and is as it was, unless its last record is young."""
+        if session.log is not None and self._journal.is_stale(session.log):
+            self._write(session, len(session.turns), (), session.pending_images)
+
+    def forget(self, session: Session, asked_at: float, expired: bool = False) -> None:
+        """A session has ended, or has expired here; that was asked for at a time of
+        `time.monotonic`."""
         if session.log is not None and not session.log.elsewhere:
-            self._journal.forget(session.log, asked_at)
+            self._journal.forget(session.log, asked_at, expired)
         else:
             self.leave(session)
+
+    def tidy(self, session_id: SessionId, tenant: str) -> None:
+        """A turn was refused, whose pictures may lie in the store."""
+        self._journal.tidy(session_id, tenant)
 
     def leave(self, session: Session) -> None:
         """A session leaves this server, and its log stays."""

@@ -38,8 +38,8 @@ class SessionTable:
         clock: seconds.
         statistics: to count in.
         expired: is called with the ID of every session that is closed because its time is over.
-        dropped: is called with every session that is closed, and when that was asked for; None: it
-            may be resumed.
+        dropped: is called with every session that is closed, when that was asked for (None: it may
+            be resumed), and whether its time is over.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SessionTable:
         clock: Callable[[], float],
         statistics: Statistics,
         expired: Callable[[SessionId], None],
-        dropped: Callable[[Session, float | None], None] = lambda *_: None,
+        dropped: Callable[[Session, float | None, bool], None] = lambda *_: None,
     ) -> None:
         self._memory = memory
         self._images = images
@@ -124,9 +124,10 @@ class SessionTable:
     def open(self, session: Session) -> None:
         """Put a new session into the table; an open one of the same ID is closed."""
         before = self._sessions.get(session.id)
-        if before is not None and before.log is not None and session.log is not None:
+        replaced = before.log if before is not None else None
+        if replaced is not None and session.log is not None and not replaced.elsewhere:
             # What the journal has of it goes when the new one is there, or has ended.
-            session.log.replaces = not before.log.elsewhere
+            session.log.replaces = replaced.replaces | {replaced.generation}
         self.drop(session.id, forgotten=False)
         self._sessions[session.id] = self._by_age[session.id] = session
         self._statistics.sessions_opened += 1
@@ -140,7 +141,12 @@ class SessionTable:
             self._memory.used(session)
 
     def drop(
-        self, session_id: SessionId, asked_at: float | None = None, *, forgotten: bool = True
+        self,
+        session_id: SessionId,
+        asked_at: float | None = None,
+        *,
+        forgotten: bool = True,
+        expired: bool = False,
     ) -> None:
         """Close a session and free all it holds, whoever still refers to it.
 
@@ -148,6 +154,7 @@ class SessionTable:
             session_id: unknown ones are fine.
             asked_at: when that was asked for, by `time.monotonic`; None: now.
             forgotten: whether the journal forgets it, too; else it may be resumed.
+            expired: whether its time is over, and nobody ended it.
         """
         session = self._sessions.pop(session_id, None)
         if session is not None:
@@ -155,7 +162,7 @@ class SessionTable:
             self._memory.truncate(session, 0)
             self.forget_taken_back(session)
             self.forget_images(session, 0)
-            self._dropped(session, (asked_at or time.monotonic()) if forgotten else None)
+            self._dropped(session, (asked_at or time.monotonic()) if forgotten else None, expired)
             self._statistics.sessions_closed += 1
 
     def forget_images(self, session: Session, first: int) -> None:
@@ -204,6 +211,6 @@ class SessionTable:
         return session.opened_at + self._settings.session_lifetime_seconds <= now
 
     def _expire(self, session: Session) -> None:
-        self.drop(session.id)
+        self.drop(session.id, expired=True)
         self._statistics.sessions_expired += 1
         self._expired(session.id)

@@ -19,6 +19,8 @@ from llava_triton.journal.writer import FLUSH_SECONDS, Done, Log, Writer
 
 log = logging.getLogger(__name__)
 
+STALE_SHARE = 0.05
+"""Of the idle time: so much sooner a session may expire here than on its server."""
 SWEEP_SECONDS = 600.0
 """How often a folder is looked through for sessions of servers that have died."""
 
@@ -45,11 +47,11 @@ class Journal:
         self._lifetime_seconds = settings.session_lifetime_seconds
         self._store = Store(settings.journal)
         self._background = Background("journal")
-        self._writer = Writer(self._store, self._background)
+        self._open: dict[str, Log] = {}
+        """The sessions that are open here, by key."""
+        self._writer = Writer(self._store, self._background, self._open.__contains__)
         self._pictures = PictureWriter(self._store, self._background)
         self.counters = self._writer.counters
-        self._open: set[str] = set()
-        """Keys of the sessions that are open here."""
         self._background.run(self._sweep() if self._store.is_folder else self._look())
 
     # What the engine's thread asks for; nothing waits.
@@ -68,21 +70,28 @@ class Journal:
         key = session_key(session_id, tenant)
         begun = Log(key) if source is None else self._writer.fork(source, key)
         begun.opened_at, begun.asked_at = self.wall(), _in_the_world(asked_at)
-        self._open.add(key)
+        self._open[key] = begun
         return begun
 
     def go_on(self, found: Journaled) -> Log:
         """The log of a session that was read from the journal."""
         last = found.last
-        self._open.add(last.session)
-        return Log(
+        own = self._open[last.session] = Log(
             last.session,
             generation=last.generation,
             opened_at=last.opened_at,
             number=found.number,
             previous=found.previous,
             pictures=set(found.conversation.images),
+            told_at=last.written_at,
         )
+        return own
+
+    def is_stale(self, own: Log) -> bool:
+        """Whether a session's last record is so old that its use has to be written."""
+        if own.elsewhere or own.told_at is None:
+            return False
+        return self.wall() - own.told_at >= STALE_SHARE * self._idle_seconds
 
     def append(
         self,
@@ -109,7 +118,7 @@ class Journal:
             whole: whether it says all of the session.
             done: hears of its end.
         """
-        now = self.wall()
+        own.told_at = now = self.wall()
         record = Record(
             session=own.key,
             tenant=tenant,
@@ -132,20 +141,29 @@ class Journal:
         )
         self._writer.append(own, record, own.dropped if whole else None, done)
 
-    def forget(self, own: Log, asked_at: float) -> None:
+    def forget(self, own: Log, asked_at: float, expired: bool = False) -> None:
         """A session has ended: delete what the store has of it.
 
         Args:
             own: its log.
             asked_at: when its end was asked for, by `time.monotonic`.
+            expired: whether nobody asked: where another server has gone on with it, it stays.
         """
-        self._open.discard(own.key)
-        self._writer.forget(own, _in_the_world(asked_at))
+        self._closed(own)
+        self._writer.forget(own, _in_the_world(asked_at), expired)
+
+    def tidy(self, session_id: int | str, tenant: str) -> None:
+        """A turn with pictures was refused: they are deleted later, where its session is none."""
+        self._writer.tidy(session_key(session_id, tenant))
 
     def leave(self, own: Log) -> None:
         """A session has left this server, and may be resumed."""
-        self._open.discard(own.key)
+        self._closed(own)
         self._writer.leave(own)
+
+    def _closed(self, own: Log) -> None:
+        if self._open.get(own.key) is own:  # else another one has taken its place
+            del self._open[own.key]
 
     # What threads ask for that may wait.
 

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,13 +26,14 @@ from llava_triton.journal.records import (
     record_number,
     record_path,
 )
-from llava_triton.journal.store import Store, StoreError
+from llava_triton.journal.store import Entry, Store, StoreError
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 4096
 """Records that wait to be written. Where there are more, the store is too slow or down: sessions
-that go on meanwhile are written as a whole, once there is room."""
+that go on meanwhile are written as a whole, once there is room. And sessions that wait to be
+deleted: beyond that, they are left to their expiry and to whoever sweeps."""
 PICTURE_SECONDS = 30.0
 """So long a record waits for its pictures, which another process writes."""
 SYNC_SECONDS = 10.0
@@ -41,6 +42,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds between two tries."""
 UNCERTAIN_SECONDS = 0.05
 """By so much the times of files may be behind the clock."""
+TIDY_SECONDS, MOST_TO_TIDY = 600.0, 65536
+"""So long after a session has ended, or a turn was refused, pictures are looked for that came late
+or in vain; and of so many sessions at a time. A session that was opened under that ID meanwhile, on
+any server, has had the time to write its first record, and keeps them."""
 FLUSH_SECONDS = 8.0
 """So long the end of a server waits for what is not written yet."""
 
@@ -82,16 +87,20 @@ class Log:
     opened_at: float = field(default_factory=time.time)
     asked_at: float = field(default_factory=time.time)
     """When its opening was asked for: what was shown later is no other session's."""
+    told_at: float | None = None
+    """When its last record was handed over; None: there is none."""
     source: Log | None = None
     """Of the session that it was forked from, which has its first pictures."""
-    replaces: bool = False
-    """Whether the session took the place of another one of its ID."""
+    replaces: frozenset[str] = frozenset()
+    """Generations of the sessions of its ID whose place it took."""
     number: int = 0
     """Of the last record that is safe. The writer's thread writes this and all that follow."""
     previous: str = ""
     """Its checksum."""
     pictures: set[str] = field(default_factory=set)
     """Names of those that are in the store."""
+    missing: set[str] = field(default_factory=set)
+    """Names of those that did not come in time: no record waits for them again."""
     dropped: int = 0
     """Records that were not written."""
     covered: int = 0
@@ -129,6 +138,8 @@ class _Forget:
     at: float
     """When its end was asked for, in seconds since 1970: what was shown later is another
     session's."""
+    expired: bool
+    """Whether nobody ended it."""
 
 
 class Writer:
@@ -137,16 +148,25 @@ class Writer:
     Args:
         store: where to.
         background: the event loop that waits for it.
+        is_open: whether a session of this key is open here; for any thread.
     """
 
-    def __init__(self, store: Store, background: Background) -> None:
+    def __init__(
+        self, store: Store, background: Background, is_open: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self.counters = JournalCounters()
+        self._is_open = is_open
         self._store = store
         self._background = background
         self._lock = threading.Lock()
         """Guards the counts of logs and of all."""
         self._queues: dict[str, deque[_Append | _Forget]] = {}
         """By session, what is to be done; the loop's thread alone touches it."""
+        self._to_tidy: dict[str, float] = {}
+        """Sessions whose pictures are looked for soon, and up to when the last ones may come; the
+        loop's thread alone touches it."""
+        self._forgets = 0
+        """Sessions that wait to be deleted."""
         self._tasks: set[asyncio.Future[None]] = set()
         """An event loop keeps no task alive by itself."""
         self._idle = asyncio.Event()
@@ -187,17 +207,38 @@ class Writer:
         """A session has left this server, and its log stays."""
         self._let_source_go(log)
 
-    def forget(self, log: Log, at: float) -> None:
+    def forget(self, log: Log, at: float, expired: bool = False) -> None:
         """Delete what the store has of a session that has ended; from any thread, at once.
 
         Args:
             log: the session's.
             at: when its end was asked for, in seconds since 1970. A session that was opened under
                 its ID since may have shown pictures already.
+            expired: whether nobody asked: where another server has gone on with it, it stays.
         """
         self._let_source_go(log)
         if log.number or log.waiting or log.dropped or log.replaces:
-            self._background.soon(lambda: self._join(_Forget(log, at)))
+            self._forget_soon(_Forget(log, at, expired))
+        self.tidy(log.key)
+
+    def tidy(self, key: str) -> None:
+        """Pictures of a session that is not open may have come, or may come soon: delete them later
+        where they are nobody's then; from any thread, at once."""
+        self._background.soon(lambda: self._tidy_later(key))
+
+    def _tidy_later(self, key: str) -> None:
+        until = time.time() + min(PICTURE_SECONDS, TIDY_SECONDS)
+        if key in self._to_tidy:
+            self._to_tidy[key] = until
+        elif len(self._to_tidy) < MOST_TO_TIDY:  # beyond that, they are left to whoever sweeps
+            self._to_tidy[key] = until
+            asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy, key, until)
+
+    def _tidy(self, key: str, until: float) -> None:
+        if self._to_tidy.pop(key) > until:  # others came meanwhile
+            self._tidy_later(key)
+        if not self._is_open(key):
+            self._forget_soon(_Forget(Log(key), until, expired=True))
 
     def close(self) -> None:
         """Write what is not written yet, as far as that is soon."""
@@ -211,6 +252,15 @@ class Writer:
             with self._lock:
                 left = self.counters.waiting
             log.error("the journal's store is down or slow: %d records are not written", left)
+
+    def _forget_soon(self, work: _Forget) -> None:
+        with self._lock:
+            full = self._forgets >= MOST_WAITING
+            self._forgets += not full
+        if full:
+            log.warning("an ended session stays in the journal: %d wait already", MOST_WAITING)
+        else:
+            self._background.soon(lambda: self._join(work))
 
     def _join(self, work: _Append | _Forget) -> None:
         key = work.log.key
@@ -238,7 +288,11 @@ class Writer:
                 if isinstance(work, _Append):
                     await self._append(work)
                 else:
-                    await self._until_done(partial(self._forget, work))
+                    try:
+                        await self._until_done(partial(self._forget, work))
+                    finally:
+                        with self._lock:
+                            self._forgets -= 1
         except asyncio.CancelledError:
             raise
         except Exception:  # a fault of ours; the sessions' answers go on
@@ -254,11 +308,13 @@ class Writer:
         problem: Exception | None = None
         try:
             deadline = None if work.done is None else work.tried_since + SYNC_SECONDS
+            until = time.monotonic() + PICTURE_SECONDS
+            until = until if deadline is None else min(until, deadline)
             if work.log.elsewhere:
                 raise ElsewhereError
             if work.log.behind and work.covers is None:
                 raise StoreError("a record before it was not written")
-            await self._until_done(lambda: self._pictures(work.log, work.record), deadline)
+            await self._until_done(lambda: self._pictures(work.log, work.record, until), deadline)
             await self._until_done(lambda: self._put(work.log, work.record), deadline)
         except asyncio.CancelledError as error:
             problem = StoreError("the server is shutting down")
@@ -317,7 +373,8 @@ class Writer:
             if number == 1:
                 # Another session of this ID, which the opening of this one has ended.
                 named = {picture_path(own.key, name) for name in record.images}
-                await self._delete(own.key, own.asked_at, but=named)
+                entries = await self._store.entries(own.key)
+                await self._delete(entries, own.asked_at, but=named)
                 continue
             if not await self._is_ours(own):
                 raise ElsewhereError
@@ -328,19 +385,15 @@ class Writer:
 
     async def _is_ours(self, own: Log) -> bool:
         """Whether the log is still the one that was opened with our session."""
-        first = await self._store.read(record_path(own.key, 1))
-        try:
-            return first is not None and decode(first, own.key, 1)[0].generation == own.generation
-        except DamagedError:
-            return False
+        first = await self._read(own.key, 1)
+        return first is not None and first.generation == own.generation
 
-    async def _pictures(self, own: Log, record: Record) -> None:
-        """Wait until a record's pictures are in the store.
+    async def _pictures(self, own: Log, record: Record, until: float) -> None:
+        """Wait until a record's pictures are in the store, up to a time of `time.monotonic`.
 
         Raises:
             DamagedError: they do not come.
         """
-        until = time.monotonic() + PICTURE_SECONDS
         pause = FIRST_PAUSE / 4
         for name in record.images:
             if name in own.pictures:
@@ -352,10 +405,9 @@ class Writer:
                     picture_path(source.key, name), path
                 ):
                     break
-                if time.monotonic() >= until:
-                    raise DamagedError(
-                        f"a picture was not written to the store within {PICTURE_SECONDS:g} s"
-                    )
+                if time.monotonic() >= until or name in own.missing:
+                    own.missing.add(name)
+                    raise DamagedError("a picture was not written to the store in time")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
             own.pictures.add(name)
@@ -365,23 +417,45 @@ class Writer:
     async def _forget(self, work: _Forget) -> None:
         while work.log.copying:
             await asyncio.sleep(FIRST_PAUSE)
-        key = work.log.key
-        shown = {picture_path(key, name) for name in work.log.pictures}
-        await self._delete(key, work.at, surely=shown)
+        own = work.log
+        entries = await self._store.entries(own.key)  # first: what comes later is not ours
+        first = await self._read(own.key, 1)
+        if first is not None and first.generation not in {own.generation, *own.replaces}:
+            return  # opened anew, here or elsewhere
+        known = own.number or own.waiting or own.dropped or own.replaces
+        if not known and record_path(own.key, 1) in (each.path for each in entries):
+            return  # perhaps another release's
+        if work.expired:
+            there = await self._read(own.key, own.number + 1)
+            if there and there.generation == own.generation and there.writer != own.writer:
+                return
+        shown = {picture_path(own.key, name) for name in own.pictures}
+        await self._delete(entries, work.at, surely=shown)
+
+    async def _read(self, key: str, number: int) -> Record | None:
+        """A record; None where there is none, or what nobody can read."""
+        data = await self._store.read(record_path(key, number))
+        try:
+            return None if data is None else decode(data, key, number)[0]
+        except DamagedError:
+            return None
 
     async def _delete(
-        self, key: str, at: float, surely: Collection[str] = (), but: Collection[str] = ()
+        self,
+        entries: Sequence[Entry],
+        at: float,
+        surely: Collection[str] = (),
+        but: Collection[str] = (),
     ) -> None:
         """Delete a session's records and pictures; its first record goes first, so that what is
         left of a deletion that was broken off is no session.
 
         Args:
-            key: the session's.
+            entries: what the store has of it.
             at: pictures that were written later stay.
             surely: paths of pictures that are known to be its own.
             but: of those that stay.
         """
-        entries = await self._store.entries(key)
         records = [each.path for each in entries if record_number(each.path) is not None]
         pictures = [
             each.path

@@ -32,7 +32,7 @@ from llava_triton.pictures.decode import (
 )
 from llava_triton.pictures.frame_pixels import FramePixels
 from llava_triton.pictures.video_decoder import VideoDecoder
-from llava_triton.pictures.videos import Video, is_video, video_of
+from llava_triton.pictures.videos import Video, is_video, video_of, with_num_frames
 
 VIDEO_FRAMES = 16
 """Of a video, where neither the settings nor the checkpoint say how many."""
@@ -79,6 +79,13 @@ class PictureAssembly:
                 VIDEO.name,
             )
         return LookedAtVideo(self._videos.look(item), self)
+
+    def as_shown(self, item: bytes) -> bytes:
+        """An item that `look` has taken, such that it is shown in the same way whatever the
+        settings are: a video says of how many frames it is."""
+        if self._videos is None or not is_video(item):
+            return item
+        return self._videos.as_shown(item)
 
     def decode(self, picture: OpenPicture) -> DecodedPicture:
         """A picture's tiles.
@@ -166,6 +173,12 @@ class _VideoFrames:
             except SessionError as error:
                 raise _of_frame(error, number) from error
         return OpenVideo(video, frames)
+
+    def as_shown(self, item: bytes) -> bytes:
+        """See `PictureAssembly.as_shown`."""
+        video = video_of(item, self._settings)
+        says = video.frames or video.num_frames
+        return item if says else with_num_frames(item, self._wanted)
 
     def pixels(self, video: OpenVideo) -> np.ndarray:
         """Float32 [N, 3, S, S], a tile a frame."""

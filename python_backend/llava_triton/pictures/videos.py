@@ -105,6 +105,11 @@ def video_of(item: bytes, settings: Settings) -> Video:
     return _file(_decoded(item[begin:]), wanted, settings)
 
 
+def with_num_frames(item: bytes, num_frames: int) -> bytes:
+    """A video that says how many of its frames are shown."""
+    return b"".join([VIDEO_MARK, b"*;num_frames=%d," % num_frames, item])
+
+
 def _file(data: bytes, wanted: int | None, settings: Settings) -> Video:
     if not data:
         raise invalid(f"is empty; expected a video file ({VIDEOS})", VIDEO.name)

@@ -92,7 +92,7 @@ class ImageEncoder:
             most_waiting=self._settings.max_queued_turns,
         )
         self._backlog = BoundedBacklog(self._reach_next_models)
-        self._journal = _picture_journal(self._settings)
+        self._journal = _picture_journal(self._settings, assembly)
         self._metrics = Publisher(
             pb_utils, lambda: image_encoder_metrics(self._pictures, self._journal)
         )
@@ -238,10 +238,10 @@ class Reply:
             return self._response
 
 
-def _picture_journal(settings: Settings) -> PictureJournal | None:
+def _picture_journal(settings: Settings, assembly: PictureAssembly) -> PictureJournal | None:
     """What keeps pictures; None where the server keeps no journal."""
     if not settings.journal:
         return None
     from llava_triton.serving import picture_journal  # obstore need not be installed for others
 
-    return picture_journal.PictureJournal(settings)
+    return picture_journal.PictureJournal(settings, assembly.as_shown)

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NOBODY = "\0"
+"""No tenant's name: whoever sends it owns no session."""
 WATCH_SECONDS = 0.1
 """How often a streaming turn asks disconnect_watch whether its client is still there."""
 
@@ -259,8 +261,13 @@ class LanguageModel:
 
     def _refuse(self, request: Any, listener: Listener, error: SessionError) -> None:
         """Answer with an error; the session stays as it is, unless the request ends it."""
+        try:
+            tenant = protocol.parse_tenant(self._backend.parameters(request))
+        except SessionError:
+            tenant = NOBODY
+        self._engine.not_taken(request.correlation_id(), tenant)
         if request.flags() & self._backend.end:
-            closing = TurnRequest(request.correlation_id(), end=True)
+            closing = TurnRequest(request.correlation_id(), end=True, tenant=tenant)
             self._engine.submit(closing, lambda _: listener(error))
         else:
             listener(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
@@ -25,12 +25,14 @@ class PictureJournal:
 
     Args:
         settings: where the journal lies.
+        as_shown: makes of an item one that does not depend on the settings.
 
     Raises:
         StoreError: it cannot be used at all.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, as_shown: Callable[[bytes], bytes]) -> None:
+        self._as_shown = as_shown
         self._background = Background("journal")
         self._pictures = PictureWriter(Store(settings.journal), self._background)
         self._digests = ThreadPoolExecutor(1, "journal digests")
@@ -75,6 +77,6 @@ class PictureJournal:
             for item, each in zip(items, features, strict=True):
                 with work_beside(each.device):
                     name = digest_of(each, tenant).hex()
-                self._pictures.keep(key, name, item)
+                self._pictures.keep(key, name, self._as_shown(item))
         except Exception:  # the answers go on
             log.exception("the pictures of a turn were not written to the journal")
