@@ -162,7 +162,7 @@ def test_a_session_with_a_video_is_resumed_where_videos_are_shown_otherwise(
     ]
     repository, folder = tmp_path / "repository", tmp_path / "a journal"
     shutil.copytree(stand.repository, repository, symlinks=True)
-    said = []
+    said: list[str] = []
     for number in (FRAMES, FRAMES // 2):
         settings = {"journal": folder.as_uri(), "video_frames": number}
         (repository / "settings.json").write_text(json.dumps(settings))
