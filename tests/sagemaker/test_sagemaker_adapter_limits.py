@@ -21,7 +21,12 @@ from tests.conftest import ROOT
 from tests.container_process import question
 
 MAX_SESSIONS = 2
-LIMITS = {"max_sessions": MAX_SESSIONS, "session_idle_seconds": 1.0, "max_image_bytes": 600_000}
+LIMITS = {
+    "max_sessions": MAX_SESSIONS,
+    "session_idle_seconds": 1.0,
+    "max_image_bytes": 600_000,
+    "max_video_bytes": 600_000,
+}
 LARGEST_BODY = 600_000 * 4 // 3 + 2 * 256 * 1024
 
 
