@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from demo.write_checkpoint import write_llava_checkpoint
-from llava_triton.checkpoint.families import FAMILIES
+from llava_triton.checkpoint.families import FAMILIES, VideoFamily
 
 NEXT_GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 GRIDS = {
@@ -88,7 +88,7 @@ def write_random_llava(
     if family != "llava_onevision":
         llava_options["image_seq_length"] = (side // vision.patch_size) ** 2
     vocabulary = len(tokenizer)
-    if FAMILIES[family].takes_videos:  # a placeholder that nothing can spell
+    if issubclass(FAMILIES[family], VideoFamily):  # a placeholder that nothing can spell
         llava_options = {"video_token_index": vocabulary} | llava_options
         vocabulary += 1
     config = FAMILIES[family].config_class(
@@ -157,7 +157,7 @@ def _write_processor(
         kind, processor["processor_class"] = PROCESSORS[family]
         image_processor["image_processor_type"] = kind
         image_processor["image_grid_pinpoints"] = pinpoints
-    if FAMILIES[family].takes_videos:
+    if issubclass(FAMILIES[family], VideoFamily):
         of_frames = {"size", "crop_size", "do_center_crop", "image_mean", "image_std"}
         video_processor = {name: image_processor.get(name) for name in of_frames}
         video_processor["video_processor_type"] = processor["processor_class"].replace(

@@ -31,7 +31,7 @@ from llava_export.tensorrt_engine import (
     local_compute_capability,
 )
 from llava_triton.checkpoint import vision_tower
-from llava_triton.checkpoint.families import Config, family_of
+from llava_triton.checkpoint.families import Config, VideoFamily, family_of
 from llava_triton.checkpoint.video_processor import VideoProcessor
 from llava_triton.checkpoint.vision_tower import VisionEncoder, features_shape, load_vision_encoder
 from llava_triton.checkpoint.weights import CheckpointError, CheckpointWeights
@@ -88,7 +88,8 @@ class EncoderBuild:
         output_shape = features_shape(checkpoint.config, side)
         family = family_of(checkpoint.config)
         fault = family.fault(checkpoint.image_processor, output_shape[0])
-        if fault is None and checkpoint.video_processor is not None:
+        if fault is None and isinstance(family, VideoFamily):
+            assert checkpoint.video_processor is not None
             fault = family.video_fault(checkpoint.video_processor.output)
         if fault is not None:
             raise CheckpointError(f"{checkpoint.weights.directory} cannot be served: {fault}")

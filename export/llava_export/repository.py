@@ -166,7 +166,7 @@ def _fill(job: ExportJob, source: Source, filled: Path) -> None:
 def _read_checkpoint(source: Source) -> Checkpoint:
     from llava_export.encoder import Checkpoint
     from llava_triton.checkpoint.configuration import llava_config
-    from llava_triton.checkpoint.families import family_of
+    from llava_triton.checkpoint.families import VideoFamily, family_of
     from llava_triton.checkpoint.image_processor import load_image_processor
     from llava_triton.checkpoint.tokenizer import check_video_template, load_tokenizer
     from llava_triton.checkpoint.video_processor import load_video_processor
@@ -177,7 +177,7 @@ def _read_checkpoint(source: Source) -> Checkpoint:
     weights = CheckpointWeights(directory)
     tokenizer = load_tokenizer(directory)  # the server will need it, and its chat template
     video_processor = None
-    if family_of(config).takes_videos:
+    if isinstance(family_of(config), VideoFamily):
         check_video_template(directory, tokenizer, config)
         video_processor = load_video_processor(directory)
     return Checkpoint(config, weights, load_image_processor(directory), video_processor)

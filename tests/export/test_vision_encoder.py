@@ -22,7 +22,7 @@ from llava_export.mixed_precision import to_mixed_precision
 from llava_export.onnx_export import export_onnx
 from llava_export.report import compare, onnx_encoder
 from llava_triton.checkpoint.configuration import llava_config
-from llava_triton.checkpoint.families import family_of
+from llava_triton.checkpoint.families import VideoFamily, family_of
 from llava_triton.checkpoint.vision_tower import (
     VisionEncoder,
     features_shape,
@@ -111,7 +111,9 @@ def test_a_graph_gives_the_features_of_frames_behind_those_of_tiles(
             tower = model.vision_tower(torch.from_numpy(pixels), output_hidden_states=True)
             tiles = model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
         assert error(features[:, :patches], tiles.numpy()) < 1e-4
-        rows = family_of(config).video_rows(torch.from_numpy(features), None)
+        family = family_of(config)
+        assert isinstance(family, VideoFamily)
+        rows = family.video_rows(torch.from_numpy(features), None)
         assert error(rows.numpy(), frames.numpy()) < 1e-4
         half_types = to_mixed_precision(load(checkpoint))(torch.from_numpy(pixels))
         assert error(half_types.numpy(), features) < 0.05

@@ -20,7 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from demo.random_checkpoint import GRIDS
 from llava_triton.checkpoint.configuration import llava_config
-from llava_triton.checkpoint.families import FAMILIES, Family, family_of
+from llava_triton.checkpoint.families import FAMILIES, Family, VideoFamily, family_of
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.decode import PixelValues, open_picture
 from tests.checkpoints import tiny_llava
@@ -92,6 +92,7 @@ def test_rows_of_videos_equal_transformers(frames: int) -> None:
     for side in (28, 42, 70):  # an even number of patches a side, and odd ones
         model: Any = AutoModelForImageTextToText.from_config(config_of("llava_onevision", side))
         family = family_of(model.config)
+        assert isinstance(family, VideoFamily)
         tokens = (side // PATCH) ** 2
         shape = (frames, tokens, WIDTH)
         encoded = torch.randn(shape, generator=torch.Generator().manual_seed(side))
@@ -143,13 +144,13 @@ def test_a_turned_photograph_is_cut_into_tiles_as_it_stands_upright(checkpoint: 
 
 def test_published_sizes_of_videos() -> None:
     """What docs/families.md says of the published checkpoints."""
-    video, onevision = config_of("llava_next_video", 336), config_of("llava_onevision", 384)
-    assert [family_of(video).num_video_tokens(each, 576 + 144) for each in (1, 8, 16, 32)] == [
-        *(144, 1152, 2304, 4608)
-    ]
-    assert [family_of(onevision).num_video_tokens(each, 729) for each in (1, 8, 16, 32)] == [
-        *(197, 1569, 3137, 6273)
-    ]
+    for name, side, tile_tokens, tokens in (
+        ("llava_next_video", 336, 576 + 144, [144, 1152, 2304, 4608]),
+        ("llava_onevision", 384, 729, [197, 1569, 3137, 6273]),
+    ):
+        family = family_of(config_of(name, side))
+        assert isinstance(family, VideoFamily)
+        assert [family.num_video_tokens(each, tile_tokens) for each in (1, 8, 16, 32)] == tokens
 
 
 def test_published_sizes_of_pictures() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_triton.checkpoint.configuration import llava_config
-from llava_triton.checkpoint.families import family_of
+from llava_triton.checkpoint.families import VideoFamily, family_of
 from llava_triton.checkpoint.video_processor import load_video_processor
 from llava_triton.checkpoint.vision_tower import features_shape, load_newline
 from llava_triton.checkpoint.weights import CheckpointWeights
@@ -61,7 +61,7 @@ class PictureAssembly:
         self.most_bytes = self.context_length * width * torch.float32.itemsize
         """Of the features of a turn's pictures at the most."""
         self._videos: _VideoFrames | None = None
-        if self._family.takes_videos:
+        if isinstance(self._family, VideoFamily):
             self._videos = _VideoFrames(processor, settings)
 
     def look(self, item: bytes) -> LookedAt | LookedAtVideo:
@@ -110,7 +110,7 @@ class PictureAssembly:
 
     def num_video_tokens(self, frames: int) -> int:
         """Tokens of a video of so many frames."""
-        return self._family.num_video_tokens(frames, self._tile_tokens)
+        return self._video_family.num_video_tokens(frames, self._tile_tokens)
 
     def features(self, picture: Tiles, tiles: Tensor) -> Tensor:
         """Encoded tiles [N, T, D] of a picture -> its features [R, D], on the same device."""
@@ -119,12 +119,17 @@ class PictureAssembly:
 
     def video_features(self, frames: Tensor) -> Tensor:
         """Encoded frames [N, T, D] of a video -> its features [R, D], on the same device."""
-        return self._family.video_rows(frames, self._newline_on(frames))
+        return self._video_family.video_rows(frames, self._newline_on(frames))
 
     def close(self) -> None:
         """End what decodes videos; nothing is decoded any more."""
         if self._videos is not None:
             self._videos.close()
+
+    @property
+    def _video_family(self) -> VideoFamily:
+        assert isinstance(self._family, VideoFamily)  # else `look` refuses videos
+        return self._family
 
     def _newline_on(self, tiles: Tensor) -> Tensor | None:
         if self._newline is not None and self._newline.device != tiles.device:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from llava_triton.checkpoint.families.base import Config, Family
+from llava_triton.checkpoint.families.base import Config, Family, VideoFamily
 from llava_triton.checkpoint.families.llava import Llava
 from llava_triton.checkpoint.families.llava_next import LlavaNext
 from llava_triton.checkpoint.families.llava_next_video import LlavaNextVideo
 from llava_triton.checkpoint.families.llava_onevision import LlavaOnevision
 
-__all__ = ["FAMILIES", "Config", "Family", "family_of"]
+__all__ = ["FAMILIES", "Config", "Family", "VideoFamily", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,

@@ -33,9 +33,6 @@ class Family(ABC):
     """Whether the size of a picture decides its tiles: it is then never decoded at a smaller
     one."""
 
-    takes_videos: ClassVar[bool] = False
-    """Whether it was made to see videos."""
-
     def __init__(self, config: Any) -> None:
         self._config = config
         self._tile_side = int(config.vision_config.image_size)
@@ -61,18 +58,6 @@ class Family(ABC):
             [R, D], one row a token, on the same device.
         """
 
-    def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
-        """What stands in the place of a video's tokens; only where `takes_videos`.
-
-        Args:
-            frames: features [N, T, D] of its N frames, a tile each.
-            newline: as for `rows`.
-
-        Returns:
-            [R, D], one row a token, on the same device.
-        """
-        raise NotImplementedError
-
     def pooler(self) -> nn.Module | None:
         """What makes of a tile's features, before the projector, those that a video has of it.
 
@@ -90,17 +75,6 @@ class Family(ABC):
         """
         return None
 
-    def video_fault(self, frame: tuple[int, int] | None) -> str | None:
-        """Why a checkpoint's video processor does not fit its tower; None: it does.
-
-        Args:
-            frame: height and width of what it makes of a frame; None: they differ.
-        """
-        if frame == (self._tile_side, self._tile_side):
-            return None
-        made = "frames of different sizes" if frame is None else f"frames of {frame} pixels"
-        return f"its video processor makes {made}; its vision tower takes {self._tile_side} a side"
-
     def num_tokens(self, height: int, width: int, tile_tokens: int) -> int:
         """Tokens of a picture, counted by arranging features that have no content.
 
@@ -113,11 +87,6 @@ class Family(ABC):
         newline = torch.empty(1, device="meta")
         return len(self.rows(torch.empty(shape, device="meta"), height, width, newline))
 
-    def num_video_tokens(self, frames: int, tile_tokens: int) -> int:
-        """Tokens of a video of so many frames, counted likewise."""
-        features = torch.empty((frames, tile_tokens, 1), device="meta")
-        return len(self.video_rows(features, torch.empty(1, device="meta")))
-
     @property
     def photograph_tokens(self) -> int:
         """Tokens of an ordinary picture, by the configuration alone: memory is planned for such."""
@@ -129,3 +98,35 @@ class Family(ABC):
         class_token = int(self._config.vision_config.model_type == "clip_vision_model")
         left_out = int(self._config.vision_feature_select_strategy == "default")
         return self._patches**2 + class_token - left_out
+
+
+class VideoFamily(Family):
+    """A family that was made to see videos, too."""
+
+    @abstractmethod
+    def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
+        """What stands in the place of a video's tokens.
+
+        Args:
+            frames: features [N, T, D] of its N frames, a tile each.
+            newline: as for `rows`.
+
+        Returns:
+            [R, D], one row a token, on the same device.
+        """
+
+    def num_video_tokens(self, frames: int, tile_tokens: int) -> int:
+        """Tokens of a video of so many frames, counted as those of a picture are."""
+        features = torch.empty((frames, tile_tokens, 1), device="meta")
+        return len(self.video_rows(features, torch.empty(1, device="meta")))
+
+    def video_fault(self, frame: tuple[int, int] | None) -> str | None:
+        """Why a checkpoint's video processor does not fit its tower; None: it does.
+
+        Args:
+            frame: height and width of what it makes of a frame; None: they differ.
+        """
+        if frame == (self._tile_side, self._tile_side):
+            return None
+        made = "frames of different sizes" if frame is None else f"frames of {frame} pixels"
+        return f"its video processor makes {made}; its vision tower takes {self._tile_side} a side"

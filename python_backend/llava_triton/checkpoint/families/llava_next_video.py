@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from transformers import LlavaNextVideoConfig
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
 
+from llava_triton.checkpoint.families.base import VideoFamily
 from llava_triton.checkpoint.families.llava_next import LlavaNext
 
 POOLS = ("average", "max")
 """Those without weights."""
 
 
-class LlavaNextVideo(LlavaNext):
+class LlavaNextVideo(LlavaNext, VideoFamily):
     """As `LlavaNextVideoModel.pack_image_features` and `get_video_features`."""
 
     config_class = LlavaNextVideoConfig
-    takes_videos = True
 
     def rows(self, tiles: Tensor, height: int, width: int, newline: Tensor | None) -> Tensor:
         """See `Family.rows`."""
         return super().rows(tiles[:, : self._patches**2], height, width, newline)
 
     def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
-        """See `Family.video_rows`: frame by frame, without a newline."""
+        """See `VideoFamily.video_rows`: frame by frame, without a newline."""
         return frames[:, self._patches**2 :].flatten(0, 1)
 
     def pooler(self) -> nn.Module | None:

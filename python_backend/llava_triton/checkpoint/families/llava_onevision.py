@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import LlavaOnevisionConfig
 
+from llava_triton.checkpoint.families.base import VideoFamily
 from llava_triton.checkpoint.families.llava_next import LlavaNext
 
 AT_MOST = "anyres_max_"
@@ -22,7 +23,7 @@ KEPT_RATIO = 1.1
 """A grid is shrunk from so many times the longest side on."""
 
 
-class LlavaOnevision(LlavaNext):
+class LlavaOnevision(LlavaNext, VideoFamily):
     """As `LlavaOnevisionModel.pack_image_features` arranges a picture that is shown alone.
 
     Transformers' processor shows pictures without tiles where a prompt has several. Here a picture
@@ -31,7 +32,6 @@ class LlavaOnevision(LlavaNext):
     """
 
     config_class = LlavaOnevisionConfig
-    takes_videos = True
 
     def fault(self, image_processor: Any, tile_tokens: int) -> str | None:
         """See `Family.fault`."""
@@ -41,8 +41,8 @@ class LlavaOnevision(LlavaNext):
         return super().fault(image_processor, tile_tokens)
 
     def video_rows(self, frames: Tensor, newline: Tensor | None) -> Tensor:
-        """See `Family.video_rows`: frames of half as many patches a side, and one newline behind
-        the last of them."""
+        """See `VideoFamily.video_rows`: frames of half as many patches a side, and one newline
+        behind the last of them."""
         assert newline is not None
         side, depth = self._patches, frames.shape[-1]
         grids = frames.view(-1, side, side, depth).permute(0, 3, 1, 2).contiguous()
