@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.doors import Connection, Door
+from benchmarks.happenings import Happenings
 from benchmarks.load import Ask
 from benchmarks.pictures import encoded
 from demo.data import picture
@@ -49,7 +50,6 @@ HUNG_SECONDS = 60.0
 """A request that takes longer is not coming back."""
 MAX_FAILURES = 200
 """More are not worth waiting for."""
-KEPT_SENTENCES = 20
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,14 @@ def learn_answers(door: Door, scripts: list[Script]) -> None:
         connection.close()
 
 
-class Tally:
-    """What happened so far; the clients' threads share it."""
+class Tally(Happenings):
+    """What happened so far, by door, and what is still to be done."""
 
     def __init__(self, sessions: int | None) -> None:
+        super().__init__()
         self.sessions_wanted = sessions
-        self.counts: Counter[str] = Counter()
         self.answers: Counter[str] = Counter()
         """By door."""
-        self.sentences: list[str] = []
-        """The first failures, for a person."""
         self.unexplained: list[tuple[Script, int, str]] = []
         """Answers that do not follow from the session's completed turns, after one was left: the
         script, the turn, what was said."""
@@ -179,20 +177,11 @@ class Tally:
         self._numbers: Iterator[int] = (
             itertools.count() if sessions is None else iter(range(sessions))
         )
-        self._lock = threading.Lock()
 
     def next_number(self) -> int | None:
         """A number for one more session; None when there are enough."""
         with self._lock:
             return None if self.failures > MAX_FAILURES else next(self._numbers, None)
-
-    def count(self, what: str, sentence: str = "") -> None:
-        """One more of these."""
-        with self._lock:
-            self.counts[what] += 1
-            if sentence and len(self.sentences) < KEPT_SENTENCES:
-                self.sentences.append(f"{what}: {sentence}")
-                print(self.sentences[-1], flush=True)
 
     def answered(self, door: Door) -> None:
         """One more answer that came through a door."""

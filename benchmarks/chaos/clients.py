@@ -8,12 +8,12 @@ import json
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.chaos.endpoint import Endpoint, Told
+from benchmarks.happenings import Happenings
 from benchmarks.pictures import encoded
 from benchmarks.soak_clients import QUESTIONS
 from demo.data import picture
@@ -26,7 +26,6 @@ PAUSE_SECONDS = (0.0, 2.0)
 RETRY_SECONDS = 0.3
 HUNG_SECONDS = 600.0
 """Whoever waits longer for an answer has lost the session."""
-KEPT_SENTENCES = 20
 
 
 @dataclass
@@ -48,24 +47,13 @@ def make_scripts(seed: int) -> list[Script]:
     return scripts
 
 
-class Tally:
-    """What has happened; all clients share it."""
+class Tally(Happenings):
+    """What has happened, and how long it took."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        super().__init__()
         self.waits: list[float] = []
         """Seconds from a question that was not answered at once to its answer."""
-        self.sentences: list[str] = []
-        """The first failures, for a person."""
-        self._lock = threading.Lock()
-
-    def count(self, what: str, sentence: str = "") -> None:
-        """One more of these."""
-        with self._lock:
-            self.counts[what] += 1
-            if sentence and len(self.sentences) < KEPT_SENTENCES:
-                self.sentences.append(f"{what}: {sentence}")
-                print(self.sentences[-1], flush=True)
 
     def waited(self, seconds: float) -> None:
         """A question was answered, but not at once."""

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -497,13 +498,19 @@ class EngineMachine(RuleBasedStateMachine):
         return Reply("", "closed" if flight.end else "prefilled", length, 0, forgotten)
 
 
-@pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])
-def engines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+@contextmanager
+def tight_and_quiet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> Iterator[tuple[EngineHarness, EngineHarness]]:
-    """One with little room for anything, and a quiet one for right answers."""
+    """An engine with little room for anything, and a quiet one for right answers.
+
+    Args:
+        folder: for their checkpoint.
+        monkeypatch: sets how long tests wait.
+        **options: of the first one.
+    """
     monkeypatch.setattr(tests.engine_harness, "PATIENCE_SECONDS", HANG_SECONDS)
-    checkpoint = tiny_llava(tmp_path / "tiny", text="qwen2", kv_heads=1, image_size=112, seed=5)
+    checkpoint = tiny_llava(folder / "tiny", text="qwen2", kv_heads=1, image_size=112, seed=5)
     quiet = EngineHarness(checkpoint)
     picture_bytes = quiet.features(PICTURES)[0].nbytes
     pool: dict[str, Any] = {
@@ -514,17 +521,26 @@ def engines(
     quiet = EngineHarness(checkpoint, **pool)
     tight = EngineHarness(
         checkpoint,
-        steps_at_once=request.param,
         **pool,
         max_sessions=MAX_SESSIONS,
         session_idle_seconds=IDLE_SECONDS,
         session_lifetime_seconds=LIFETIME_SECONDS,
         image_features_bytes=PICTURES_ON_DEVICE * picture_bytes,
         host_cache_bytes=PICTURES_ON_HOST * picture_bytes,
+        **options,
     )
     yield tight, quiet
     tight.shutdown()
     quiet.shutdown()
+
+
+@pytest.fixture(params=[1, 2], ids=["one step at a time", "one step ahead"])
+def engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[tuple[EngineHarness, EngineHarness]]:
+    """Without a journal."""
+    with tight_and_quiet(tmp_path, monkeypatch, steps_at_once=request.param) as both:
+        yield both
 
 
 def test_random_operations(

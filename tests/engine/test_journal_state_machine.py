@@ -12,28 +12,16 @@ from typing import Any
 import pytest
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-import tests.engine_harness
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.operations import Operation
 from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
 from llava_triton.journal.reading import read_session
 from llava_triton.journal.records import session_key
-from tests.checkpoints import tiny_llava
-from tests.engine.test_engine_state_machine import HANG_SECONDS, EngineMachine
+from tests.engine.test_engine_state_machine import HANG_SECONDS, EngineMachine, tight_and_quiet
 from tests.engine_harness import EngineHarness
 from tests.properties import settings
-from tests.session_rules import (
-    IDLE_SECONDS,
-    LIFETIME_SECONDS,
-    MAX_SESSIONS,
-    PICTURES,
-    PICTURES_ON_DEVICE,
-    PICTURES_ON_HOST,
-    POOL_BLOCKS,
-    Open,
-    Oracle,
-)
+from tests.session_rules import IDLE_SECONDS, Open, Oracle
 
 EXAMPLES = 12
 STEPS = 30
@@ -83,33 +71,13 @@ class JournaledMachine(EngineMachine):
 def engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[EngineHarness, EngineHarness]]:
-    """One with a journal and little room, and a quiet one for right answers."""
-    monkeypatch.setattr(tests.engine_harness, "PATIENCE_SECONDS", HANG_SECONDS)
+    """One with a journal, and a quiet one without."""
     # The rules say that a session too many is refused.
     monkeypatch.setattr(Engine, "_make_room", lambda *_: None)
-    checkpoint = tiny_llava(tmp_path / "tiny", text="qwen2", kv_heads=1, image_size=112, seed=5)
-    quiet = EngineHarness(checkpoint)
-    picture_bytes = quiet.features(PICTURES)[0].nbytes
-    pool: dict[str, Any] = {
-        "kv_cache_bytes": POOL_BLOCKS * quiet.runner.block_bytes,
-        "prefill_chunk_tokens": 32,
-    }
-    quiet.shutdown()
-    quiet = EngineHarness(checkpoint, **pool)
-    tight = EngineHarness(
-        checkpoint,
-        **pool,
-        max_sessions=MAX_SESSIONS,
-        session_idle_seconds=IDLE_SECONDS,
-        session_lifetime_seconds=LIFETIME_SECONDS,
-        image_features_bytes=PICTURES_ON_DEVICE * picture_bytes,
-        host_cache_bytes=PICTURES_ON_HOST * picture_bytes,
-        journal=(tmp_path / "journal").as_uri(),
-    )
-    tight.wall = tight.clock
-    yield tight, quiet
-    tight.shutdown()
-    quiet.shutdown()
+    journal = (tmp_path / "journal").as_uri()
+    with tight_and_quiet(tmp_path, monkeypatch, journal=journal) as (tight, quiet):
+        tight.wall = tight.clock
+        yield tight, quiet
 
 
 def test_random_operations_and_losses(
