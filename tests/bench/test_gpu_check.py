@@ -50,19 +50,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-THIRD = pytest.mark.skipif(
-    "LLAVA_THIRD_STEP" not in os.environ,
-    reason="not seen to pass as a whole on a busy machine: LLAVA_THIRD_STEP=1 runs it",
-)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For checkpoints and results of all steps."""
     return tmp_path_factory.mktemp("steps of a test")
 
 
-@pytest.mark.parametrize("step", [1, 2, pytest.param(3, marks=THIRD)])
+@pytest.mark.parametrize("step", list(STEPS))
 def test_a_step_runs_without_a_gpu_and_says_so(step: int, shared: Path) -> None:
     output = shared / "results"
     given = ["--cpu", "--step", str(step), "--output", str(output), "--wheels", str(shared / "no")]

@@ -57,7 +57,7 @@ def test_several_answers_share_their_prompt(adapter: Adapter) -> None:
     # The seed of another answer is as many higher.
     second = chat(adapter, **{**ASKED, **SAMPLED, "seed": 8})
     assert content(second) == texts[1]
-    adapter.wait_until(lambda: adapter.metric(IDLE) == idle)
+    adapter.wait_until(lambda: adapter.metric(IDLE) <= idle)  # others' may expire
 
 
 def prompt_tokens(adapter: Adapter) -> tuple[float, float]:
@@ -100,7 +100,7 @@ def test_a_client_that_leaves_several_answers(adapter: Adapter, stream: bool) ->
     if stream:
         assert connection.getresponse().readline()
     connection.close()
-    adapter.wait_until(lambda: (adapter.metric(ACTIVE), adapter.metric(IDLE)) == (0, idle))
+    adapter.wait_until(lambda: adapter.metric(ACTIVE) == 0 and adapter.metric(IDLE) <= idle)
     assert chat(adapter, **ASKED, max_tokens=2)["choices"]
 
 
