@@ -351,7 +351,7 @@ def test_a_deletion_that_is_tried_again_spares_what_was_opened_anew(
     delete, down = Store.delete, [True]
 
     async def faulty(self: Store, paths: Any) -> None:
-        if down and asyncio.current_task() in hands.writer._tasks:
+        if down and asyncio.current_task() in hands.writer._tasks.values():
             raise StoreError("down")
         await delete(self, paths)
 

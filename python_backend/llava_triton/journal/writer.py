@@ -167,8 +167,8 @@ class Writer:
         loop's thread alone touches it."""
         self._forgets = 0
         """Sessions that wait to be deleted."""
-        self._tasks: set[asyncio.Future[None]] = set()
-        """An event loop keeps no task alive by itself."""
+        self._tasks: dict[str, asyncio.Future[None]] = {}
+        """What works on each queue. (An event loop keeps no task alive by itself.)"""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -240,6 +240,17 @@ class Writer:
         if not self._is_open(key):
             self._forget_soon(_Forget(Log(key), until, expired=True))
 
+    async def settled(self, key: str) -> None:
+        """Wait until all that was asked for is done to a session's log: who reads it then finds no
+        session that has ended.
+
+        Raises:
+            StoreError: the store is too slow, or down.
+        """
+        task = self._tasks.get(key)
+        if task is not None and not (await asyncio.wait({task}, timeout=SYNC_SECONDS))[0]:
+            raise StoreError("what was said last has not been written yet")
+
     def close(self) -> None:
         """Write what is not written yet, as far as that is soon."""
 
@@ -270,9 +281,7 @@ class Writer:
             queue.append(work)
             return
         self._queues[key] = deque([work])
-        task = asyncio.ensure_future(self._work(key))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[key] = asyncio.ensure_future(self._work(key))
 
     def _let_source_go(self, log: Log) -> None:
         with self._lock:
@@ -298,7 +307,7 @@ class Writer:
         except Exception:  # a fault of ours; the sessions' answers go on
             log.exception("the journal of a session stumbled")
         finally:
-            del self._queues[key]
+            del self._queues[key], self._tasks[key]
             if not self._queues:
                 self._idle.set()
 
