@@ -37,8 +37,7 @@ def test_conversations_about_pictures(adapter: Adapter, tmp_path: Path) -> None:
     command += ["--image-width-mean", "56", "--image-height-mean", "56", "--image-format", "png"]
     command += ["--synthetic-input-tokens-mean", "12", "--synthetic-input-tokens-stddev", "0"]
     command += ["--output-tokens-mean", "6", "--concurrency", "2"]
-    # Its prompts are made with the checkpoint's own tokenizer, from its folder (a folder is not found
-    # with HF_HUB_OFFLINE); the server's own counts are taken.
+    # Its prompts are made with the checkpoint's own tokenizer; the server's own counts are taken.
     command += ["--tokenizer", ROOT / "demo" / "checkpoint", "--use-server-token-count"]
     command += ["--no-gpu-telemetry", "--no-server-metrics", "--ui-type", "none"]
     command += ["--random-seed", "1", "--artifact-dir", tmp_path]
