@@ -2,8 +2,8 @@
 
 Two local instances with two engines each and one journal in a folder. Clients hold sessions with a
 picture and questions about it, and ask again where they are not answered. Meanwhile processes are
-killed and stopped. In the end no session is lost, no answer is another than that of a quiet
-endpoint, and the journal has only what faults have left.
+killed and stopped, and the journal's disk is full or away. In the end no session is lost, no answer
+is another than that of a quiet endpoint, and the journal has only what faults have left.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.clients import Client, Tally, learn_answers, make_scripts
+from benchmarks.chaos.disk import Disk
 from benchmarks.chaos.endpoint import Endpoint
 from benchmarks.chaos.faults import FAULTS, Faults
 from benchmarks.export import DEMO, ExportFailedError, export
@@ -29,6 +30,8 @@ CLIENTS = 12
 BETWEEN_SECONDS = (3.0, 8.0)
 IDLE_SECONDS = 900.0
 """Longer than anybody waits for an answer: while nothing serves, sessions age all the same."""
+DELETED_SECONDS = 10.0
+"""Sessions that have ended are deleted within this time."""
 SWEPT_SECONDS = 60.0
 """When an endpoint has started, what has expired is deleted within this time."""
 
@@ -47,9 +50,11 @@ def settings(journal: Path) -> dict[str, Any]:
 
 def sessions_in(journal: Path) -> int:
     """Sessions that the journal has something of."""
-    if not journal.exists():
-        return 0
-    return sum(any(each.is_file() for each in folder.rglob("*")) for folder in journal.iterdir())
+    # Folders may vanish meanwhile, which `rglob` does not take.
+    return sum(
+        any(files for _, _, files in os.walk(folder))
+        for folder in (journal.iterdir() if journal.exists() else ())
+    )
 
 
 def make_old(journal: Path) -> None:
@@ -64,8 +69,17 @@ def run(options: argparse.Namespace) -> int:
     """Export, serve, harm, judge, write."""
     folder = options.output.parent / "chaos"
     shutil.rmtree(folder, ignore_errors=True)
-    journal = folder / "journal"
-    journal.mkdir(parents=True)
+    disk = Disk(folder / "disk")
+    if not disk.is_own:
+        print("this user may mount no file system: the disk is never full", flush=True)
+    try:
+        return _run(options, folder, disk)
+    finally:
+        disk.close()
+
+
+def _run(options: argparse.Namespace, folder: Path, disk: Disk) -> int:
+    journal = disk.journal
     print(f"exporting the demo checkpoint to {options.repository} ...", flush=True)
     export(DEMO, options.repository, settings(journal))
     endpoint = Endpoint(options.repository, folder / "logs", INSTANCES, ENGINES)
@@ -75,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         endpoint.start()
         print("asking a quiet endpoint", flush=True)
         learn_answers(endpoint, scripts)
-        faults = Faults(endpoint, BETWEEN_SECONDS, options.seed)
+        faults = Faults(endpoint, disk, BETWEEN_SECONDS, options.seed)
         until = time.monotonic() + seconds
         clients = [Client(endpoint, scripts, tally, n, until) for n in range(options.clients)]
         for client in clients:
@@ -86,7 +100,9 @@ def run(options: argparse.Namespace) -> int:
         print("no more faults", flush=True)
         for client in clients:
             client.join()
-        left = sessions_in(journal)
+        deadline = time.monotonic() + DELETED_SECONDS
+        while (left := sessions_in(journal)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         held = verdict(tally, left, faults.counts.total())
         if options.sweep and left:
             # What an opening left whose client has not heard of it: to be swept when it is old.

@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
+from benchmarks.chaos.disk import Disk
 from benchmarks.chaos.endpoint import Endpoint, parts
 from benchmarks.processes import Process, is_running, with_descendants
 
@@ -22,6 +23,8 @@ FAULTS = {
     "SIGSTOP of an adapter": 2,
     "SIGSTOP of a whole instance": 1,
     "SIGTERM of an instance": 1,
+    "a full disk": 1,
+    "a disk that goes away": 1,
 }
 """Relative frequencies."""
 STOPPED_SECONDS = (0.3, 3.0)
@@ -33,14 +36,18 @@ class Faults(threading.Thread):
 
     Args:
         endpoint: started.
+        disk: that the journal lies on.
         between: seconds between two faults, at least and at most.
         seed: of what comes when.
     """
 
-    def __init__(self, endpoint: Endpoint, between: tuple[float, float], seed: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, disk: Disk, between: tuple[float, float], seed: int
+    ) -> None:
         super().__init__(name="faults", daemon=True)
         self.counts: Counter[str] = Counter()
         self._endpoint = endpoint
+        self._disk = disk
         self._between = between
         self._rng = random.Random(seed)
         # Each kind once, before chance decides.
@@ -57,9 +64,22 @@ class Faults(threading.Thread):
         while not self._told.wait(self._rng.uniform(*self._between)):
             fault = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
             fault = self._next.pop() if self._next else fault
+            if fault in ("a full disk", "a disk that goes away"):
+                self.counts[fault] += self._harm_disk(fault)
+                continue
             instances = list(self._endpoint.instances())
             if instances and self._do(fault, self._rng.choice(instances)):
                 self.counts[fault] += 1
+
+    def _harm_disk(self, fault: str) -> bool:
+        is_full = fault == "a full disk"
+        if is_full and not self._disk.is_own:
+            return False
+        print(f"{time.strftime('%H:%M:%S')} {fault}", flush=True)
+        harm: AbstractContextManager[None] = self._disk.full() if is_full else self._disk.away()
+        with harm:
+            self._told.wait(self._rng.uniform(*STOPPED_SECONDS))
+        return True
 
     def _do(self, fault: str, instance: list[Process]) -> bool:
         how, _, what = fault.partition(" of ")
