@@ -83,7 +83,7 @@ class OpenSessions:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             return torch.cuda.memory_reserved()
-        return self._way.engine.inspect(lambda _sessions, _memory, images: images.device_bytes)
+        return self._way.engine.inspect(lambda state: state.images.device_bytes).result()
 
 
 def measure(options: Options) -> None:

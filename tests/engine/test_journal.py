@@ -16,12 +16,12 @@ import pytest
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import Operation
-from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
+from llava_triton.engine.state import EngineState
 from llava_triton.journal import writer
 from llava_triton.journal.records import picture_path, session_key
-from llava_triton.journal.store import Store, StoreError
-from tests.engine_harness import EngineHarness, Pending
+from llava_triton.journal.store import Entry, Store, StoreError
+from tests.engine_harness import PATIENCE_SECONDS, EngineHarness, Pending
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
 from tests.waiting import wait_until
 
@@ -52,9 +52,8 @@ def safe(harness: EngineHarness, session_id: SessionId = "s") -> None:
 
 def settled(harness: EngineHarness) -> None:
     """Wait until the journal has done all that it was asked for."""
-    harness.on_engine(lambda _: None)
-    harness.journal._background.run(asyncio.sleep(0)).result()  # behind what was asked for
-    wait_until(harness.journal._writer._idle.is_set)
+    harness.inspect(lambda _: None)
+    harness.journal.flush().result(PATIENCE_SECONDS)
 
 
 def lose(harness: EngineHarness) -> None:
@@ -68,7 +67,7 @@ def resume(turn: Ask, harness: EngineHarness, session_id: SessionId = "s") -> Pe
 
 def state(harness: EngineHarness, session_id: SessionId = "s") -> tuple[Any, ...]:
     session = harness.session(session_id)
-    return harness.on_engine(
+    return harness.inspect(
         lambda _: (
             list(session.tokens),
             [(span.start, span.length, span.image.digest) for span in session.spans],
@@ -236,14 +235,14 @@ def test_who_asks_first_for_a_lost_session_is_not_its_owner(
     harness.ask("s", "What is it?", start=True, tenant="alice")
     safe(harness)
     lose(harness)
-    may_read, call = threading.Event(), Store._call
+    may_read, entries = threading.Event(), Store.entries
 
-    async def slow(self: Store, asked: Any) -> Any:
+    async def slow(self: Store, prefix: str) -> list[Entry]:
         while not may_read.is_set():
             await asyncio.sleep(0.005)
-        return await call(self, asked)
+        return await entries(self, prefix)
 
-    monkeypatch.setattr(Store, "_call", slow)
+    monkeypatch.setattr(Store, "entries", slow)
     stranger = harness.submit("s", "?", start=True, tenant="bob", operation=RESUME)
     owner = harness.submit("s", "Why so?", start=True, tenant="alice", operation=RESUME)
     behind = harness.submit("s", "?", tenant="bob")
@@ -521,10 +520,10 @@ def test_a_session_that_is_not_safe_does_not_hibernate(
     safe(harness)
     FIRST.wait(harness, "t", start=True)
 
-    def open_now(engine: Engine) -> list[SessionId]:
-        return [session.id for session in engine._sessions.oldest_first()]
+    def open_now(state: EngineState) -> list[SessionId]:
+        return [session.id for session in state.sessions.oldest_first()]
 
-    assert harness.on_engine(open_now) == ["t"]
+    assert harness.inspect(open_now) == ["t"]
 
 
 def test_a_session_that_went_on_elsewhere_survives_its_expiry_here(

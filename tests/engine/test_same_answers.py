@@ -20,8 +20,8 @@ from PIL.Image import Image
 from demo.shapes import draw, random_scene
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
-from llava_triton.engine import Engine
 from llava_triton.engine.session import Session
+from llava_triton.engine.state import EngineState
 from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.checkpoints import DEMO, tiny_llava
 from tests.engine_harness import EngineHarness, Pending
@@ -449,17 +449,17 @@ def count_put_back(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> l
     """Sessions whose blocks are taken while they have a turn, as it happens."""
     put_back: list[Session] = []
 
-    def spy(engine: Engine) -> None:
-        evict = engine._memory.evict
+    def spy(state: EngineState) -> None:
+        evict = state.memory.evict
 
         def counted(session: Session) -> None:
-            if session.id in engine._lanes:
+            if session.id in state.lanes:
                 put_back.append(session)
             evict(session)
 
-        monkeypatch.setattr(engine._memory, "evict", counted)
+        monkeypatch.setattr(state.memory, "evict", counted)
 
-    harness.on_engine(spy)
+    harness.inspect(spy)
     return put_back
 
 

@@ -235,7 +235,7 @@ class Finalized:
         os.kill(os.getpid(), signal.SIGTERM)
         (lambda: None)()
 
-signal.signal(signal.SIGTERM, server._interrupt)
+signal.signal(signal.SIGTERM, server.interrupt)
 try:
     Finalized()
     time.sleep(20.0)

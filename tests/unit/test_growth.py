@@ -129,7 +129,7 @@ def test_who_gives_up_blocks_is_found_among_any_number_of_sessions() -> None:
         books.open("younger", tokens=0)
         scheduler = Scheduler(books.memory, books.memory.on_device, 512, Settings())
         found: list[Session | None] = []
-        counted = operations(lambda: found.append(scheduler._victim(())))
+        counted = operations(lambda: found.append(scheduler.victim(())))
         assert found == [victim]
         return counted
 

@@ -145,7 +145,7 @@ class AsyncSession:
         address = Address.of(url)
         shows = shown(image, video, num_frames)
         turn = opening_turn(address, shows, session_id, history, truncation, resume)
-        return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
+        return await _opened_or_ended(cls._opened(connect(address, tenant), turn))
 
     @classmethod
     async def _opened(cls, transport: AsyncTransport, turn: TurnMessage) -> AsyncSession:
@@ -307,7 +307,8 @@ async def _end(opening: asyncio.Task[AsyncSession]) -> None:
         await session.close()
 
 
-def _transport(address: Address, tenant: str | None) -> AsyncTransport:
+def connect(address: Address, tenant: str | None) -> AsyncTransport:
+    """A connection, which is the caller's to close."""
     if address.scheme == "grpc":
         from llava_triton.client.async_grpc import AsyncGrpcTransport
 

@@ -83,7 +83,7 @@ class Session:
             SessionError: no server there, a bad picture, a full server, or no session to resume.
         """
         address = Address.of(url)
-        transport = _transport(address, tenant)
+        transport = connect(address, tenant)
         if replay:
             transport = ReplayTransport(transport)
         try:
@@ -255,7 +255,8 @@ class Session:
         self.close()
 
 
-def _transport(address: Address, tenant: str | None) -> Transport:
+def connect(address: Address, tenant: str | None) -> Transport:
+    """A connection, which is the caller's to close."""
     if address.scheme == "grpc":
         from llava_triton.client.grpc import GrpcTransport
 

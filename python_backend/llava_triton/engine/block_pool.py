@@ -104,5 +104,22 @@ class BlockPool:
         return self._holders[block] > 1
 
     def holders(self) -> list[int]:
-        """How many sessions hold each block, for whoever checks the books."""
+        """How many sessions hold each block, for whoever checks the pool."""
         return list(self._holders)
+
+    def key_of(self, block: int) -> BlockKey | None:
+        """The key that a block is published under."""
+        return self._keys.get(block)
+
+    def check(self) -> None:
+        """For tests.
+
+        Raises:
+            AssertionError: what the pool knows contradicts itself.
+        """
+        free = [*self._blank, *self._remembered]
+        assert sorted(free) == [block for block, count in enumerate(self._holders) if not count]
+        assert self.shared == sum(count > 1 for count in self._holders)
+        assert {block: key for key, block in self._by_key.items()} == self._keys
+        assert all(block in self._keys for block in self._remembered)
+        assert not any(block in self._keys for block in self._blank)

@@ -35,6 +35,7 @@ from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Mark, Session, SessionId, common_prefix
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
+from llava_triton.engine.state import EngineState
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
 from llava_triton.engine.turn import (
@@ -214,8 +215,9 @@ class Engine:
     def knows(self, session_id: SessionId) -> bool:
         """Whether a session is open or has turns on their way; waits as `statistics` does."""
         sessions, lanes = self._sessions, self._lanes
-        look = self.on_thread(lambda: session_id in lanes or sessions.find(session_id) is not None)
-        return look.result()
+        return self._on_thread(
+            lambda: session_id in lanes or sessions.find(session_id) is not None
+        ).result()
 
     def room_for_a_session(self, session_id: SessionId) -> SessionError | None:
         """Why a turn that opens a session under this ID would be refused now, if it would; waits
@@ -226,16 +228,32 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
-        return self.on_thread(self._count).result()
+        return self._on_thread(self._count).result()
 
-    def inspect(self, look: Callable[[SessionTable, SessionMemory, ImageStore], Result]) -> Result:
-        """What `look` finds in the books, called on the engine's thread between two steps: for
-        tests and measurements. Waits as `statistics` does."""
-        return self.on_thread(lambda: look(self._sessions, self._memory, self._images)).result()
+    def inspect(self, look: Callable[[EngineState], Result]) -> Future[Result]:
+        """What `look` finds in the engine's state, for tests and measurements.
 
-    def on_thread(self, action: Callable[[], Result]) -> Future[Result]:
-        """Call `action` on the engine's thread, between two of its steps: nothing else changes
-        what the engine holds meanwhile."""
+        It is called on the engine's thread, between two steps: nothing else changes the state
+        meanwhile.
+        """
+        return self._on_thread(
+            lambda: look(
+                EngineState(
+                    sessions=self._sessions,
+                    lanes=self._lanes,
+                    memory=self._memory,
+                    images=self._images,
+                    scheduler=self._scheduler,
+                    running=list(self._running.values()),
+                    idle_sessions=self._idle_sessions,
+                    steps_in_flight=len(self._under_way),
+                    steps_lost=self._lost,
+                    to_try_alone=len(self._to_try_alone),
+                )
+            )
+        )
+
+    def _on_thread(self, action: Callable[[], Result]) -> Future[Result]:
         result: Future[Result] = Future()
 
         def command() -> None:

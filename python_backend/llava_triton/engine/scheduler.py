@@ -328,7 +328,7 @@ class Scheduler:
 
     def _make_room(self, each: _Next, younger: Sequence[_Next]) -> bool:
         while not self._has_room(each.turn, coming=each.row is not None):
-            victim = self._victim([other.turn for other in younger])
+            victim = self.victim([other.turn for other in younger])
             if victim is None:
                 return False
             self._memory.evict(victim)
@@ -345,7 +345,9 @@ class Scheduler:
         turn.phase = Phase.COMPUTING
         return True
 
-    def _victim(self, younger: Sequence[RunningTurn]) -> Session | None:
+    def victim(self, younger: Sequence[RunningTurn]) -> Session | None:
+        """The session that gives up its blocks next: an idle one, else one of these turns', last
+        ones first. The turn is put back. None where no other session has any."""
         idle = next(iter(self._idle_sessions()), None)
         if idle is not None:
             return idle

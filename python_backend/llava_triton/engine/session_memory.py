@@ -55,8 +55,10 @@ class SessionMemory:
         self.host_bytes = 0
         """In use by copies."""
         self._pages = pages
-        self._host_budget = host_bytes
-        self._transfers: list[Transfer] = []
+        self.host_budget = host_bytes
+        """Bytes of host memory that copies may take."""
+        self.transfers: list[Transfer] = []
+        """Moves to be done before the next step, in order."""
         self._on_host: OrderedDict[int, Session] = OrderedDict()
         """Sessions with a host copy by `id()`, longest there first."""
         self._on_device: OrderedDict[int, Session] = OrderedDict()
@@ -64,13 +66,17 @@ class SessionMemory:
 
     def take_transfers(self) -> list[Transfer]:
         """The moves to be done before the next step; they are the caller's now."""
-        transfers, self._transfers = self._transfers, []
+        transfers, self.transfers = self.transfers, []
         return transfers
 
     def on_device(self) -> Iterator[Session]:
         """The sessions that have blocks, longest unused first. None may gain or lose its blocks
         while the iterator is in use."""
         return iter(self._on_device.values())
+
+    def on_host(self) -> Iterator[Session]:
+        """The sessions with a copy in host memory, longest there first; as `on_device`."""
+        return iter(self._on_host.values())
 
     def used(self, session: Session) -> None:
         """A turn of the session has ended: of all that have blocks it is the last to lose them."""
@@ -115,7 +121,7 @@ class SessionMemory:
             return False
         if copied:
             source, target = kv.blocks[last], blocks.pop()
-            self._transfers.append(lambda: self._pages.copy(source, target))
+            self.transfers.append(lambda: self._pages.copy(source, target))
             self.pool.release(source)
             kv.blocks[last] = target
             self.counters.blocks_copied += 1
@@ -138,7 +144,7 @@ class SessionMemory:
             return
         if theirs.host is not None:
             # The two share one copy in host memory. It counts for each, so that each may drop it.
-            if self.host_bytes + theirs.host.bytes > self._host_budget:
+            if self.host_bytes + theirs.host.bytes > self.host_budget:
                 kv.dropped = True
                 return
             kv.host = theirs.host
@@ -177,12 +183,11 @@ class SessionMemory:
         kv = session.key_values
         used = kv.blocks[: _blocks_for(kv.computed)]
         wanted = self._pages.host_bytes(len(used))
-        if used and wanted <= self._host_budget:
-            while self.host_bytes + wanted > self._host_budget:
-                oldest = next(iter(self._on_host.values()))
-                self._drop(oldest)
+        if used and wanted <= self.host_budget:
+            while self.host_bytes + wanted > self.host_budget:
+                self._drop(next(self.on_host()))
             copy = HostCopy(wanted)
-            self._transfers.append(lambda: _fill(copy, self._pages, used))
+            self.transfers.append(lambda: _fill(copy, self._pages, used))
             self.host_bytes += wanted
             self._on_host[id(session)] = session
             self.counters.evicted_to_host += 1
@@ -225,7 +230,7 @@ class SessionMemory:
             return False
         first = len(found)
         if fresh:
-            self._transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
+            self.transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
         kv.blocks = array("i", found + fresh)
         self._note(session)
         for block, key in zip(kv.blocks, kv.keys, strict=False):

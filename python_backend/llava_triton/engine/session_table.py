@@ -71,6 +71,10 @@ class SessionTable:
         """All of them, longest unused first."""
         return iter(self._sessions.values())
 
+    def longest_open_first(self) -> Iterator[Session]:
+        """All of them."""
+        return iter(self._by_age.values())
+
     def room_for(self, session_id: SessionId) -> SessionError | None:
         """Why a session of this ID could not be opened now: UNAVAILABLE, there are as many as there
         may be, and none by this ID whose place it could take. For any thread."""
@@ -186,12 +190,12 @@ class SessionTable:
         """Close what has outlived its limits, except active sessions. Costs something for those and
         the active ones alone, however many others are open."""
         now = self._clock()
-        for by_time, is_over in (
-            (self._sessions, self._is_idle_too_long),
-            (self._by_age, self._is_open_too_long),
+        for in_order, is_over in (
+            (self.oldest_first, self._is_idle_too_long),
+            (self.longest_open_first, self._is_open_too_long),
         ):
             over = []
-            for session in by_time.values():
+            for session in in_order():
                 if session.id in active:
                     continue
                 if not is_over(session, now):

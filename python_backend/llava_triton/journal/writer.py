@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass, field
 from functools import partial
@@ -240,14 +241,24 @@ class Writer:
         if not self._is_open(key):
             self._forget_soon(_Forget(Log(key), until, expired=True))
 
-    def close(self) -> None:
-        """Write what is not written yet, as far as that is soon."""
+    @property
+    def tidying(self) -> int:
+        """Sessions whose pictures are looked for soon."""
+        return len(self._to_tidy)
 
-        async def flush() -> None:
+    def flush(self) -> Future[None]:
+        """Done when what was asked for until now is written and deleted; pictures of no session may
+        still be there."""
+
+        async def wait() -> None:
             await self._idle.wait()
 
+        return self._background.run(wait())
+
+    def close(self) -> None:
+        """Write what is not written yet, as far as that is soon."""
         try:
-            self._background.run(flush()).result(FLUSH_SECONDS)
+            self.flush().result(FLUSH_SECONDS)
         except NotInTime:
             with self._lock:
                 left = self.counters.waiting

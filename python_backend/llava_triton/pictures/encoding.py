@@ -234,6 +234,16 @@ class PictureEncoding:
                 return
         _tell(turn, [])
 
+    @property
+    def stopping(self) -> bool:
+        """Whether no more pictures are taken."""
+        return self._stopping
+
+    @property
+    def waiting_to_encode(self) -> int:
+        """Decoded pictures that the encoder has not had the last tile of."""
+        return len(self._decoded)
+
     def shutdown(self) -> None:
         """Let pictures that are worked on finish; the turns that wait are refused."""
         with self._changed:
