@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.conversation.prompt import Prompt
@@ -195,7 +196,7 @@ def test_a_text_that_can_never_fit_is_not_made_tokens_of(
         raise AssertionError("it was tokenized")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ConversationRenderer, "_tokenize", never)
+        patch.setattr(PreTrainedTokenizerBase, "__call__", never)
         for text in ("many words " * 20_000, " " * 200_000, "é" * 100_000):
             with pytest.raises(SessionError, match="would be at least") as caught:
                 Ask(text).wait(harness, "s", start=True)

@@ -26,7 +26,7 @@ from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
-from llava_triton.device import is_lost
+from llava_triton.device import is_lost, leave_cores
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.lanes import Lanes
@@ -65,14 +65,6 @@ SWEEP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 0.25
 """A turn without a token yet gets an empty piece this often: sending one is how a caller notices
 that its client has gone."""
-FIRST_TOKEN_PAUSE_SECONDS = 0.002
-"""So long at the most a CPU's cores are left to what brings a first token to its client, before
-they compute the next step. Computing, they delay it by more: through Triton a later turn's first
-token came after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has
-to be sent at some time anyway."""
-FIRST_TOKEN_PAUSE_SHARE = 0.25
-"""Of a step's time, at the most: beside short steps the whole pause would cost more than it
-gives."""
 NOT_FINITE = (
     "the model computed values that are not finite; the session is at its last completed turn: ask "
     "again, or open a new session"
@@ -323,8 +315,7 @@ class Engine:
         computes_on_our_cores = self._runner.steps_at_once == 1
         if computes_on_our_cores and any(turn.answer_tokens == 1 for turn in self._with_new_tokens):
             self._tell_new_tokens()
-            share = FIRST_TOKEN_PAUSE_SHARE * self._scheduler.clock.decode_seconds
-            time.sleep(min(FIRST_TOKEN_PAUSE_SECONDS, share))
+            leave_cores(self._scheduler.clock.decode_seconds)
             self._obey()
 
     def _stop(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_triton.contract.errors import unavailable
 from llava_triton.contract.protocol import NO_TENANT
-from llava_triton.device import host_bytes, to_host
+from llava_triton.device import bytes_on_host, to_host
 
 Digest = bytes
 """SHA-256 of a picture's features, of everything that an answer can depend on, and of whose they
@@ -58,8 +58,7 @@ class Image:
     @property
     def host_bytes(self) -> int:
         """What they take in host memory."""
-        pinned = self.features.is_cuda or self.features.is_pinned()
-        return host_bytes(self.bytes, torch.device("cuda" if pinned else "cpu"))
+        return bytes_on_host(self.features)
 
 
 class ImageStore:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import cuda_graph, to_device
+from llava_triton.device import cuda_graph, graph_pool, to_device
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.model.step import StepPart
 
@@ -75,7 +75,7 @@ class DecodeGraphs:
         self._logits = torch.empty(
             (self._sizes[-1], vocabulary), dtype=torch.float32, device=device
         )
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = graph_pool(device)
         self._records: dict[tuple[int, int], _Record] = {}
         began = time.monotonic()
         # The largest first: the others' memory fits into theirs.
@@ -119,7 +119,6 @@ class DecodeGraphs:
         return numbers
 
     def _record(self, size: int, width: int) -> _Record:
-        on_gpu = self._device.type == "cuda"
         given = to_device(self._numbers(size, width, ()), self._device)
         ids, contexts = given[:size], given[size : 2 * size]
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
@@ -129,7 +128,7 @@ class DecodeGraphs:
             rows = Rows(starts, contexts, tables, contexts.long())
             return self._decode(ids.long(), rows, self._logits[:size])
 
-        return _Record(given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
+        return _Record(given, cuda_graph(run, self._device, self._pool))
 
 
 def _up_to(ascending: Iterable[int], most: int) -> list[int]:

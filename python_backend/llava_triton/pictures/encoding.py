@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llava_triton.contract.errors import ErrorCode, SessionError, invalid, unavailable
 from llava_triton.contract.models import IMAGE
+from llava_triton.device import wait_for
 from llava_triton.pictures.decode import numbered
 from llava_triton.pictures.feature_cache import EncodedImages
 
@@ -443,8 +444,7 @@ class PictureEncoding:
             features = self._encode(np.concatenate(batch))
             # Copies: a row of a batch would keep the whole batch in memory.
             copies = [each.clone() for each in features]
-            if features.is_cuda:  # only begun yet, and `features` is another's when this returns
-                torch.cuda.current_stream(features.device).synchronize()
+            wait_for(features)  # only begun yet, and `features` is another's when this returns
             return list(copies)
         except Exception as error:
             if len(batch) == 1:
