@@ -261,13 +261,13 @@ class EngineHarness:
 
         self.inspect(poison)
 
-    def check_books(self) -> None:
+    def check_state(self) -> None:
         """Everything the engine counts adds up at this moment, whatever is in flight."""
         self.inspect(_check_state)
 
     def assert_nothing_is_held(self) -> None:
         """No session, no turn, and no memory of any."""
-        self.check_books()
+        self.check_state()
         now = self.engine.statistics()
         assert (now.sessions_open, now.sessions_active, now.turns_in_flight) == (0, 0, 0)
         assert (now.blocks_free, now.blocks_shared) == (now.blocks_total, 0)

@@ -253,7 +253,7 @@ class Closing:
 
 
 class Limits:
-    """What is open, and which pictures are held, while turns of several sessions are under way.
+    """What is open, and which pictures are held, while turns of several sessions are in flight.
 
     Args:
         sessions: open before.

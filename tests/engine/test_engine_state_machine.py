@@ -93,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @property
     def _likely(self) -> list[SessionId]:
-        """Sessions that are open if every turn under way does what it should."""
+        """Sessions that are open if every turn in flight does what it should."""
         likely = dict.fromkeys(self._sessions)
         for flight in self._flights:
             if isinstance(flight, Closing) or flight.end:
@@ -304,7 +304,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def books_add_up(self) -> None:
         failed, self._failed = self._failed, True
-        self._harness.check_books()
+        self._harness.check_state()
         self._failed = failed
 
     def teardown(self) -> None:

@@ -121,7 +121,7 @@ def test_a_cancelled_end_waits_for_the_turn_before_it(
     ending = Ask("Bye").submit(harness, "s", end=True)
     harness.engine.cancel(ending.id)
     assert failure(ending) is ErrorCode.CANCELLED
-    harness.check_books()
+    harness.check_state()
     assert running.wait()[1].finish_reason == "length"
     assert Ask("?").wait(harness, "other", start=True)[0] == alone(Ask("?"))[0]
     assert failure(Ask("?").submit(harness, "s")) is ErrorCode.NOT_FOUND
@@ -164,5 +164,5 @@ def test_a_step_that_cannot_be_planned_fails_its_turn(
         turns = {name: going_on.submit(harness, name) for name in ("good", "bad")}
         assert failure(turns["bad"]) is ErrorCode.INTERNAL
         assert turns["good"].wait()[0] == alone(long_ask("good"), going_on)[-1]
-    harness.check_books()
+    harness.check_state()
     assert going_on.wait(harness, "bad")[0] == alone(long_ask("bad"), going_on)[-1]

@@ -101,7 +101,7 @@ def test_a_resumed_session_answers_as_the_lost_one_would(
     assert now.tokens[: len(tokens)] == tokens
     assert now.turns[:3] == turns
     assert final.num_input_tokens > len(tokens)
-    harness.check_books()
+    harness.check_state()
     # It is an open session like any other, and goes on in the journal.
     safe(harness)
     lose(harness)
@@ -151,7 +151,7 @@ def test_all_that_a_session_can_be_is_resumed(journaled: Callable[..., EngineHar
     for name, tenant in names:
         harness.ask(name, start=True, tenant=tenant, operation=RESUME)
     assert {name: state(harness, name) for name, _ in names} == before
-    harness.check_books()
+    harness.check_state()
 
 
 def test_the_end_of_a_session_is_the_end_of_its_records(
@@ -253,7 +253,7 @@ def test_who_asks_first_for_a_lost_session_is_not_its_owner(
     assert failure(anew) is ErrorCode.INVALID_ARG  # taken
     assert owner.wait()
     assert len(harness.session("s").turns) == 2
-    harness.check_books()
+    harness.check_state()
 
 
 def test_without_a_journal_there_is_nothing_to_resume(start: Start) -> None:
@@ -347,7 +347,7 @@ def test_a_damaged_journal_is_one_error_for_its_session(
         resume(FOURTH, harness).wait()
     assert caught.value.code is ErrorCode.NOT_FOUND
     assert resume(SECOND, harness, "other").wait()[1].num_output_tokens
-    harness.check_books()
+    harness.check_state()
     # The ID can be used again.
     FIRST.wait(harness, "s", start=True)
     safe(harness)
@@ -458,7 +458,7 @@ def test_in_sync_an_answer_waits_for_its_record(
         THIRD.wait(harness, "s")
     assert caught.value.code is ErrorCode.UNAVAILABLE
     assert state(harness) == before
-    harness.check_books()
+    harness.check_state()
     store.down = False
     assert THIRD.wait(harness, "s")[0] == alone(FIRST, SECOND, THIRD)[-1]
     lose(harness)

@@ -108,7 +108,7 @@ def test_logits_that_are_not_finite_end_their_turn_alone(
             doomed.wait()
         assert caught.value.code is ErrorCode.INTERNAL
         assert neighbour.wait()[0] == expected["red"]
-    harness.check_books()
+    harness.check_state()
     assert harness.engine.statistics().turns_failed == 1
     assert going_on.wait(harness, "green")[0] == expected["green"]
 

@@ -213,7 +213,7 @@ def test_pictures_go_to_host_memory_and_only_then_are_new_ones_refused(
     assert failure(show(4).submit(harness, 0)) is ErrorCode.UNAVAILABLE
     two = Ask("?", (PICTURES[0], PICTURES[5]))
     assert failure(two.submit(harness, 0)) is ErrorCode.UNAVAILABLE
-    harness.check_books()
+    harness.check_state()
     assert harness.engine.statistics().images == 4
     # What is there already can be shown again, and everybody can go on: also where keys and values
     # have to be computed from features in host memory.

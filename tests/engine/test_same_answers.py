@@ -265,13 +265,13 @@ def hold_probes(
             if not comparison.same(name, turn, heard(harness, names[name], pending)):
                 del names[name]
         after_turn()
-        harness.check_books()
+        harness.check_state()
     for session in names.values():
         harness.engine.close(session)
 
 
 class Noise:
-    """Sessions that always have a turn under way, and do at random what clients do.
+    """Sessions that always have a turn in flight, and do at random what clients do.
 
     Args:
         harness: where.
@@ -478,7 +478,7 @@ def test_sharing_with_many_sessions(
             diverging = harness.submit("first", "Is there a green star?", max_tokens=30)
         for session, pending in asked:
             assert comparison.same(probe, turn, heard(harness, session, pending))
-        harness.check_books()
+        harness.check_state()
     now = harness.engine.statistics()
     assert now.prefix_cache_blocks - before.prefix_cache_blocks >= full * len(sessions)
     assert (now.images, now.image_hits) == (1, len(sessions))
@@ -504,7 +504,7 @@ def test_sessions_that_part_ways(
             assert comparison.same(name, turn, heard(harness, name, pending))
         # Coming back, each finds what the other has: their common beginning, and no more.
         harness.evict_idle(pair[turn % 2])
-        harness.check_books()
+        harness.check_state()
     assert harness.engine.statistics().images == 1
     comparison.check(least=100)
 

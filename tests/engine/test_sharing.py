@@ -56,7 +56,7 @@ def test_cut_back_by_a_cancelled_turn_into_a_shared_block(start: Start, alone: A
     opening.wait(harness, "two", start=True)
     short = Ask(doomed.text, max_tokens=5, ignore_eos=True)
     assert short.wait(harness, "two")[0] == alone(opening, short)[-1]
-    assert shared_blocks(harness, "one", "two") > 3  # blocks of the turn that is under way
+    assert shared_blocks(harness, "one", "two") > 3  # blocks of the turn that is in flight
     harness.engine.cancel(running.id)
     assert failure(running) is ErrorCode.CANCELLED
     assert ends_in_a_shared_block(harness, "one")

@@ -105,7 +105,7 @@ def test_all_layers_in_one_call_equal_one_operation_after_another(
         made.return_value = replace(kernels, join=both)
         loaded = load_checkpoint(checkpoint, dtype=dtype)
         model = TextModel(loaded, int8_weights=int8)
-    # A prompt, answers under way, and again fewer tokens: what is kept between steps is larger.
+    # A prompt, answers in flight, and again fewer tokens: what is kept between steps is larger.
     for sequences in ([(0, 40), (17, 1), (64, 1)], [(30, 1), (5, 2)]):
         results = []
         for way in ways:

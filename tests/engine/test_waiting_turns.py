@@ -150,7 +150,7 @@ def test_nobody_waits_for_another_s_long_text(
         assert HELLO.wait(harness, "other", start=True)[0] == alone(HELLO)[0]
         assert long.events.empty()
         assert behind.events.empty()
-        harness.check_books()
+        harness.check_state()
     answers = [long.wait()[0], behind.wait()[0]]
     assert answers == alone(HELLO, LONG, HELLO)[1:]
 
@@ -258,7 +258,7 @@ def test_a_turn_outlives_its_session_s_time(start: Start, alone: Alone, share: b
         stranger = harness.submit("s", "?", tenant="another")
         waiting = HELLO.submit(harness, "s")
         assert failure(stranger) is ErrorCode.NOT_FOUND
-        harness.check_books()
+        harness.check_state()
     assert running.wait()[0] == alone(asked)[0]
     assert failure(waiting) is ErrorCode.NOT_FOUND
     assert harness.expired == ["s"]

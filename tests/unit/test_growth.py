@@ -149,7 +149,7 @@ def test_a_step_costs_the_same_however_much_was_said() -> None:
 
         def step() -> None:
             (work,) = scheduler.plan([turn], now=0.0)
-            step_part(work.ids, session, work.tokens_under_way, Choice())
+            step_part(work.ids, session, work.tokens_in_flight, Choice())
             scheduler.clock.observe(1, 0, 0.01)
             books.memory.extend(session, work.count)
 
@@ -171,7 +171,7 @@ def test_a_turn_begins_at_the_same_cost_however_much_was_said() -> None:
             turn.kept = kept
             (work,) = Scheduler(books.memory, lambda: (), 512, Settings()).plan([turn], now=0.0)
             assert work.count == len(message)
-            step_part(work.ids, session, work.tokens_under_way, Choice())
+            step_part(work.ids, session, work.tokens_in_flight, Choice())
             books.memory.extend(session, work.count)
 
         return operations(begin)

@@ -1,4 +1,4 @@
-"""The engine: one thread that keeps the books of every session, and a device that advances them."""
+"""The engine: one thread that keeps the state of every session, and a device that advances them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Engine:
     """Answers turns of many sessions at once.
 
     All public methods may be called from any thread and return at once. The engine's own thread
-    keeps the books; the device computes in another one, so that the next turns begin and the last
+    keeps the state; the device computes in another one, so that the next turns begin and the last
     tokens become text while it works. Each session's turns run one after another in the order they
     came; the running turns of all sessions advance together.
 
@@ -129,7 +129,7 @@ class Engine:
             # A device that is given one step at a time computes on the cores that plan the next.
             questions_alone=runner.steps_at_once == 1,
         )
-        self._under_way: deque[list[Work]] = deque()
+        self._in_flight: deque[list[Work]] = deque()
         """The works of the steps that the device has, oldest first."""
         self._lost = 0
         """Of those, how many are of no use: they built on a step that failed."""
@@ -169,7 +169,7 @@ class Engine:
     def stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
         """End the answer that a session is giving, as a completed turn with what was said so far.
 
-        Turns that wait behind it are answered next. Where no answer is under way, nothing happens:
+        Turns that wait behind it are answered next. Where no answer is in flight, nothing happens:
         it may have ended just before.
 
         Args:
@@ -238,7 +238,7 @@ class Engine:
                     scheduler=self._scheduler,
                     running=list(self._running.values()),
                     idle_sessions=self._idle_sessions,
-                    steps_in_flight=len(self._under_way),
+                    steps_in_flight=len(self._in_flight),
                     steps_lost=self._lost,
                     to_try_alone=len(self._to_try_alone),
                 )
@@ -293,7 +293,7 @@ class Engine:
 
     def _obey(self, wait: bool = False) -> None:
         """Do what callers and the device asked for; wait for it where there is nothing else."""
-        busy = not self._under_way and any(
+        busy = not self._in_flight and any(
             not turn.finish_reason for turn in self._running.values()
         )
         try:
@@ -333,7 +333,7 @@ class Engine:
             self._sessions.expire(self._lanes)
             for turn in self._lanes.all():
                 if turn.id not in self._running and turn.is_over_time:
-                    self._withdraw(turn, _too_late(turn))
+                    self._end_waiting(turn, _too_late(turn))
 
     # Turns begin ...
 
@@ -517,7 +517,7 @@ class Engine:
             self._sessions.open(session)
             for other in self._lanes.of_session(session.id):
                 if other.request.tenant != session.tenant:
-                    self._withdraw(other, _not_yours(other.request))
+                    self._end_waiting(other, _not_yours(other.request))
         elif session.tenant != request.tenant:
             raise unknown(request.session_id)
         if request.is_empty and not request.end and request.operation.rewind is None:
@@ -602,16 +602,16 @@ class Engine:
     def _launch(self) -> None:
         """Give the device its next step, and one more to go on with where it takes two."""
         # Behind a lost step nothing is planned: it would build on tokens that nobody knows.
-        while not self._lost and len(self._under_way) < self._runner.steps_at_once:
+        while not self._lost and len(self._in_flight) < self._runner.steps_at_once:
             turns, now = list(self._running.values()), time.monotonic()
-            while self._to_try_alone and not self._under_way:
+            while self._to_try_alone and not self._in_flight:
                 suspect = self._to_try_alone.popleft()
                 if self._is_running(suspect):
                     turns = [suspect]
                     break
             try:
-                if self._under_way:
-                    works = self._scheduler.plan_ahead(turns, self._under_way[-1], now)
+                if self._in_flight:
+                    works = self._scheduler.plan_ahead(turns, self._in_flight[-1], now)
                 else:
                     works = self._scheduler.plan(turns, now)
                 if not works:
@@ -621,23 +621,23 @@ class Engine:
                 log.exception("a step could not be planned")
                 self._step_failed(turns, error)
                 return
-            self._under_way.append(works)
+            self._in_flight.append(works)
             self._device.compute(step, lambda done: self._commands.put(lambda: self._land(done)))
 
     def _part(self, work: Work) -> StepPart:
         running = work.running
         choice = running.choice(work.ahead) if work.ends_in_a_token else Choice()
-        return step_part(work.ids, running.session, work.tokens_under_way, choice)
+        return step_part(work.ids, running.session, work.tokens_in_flight, choice)
 
     def _land(self, done: Future[StepResult]) -> None:
-        """The device has computed the oldest step under way."""
-        works = self._under_way.popleft()
+        """The device has computed the oldest step in flight."""
+        works = self._in_flight.popleft()
         lost, self._lost = self._lost > 0, max(0, self._lost - 1)
         try:
             result = done.result()
         except Exception as error:
             if not lost or isinstance(error, TransferError):
-                self._lost = len(self._under_way)
+                self._lost = len(self._in_flight)
                 self._step_failed([work.running for work in works], error)
             return
         if lost:
@@ -891,9 +891,9 @@ class Engine:
             return
         for turn in self._lanes.all():
             if turn.id == turn_id:
-                self._withdraw(turn, error)
+                self._end_waiting(turn, error)
 
-    def _withdraw(self, turn: Turn, error: SessionError) -> None:
+    def _end_waiting(self, turn: Turn, error: SessionError) -> None:
         """End a turn that has not begun."""
         if error.code is ErrorCode.CANCELLED:
             self._statistics.turns_cancelled += turn.asked_for

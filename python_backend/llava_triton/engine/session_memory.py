@@ -31,7 +31,7 @@ class MemoryCounters:
     restored_by_computing: int = 0
     """Sessions whose forgotten keys and values were needed again."""
     prefix_cache_blocks: int = 0
-    """Blocks that a session took over from others instead of computing them."""
+    """Prefix cache hits: blocks that a session shares instead of computing them."""
     blocks_copied: int = 0
     """Shared blocks that were copied because one of their sessions went on differently."""
 
@@ -126,7 +126,7 @@ class SessionMemory:
             kv.blocks[last] = target
             self.counters.blocks_copied += 1
         elif partial:
-            self.pool.withdraw(kv.blocks[last])
+            self.pool.uncache(kv.blocks[last])
         kv.blocks.extend(blocks)
         self._note(session)
         return True
@@ -135,7 +135,7 @@ class SessionMemory:
         """Let a new session remember what another one does of the tokens that both begin with.
 
         Args:
-            source: may have a turn under way.
+            source: may have a turn in flight.
             copy: its tokens are the first ones of the source's; nothing is remembered of them.
         """
         theirs, kv = source.key_values, copy.key_values
@@ -162,7 +162,7 @@ class SessionMemory:
         kv.computed += count
         while (len(kv.keys) + 1) * BLOCK_TOKENS <= kv.computed:
             key = block_key(session, kv.keys)
-            self.pool.publish(kv.blocks[len(kv.keys)], key)
+            self.pool.cache(kv.blocks[len(kv.keys)], key)
             kv.keys.append(key)
 
     def truncate(self, session: Session, length: int) -> None:
@@ -206,7 +206,7 @@ class SessionMemory:
     def forget(self, session: Session) -> None:
         """A step with this session failed: its blocks may hold anything. It is computed again."""
         for block in session.key_values.blocks:
-            self.pool.withdraw(block)
+            self.pool.uncache(block)
         self.truncate(session, 0)
 
     def _restore(self, session: Session) -> bool:
@@ -234,13 +234,13 @@ class SessionMemory:
         kv.blocks = array("i", found + fresh)
         self._note(session)
         for block, key in zip(kv.blocks, kv.keys, strict=False):
-            self.pool.publish(block, key)
+            self.pool.cache(block, key)
         self._drop_copy(session)
         self.counters.restored_from_host += 1
         return True
 
     def _reuse_prefix(self, session: Session) -> None:
-        """Hold the blocks that are published for a session's tokens beyond what it has itself.
+        """Hold the blocks that are cached for a session's tokens beyond what it has itself.
 
         Never for all of them: the last one is computed, because its logits bring the next.
         """

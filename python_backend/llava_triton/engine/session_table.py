@@ -109,7 +109,7 @@ class SessionTable:
         return session
 
     def look(self, session_id: SessionId, tenant: str) -> Session | None:
-        """A tenant's open session of this ID; it may have a turn under way, so it is not closed
+        """A tenant's open session of this ID; it may have a turn in flight, so it is not closed
         where it has outlived its limits."""
         session = self._sessions.get(session_id)
         return session if session is not None and session.tenant == tenant else None

@@ -87,7 +87,7 @@ class Statistics:
     restored_by_computing: int = 0
     """Sessions whose forgotten keys and values were needed again."""
     prefix_cache_blocks: int = 0
-    """Blocks that a session shared instead of computing them."""
+    """Prefix cache hits: blocks that a session shared instead of computing them."""
     blocks_copied: int = 0
     """Shared blocks that were copied because a session went on differently."""
     image_hits: int = 0

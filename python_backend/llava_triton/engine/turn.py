@@ -213,7 +213,7 @@ class RunningTurn:
 
     @property
     def decoding(self) -> bool:
-        """Whether the next step brings the next token of an answer under way."""
+        """Whether the next step brings the next token of an answer in flight."""
         return self.phase is Phase.COMPUTING and self.answer_tokens > 0 and self.uncomputed == 1
 
     def choice(self, ahead: Sequence[int]) -> Choice:

@@ -5,7 +5,7 @@ after a restart of the adapter: then the engines are asked. So a session may hav
 client may have chosen it.
 
 - A new session opens on the engine with the fewest.
-- A turn without a session goes to the engine with the fewest turns under way.
+- A turn without a session goes to the engine with the fewest turns in flight.
 - A session that no engine has is resumed from the journal, where there is one, on the engine with
   the fewest.
 """
@@ -54,7 +54,7 @@ class Engine:
     serves_since: float = 0.0
     """On time.monotonic's clock."""
     turns: int = 0
-    """Under way."""
+    """In flight."""
     sessions: int = 0
     """That are known to be there."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,7 +69,7 @@ class _Home:
     used_at: float
     """When a turn of it last began or ended, on time.monotonic's clock."""
     turns: int = 0
-    """Under way."""
+    """In flight."""
 
 
 class Engines:

@@ -87,7 +87,7 @@ class Known:
     turns: int = 0
     """Begun so far."""
     opening: bool = False
-    """A turn is under way that opens it, perhaps anew."""
+    """A turn is in flight that opens it, perhaps anew."""
 
     @property
     def digest(self) -> bytes | None:
@@ -97,7 +97,7 @@ class Known:
 
 @dataclass(eq=False)
 class SessionTurn:
-    """A turn under way in a session that is known. It must be told how it ended."""
+    """A turn in flight in a session that is known. It must be told how it ended."""
 
     _remembered: Remembered
     _session_id: str
@@ -163,7 +163,7 @@ class Remembered:
         self._limit = limit
         self._known: OrderedDict[str, Known] = OrderedDict()
         self.opening: dict[str, Known] = {}
-        """Sessions whose opening is under way: one that is refused pushes nobody out."""
+        """Sessions whose opening is in flight: one that is refused pushes nobody out."""
 
     def known(self, session_id: str) -> Known | None:
         """What is known of a session; None: nothing, it may have been shown anything."""
