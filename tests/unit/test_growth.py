@@ -22,7 +22,7 @@ from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
-from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import QueuedTurn, RunningTurn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.step import Choice
 from tests.simulated_device import running_turn
@@ -181,5 +181,5 @@ def test_a_turn_begins_at_the_same_cost_however_much_was_said() -> None:
 
 def running(session: Session, prompt: int) -> RunningTurn:
     """A turn of a session that has all its tokens."""
-    turn = Turn(TurnRequest(session.id), lambda _: None)
+    turn = QueuedTurn(TurnRequest(session.id), lambda _: None)
     return running_turn(turn, session, prompt, answer=100)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("gradio")
 from llava_cli import page_chat, web
-from llava_cli.conversation import Chat, Turn
+from llava_cli.conversation import Chat, ChatTurn
 from llava_cli.errors import CommandError
 from llava_cli.page_chat import PageChat
 from llava_triton.client import SessionError
@@ -24,7 +24,7 @@ class Willing(Chat):
 
     fault: Exception | None = None
 
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         if self.fault is not None:
             raise self.fault
         yield "one"

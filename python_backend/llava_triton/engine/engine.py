@@ -42,8 +42,8 @@ from llava_triton.engine.turn import (
     Listener,
     Phase,
     Prepared,
+    QueuedTurn,
     RunningTurn,
-    Turn,
     TurnRequest,
     closing_turn,
 )
@@ -158,7 +158,7 @@ class Engine:
         Returns:
             The turn's ID, known to its caller alone.
         """
-        turn = Turn(request, listener)
+        turn = QueuedTurn(request, listener)
         self._command(lambda: self._enqueue(turn))
         return turn.id
 
@@ -337,7 +337,7 @@ class Engine:
 
     # Turns begin ...
 
-    def _enqueue(self, turn: Turn) -> None:
+    def _enqueue(self, turn: QueuedTurn) -> None:
         error = self._room_for(turn)
         if error is None:
             self._lanes.join(turn)
@@ -349,7 +349,7 @@ class Engine:
             self._lanes.join(closing_turn(turn))
             self._begin_next(turn.request.session_id)
 
-    def _room_for(self, turn: Turn) -> SessionError | None:
+    def _room_for(self, turn: QueuedTurn) -> SessionError | None:
         """Why a turn cannot be taken now."""
         request, lanes, settings = turn.request, self._lanes, self._settings
         before = lanes.of_session(request.session_id)
@@ -383,7 +383,7 @@ class Engine:
             return unavailable("the memory for pictures of waiting turns is full; try again later")
         return None
 
-    def _ends_something(self, turn: Turn) -> bool:
+    def _ends_something(self, turn: QueuedTurn) -> bool:
         """Whether an END ends what an earlier one does not."""
         session_id = turn.request.session_id
         before = self._lanes.of_session(session_id)
@@ -476,7 +476,7 @@ class Engine:
             log.exception("a turn could not begin")
             self._fail(running, as_session_error(error))
 
-    def _bring_back(self, turn: Turn) -> bool:
+    def _bring_back(self, turn: QueuedTurn) -> bool:
         """Open the session of a turn that resumes it, and make it a turn of an open session.
 
         Returns:
@@ -528,7 +528,7 @@ class Engine:
         return True
 
     def _answer_at_once(
-        self, turn: Turn, reason: FinishReason, tokens: int, forgotten: int
+        self, turn: QueuedTurn, reason: FinishReason, tokens: int, forgotten: int
     ) -> None:
         """End a turn that had nothing to compute and changes nothing of what was said."""
         self._statistics.turns_completed += turn.asked_for
@@ -580,7 +580,7 @@ class Engine:
         return source
 
     def _prepared(
-        self, turn: Turn, session: Session, mark: Mark, again: Prompt | None
+        self, turn: QueuedTurn, session: Session, mark: Mark, again: Prompt | None
     ) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
         said = (turn.request, mark.last_answer, session.pending_lengths(mark), again)
@@ -825,17 +825,17 @@ class Engine:
         self._tell(turn, error)
         self._leave(turn)
 
-    def _refuse(self, turn: Turn, error: SessionError) -> None:
+    def _refuse(self, turn: QueuedTurn, error: SessionError) -> None:
         self._statistics.turns_refused += turn.asked_for
         self._tidy(turn)
         self._tell(turn, error)
 
-    def _tidy(self, turn: Turn) -> None:
+    def _tidy(self, turn: QueuedTurn) -> None:
         """A turn has not begun: where there is no session, nobody else deletes its pictures."""
         if self._journal is not None and turn.request.image_features:
             self._journal.tidy(turn.request.session_id, turn.request.tenant)
 
-    def _leave(self, turn: Turn) -> None:
+    def _leave(self, turn: QueuedTurn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
         self._running.pop(turn.id, None)
         if turn.preparation is not None:
@@ -893,7 +893,7 @@ class Engine:
             if turn.id == turn_id:
                 self._end_waiting(turn, error)
 
-    def _end_waiting(self, turn: Turn, error: SessionError) -> None:
+    def _end_waiting(self, turn: QueuedTurn, error: SessionError) -> None:
         """End a turn that has not begun."""
         if error.code is ErrorCode.CANCELLED:
             self._statistics.turns_cancelled += turn.asked_for
@@ -924,7 +924,7 @@ class Engine:
         """Sessions that have blocks and no turn, longest unused first."""
         return (each for each in self._memory.on_device() if each.id not in self._lanes)
 
-    def _tell(self, turn: Turn, event: object) -> None:
+    def _tell(self, turn: QueuedTurn, event: object) -> None:
         turn.told_at = time.monotonic()
         try:
             turn.listener(event)  # type: ignore[arg-type]
@@ -944,7 +944,7 @@ def _not_yours(request: TurnRequest) -> SessionError:
     return taken_by_another(request.session_id) if opens else unknown(request.session_id)
 
 
-def _too_late(turn: Turn) -> SessionError:
+def _too_late(turn: QueuedTurn) -> SessionError:
     return unavailable(
         f"the answer had not begun after the {turn.request.sampling.max_seconds:g} seconds that "
         "max_seconds gives it; try again later"
