@@ -447,7 +447,7 @@ class Engine:
             if self._journal is not None:
                 self._journal.begin(session, turn, source)
             self._sessions.open(session)
-        # From here on the turn changes its session, and `_fail` undoes it.
+        # From here on the turn changes its session, and `_roll_back` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
         running.kept = running.kept_mark.length
@@ -474,7 +474,7 @@ class Engine:
                 self._complete(running)
         except Exception as error:  # a fault of ours; left running, it would never be computed
             log.exception("a turn could not begin")
-            self._fail(running, as_session_error(error))
+            self._roll_back(running, as_session_error(error))
 
     def _bring_back(self, turn: QueuedTurn) -> bool:
         """Open the session of a turn that resumes it, and make it a turn of an open session.
@@ -651,11 +651,11 @@ class Engine:
             if not self._is_running(running) or running.finish_reason:
                 continue
             if running.grammar is not None and running.grammar.error is not None:
-                self._fail(running, running.grammar.error)
+                self._roll_back(running, running.grammar.error)
                 continue
             if token == NO_TOKEN:
                 self._memory.forget(running.session)
-                self._fail(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
+                self._roll_back(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
                 continue
             self._memory.extend(running.session, work.count)
             if running.uncomputed:
@@ -708,7 +708,7 @@ class Engine:
             return
         for running in turns:
             self._memory.forget(running.session)
-            self._fail(running, as_session_error(error))
+            self._roll_back(running, as_session_error(error))
 
     def _tell_new_tokens(self) -> None:
         """Turn the last step's tokens into text, and end the turns that ended with them."""
@@ -723,7 +723,7 @@ class Engine:
                 elif text:
                     self._tell(running.turn, running.delta(text))
             except Exception as error:
-                self._fail(running, as_session_error(error))
+                self._roll_back(running, as_session_error(error))
 
     # ... and end.
 
@@ -762,12 +762,12 @@ class Engine:
                 f"the answer could not be written to the journal ({problem}), so the turn does not "
                 "count; ask again later"
             )
-            self._fail(running, error)
+            self._roll_back(running, error)
 
     def _lose(self, running: RunningTurn) -> None:
         """Another server has gone on with a session before this turn was there."""
         running.recorded = False
-        self._fail(running, gone_elsewhere(running.session.id))
+        self._roll_back(running, gone_elsewhere(running.session.id))
         if self._sessions.look(running.session.id, running.session.tenant) is running.session:
             self._leave_to_another(running.session)
 
@@ -802,7 +802,7 @@ class Engine:
         session.tokens[running.prompt_tokens :] = shown
         self._memory.truncate(session, same)
 
-    def _fail(self, running: RunningTurn, error: SessionError) -> None:
+    def _roll_back(self, running: RunningTurn, error: SessionError) -> None:
         """End a turn without an answer: its session is as it was before the turn began."""
         turn, session = running.turn, running.session
         if error.code is ErrorCode.CANCELLED:
@@ -851,7 +851,7 @@ class Engine:
             running.finish_reason = "time_limit"
             self._complete(running)
         else:
-            self._fail(running, _too_late(running.turn))
+            self._roll_back(running, _too_late(running.turn))
 
     def _stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
         session = self._sessions.look(session_id, tenant)
@@ -873,7 +873,7 @@ class Engine:
                     num_forgotten_turns=session.forgotten,
                 )
             except Exception as error:
-                self._fail(running, as_session_error(error))
+                self._roll_back(running, as_session_error(error))
         listener(told)
 
     def _cancel_answer(
@@ -887,7 +887,7 @@ class Engine:
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")
         if turn_id in self._running:
-            self._fail(self._running[turn_id], error)
+            self._roll_back(self._running[turn_id], error)
             return
         for turn in self._lanes.all():
             if turn.id == turn_id:
