@@ -35,7 +35,7 @@ class DevicePolicy:
     prefill_chunk_tokens: int
     """Prompt tokens of a step at the most, where the settings do not say."""
     decode_graphs: bool
-    """Whether decode steps are recorded when the model loads."""
+    """Whether decode steps are captured as CUDA graphs when the model loads."""
     is_host: bool
     """Whether it has the host's cores and memory: the pages are fetched from the system ahead of
     their use, threads are counted, and nothing is pinned."""
@@ -198,11 +198,11 @@ def graph_pool(device: torch.device) -> Any:
 
 
 def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
-    """Record a computation, so that it costs one launch instead of some hundreds.
+    """Capture a computation as a CUDA graph: it then costs one launch instead of some hundreds.
 
     Args:
         run: reads and writes the same tensors at every call, and waits for nothing.
-        device: one that nobody else uses meanwhile; on a CPU nothing is recorded.
+        device: one that nobody else uses meanwhile; on a CPU nothing is captured.
         pool: of `graph_pool`.
 
     Returns:
@@ -210,7 +210,7 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Ca
     """
     if device.type != "cuda":
         return run
-    # Before it is recorded, on a stream of its own: libraries make their workspaces and kernels
+    # Before it is captured, on a stream of its own: libraries make their workspaces and kernels
     # are compiled when they are first used.
     stream = _warming_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -737,18 +737,20 @@ class Engine:
         if journal is not None and session.log is not None and session.log.elsewhere:
             self._lose(running)
         elif journal is not None and journal.sync and not turn.request.end:
-            running.recorded = True
+            running.journaled = True
             journal.write_turn(
                 running,
                 running.completed() if running.max_tokens else None,
-                lambda problem: self._commands.put(lambda: self._recorded(running, final, problem)),
+                lambda problem: self._commands.put(
+                    lambda: self._journaled(running, final, problem)
+                ),
             )
         else:
             self._commit(running, final)
             if journal is not None and not turn.request.end:
                 journal.write_turn(running)
 
-    def _recorded(self, running: RunningTurn, final: Delta, problem: Exception | None) -> None:
+    def _journaled(self, running: RunningTurn, final: Delta, problem: Exception | None) -> None:
         """The journal has a turn, or cannot have it."""
         if not self._is_running(running):
             return
@@ -766,7 +768,7 @@ class Engine:
 
     def _lose(self, running: RunningTurn) -> None:
         """Another server has gone on with a session before this turn was there."""
-        running.recorded = False
+        running.journaled = False
         self._roll_back(running, gone_elsewhere(running.session.id))
         if self._sessions.look(running.session.id, running.session.tenant) is running.session:
             self._leave_to_another(running.session)
@@ -819,7 +821,7 @@ class Engine:
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
             self._sessions.forget_images(session, running.kept_mark.images)
             session.come_back()
-            if running.recorded and self._journal is not None:
+            if running.journaled and self._journal is not None:
                 self._journal.write_session(session)
             self._used(session.id, session.tenant)
         self._tell(turn, error)

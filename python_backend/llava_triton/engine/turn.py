@@ -192,7 +192,7 @@ class RunningTurn:
     """Set when the last token has been computed."""
     first_token_at: float | None = None
     last_token_at: float = 0.0
-    recorded: bool = False
+    journaled: bool = False
     """Whether the journal may have its end, which its session does not have yet."""
 
     @property

@@ -50,7 +50,7 @@ class ModelRunner:
     Args:
         checkpoint: what is to run, where and in what.
         settings: sizes of the memories.
-        record: compute steps of one token a sequence in recorded shapes; None: on a GPU.
+        record: compute decode steps in the shapes of CUDA graphs; None: on a GPU.
 
     Raises:
         ValueError: a text model that is not served; too little memory for one session.
@@ -112,11 +112,11 @@ class ModelRunner:
         """See `DevicePolicy`."""
         self._latest = torch.zeros(settings.max_sessions, dtype=torch.int64, device=self.device)
         """What followed each row of the step launched last."""
-        self._recorded: DecodeGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
         if record if record is not None else policy.decode_graphs:
             self._warm_up()
             try:
-                self._recorded = self._record(settings.max_sessions)
+                self._decode_graphs = self._capture(settings.max_sessions)
             except RuntimeError as error:  # slower is better than not at all
                 log.warning("decode steps are computed unrecorded: %s", error)
         if not policy.is_host:
@@ -144,7 +144,7 @@ class ModelRunner:
             raise RuntimeError(f"the kernels do not run on {self.device}: {error}") from error
 
     @torch.inference_mode()
-    def _record(self, sequences: int) -> DecodeGraphs:
+    def _capture(self, sequences: int) -> DecodeGraphs:
         blocks = self.pages.blocks  # no more sequences than blocks, and none with more than all
         return DecodeGraphs(
             lambda ids, rows, out: self._logits(
@@ -160,7 +160,7 @@ class ModelRunner:
     @property
     def has_decode_graphs(self) -> bool:
         """Whether decode steps are CUDA graphs."""
-        return self._recorded is not None
+        return self._decode_graphs is not None
 
     @property
     def device(self) -> torch.device:
@@ -217,8 +217,8 @@ class ModelRunner:
         parts = step.parts
         if self._prefault is not None:
             self._prefault.used(max(part.blocks[-1] for part in parts))
-        if self._recorded is not None and self._recorded.takes(parts):
-            logits = self._recorded.logits(parts)
+        if self._decode_graphs is not None and self._decode_graphs.takes(parts):
+            logits = self._decode_graphs.logits(parts)
         else:
             ends = np.cumsum([len(part.ids) for part in parts]) - 1
             last = to_device(ends, self.device)
