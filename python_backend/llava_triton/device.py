@@ -64,6 +64,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name_of(device: torch.device) -> str:
+    """For a sentence."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of `Settings.dtype`; "auto" is float32 on a CPU, where answers are compared token
     for token, and a half type on a GPU.

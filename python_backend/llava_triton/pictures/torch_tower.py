@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.vision_tower import load_vision_encoder
 from llava_triton.checkpoint.weights import CheckpointWeights
-from llava_triton.device import cuda_graph, graph_pool, wait_for
+from llava_triton.device import cuda_graph, graph_pool, name_of, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,13 @@ class TorchEncoding:
             return lambda: encoder(self._pixels[:size]).float()
 
         self._runs = {size: run(size) for size in self._sizes}
-        where = "the CPU"
-        if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
-            try:
-                self._record(device)
-            except RuntimeError as error:  # slower is better than not at all
-                log.warning("the vision encoder runs unrecorded: %s", error)
-        self.name = f"torch {torch.__version__} on {where} ({str(dtype).removeprefix('torch.')})"
+        try:
+            self._record(device)
+        except RuntimeError as error:  # slower is better than not at all
+            log.warning("the vision encoder runs unrecorded: %s", error)
+        self.name = (
+            f"torch {torch.__version__} on {name_of(device)} ({str(dtype).removeprefix('torch.')})"
+        )
 
     @torch.inference_mode()
     def _record(self, device: torch.device) -> None:
