@@ -86,7 +86,7 @@ class Pages:
         shapes = [(CHUNK_BLOCKS, *each[:, 0].shape) for each in (self.keys, self.values)]
         kept, left = [], most
         while left >= (piece := self.host_bytes(CHUNK_BLOCKS)):
-            kept += [_host_memory(shape, self.keys.dtype) for shape in shapes]
+            kept += [pinned_memory(shape, self.keys.dtype) for shape in shapes]
             left -= piece
 
     def host_bytes(self, blocks: int) -> int:
@@ -122,12 +122,13 @@ def _to_host(pages: Tensor, index: Tensor) -> Tensor:
     copied = pages.transpose(0, 1)[index].contiguous()
     if policy_of(pages.device).is_host:
         return copied
-    host = _host_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
+    host = pinned_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
     host[: len(copied)].copy_(copied, non_blocking=True)
     return host
 
 
-def _host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Of the host, of unspecified content."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
