@@ -62,8 +62,8 @@ sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint
 
 ##@ Checking and measuring
 
-test: .venv/development clients compiler libb64 curl chromium lint ## Everything: lint, types, tests (TESTS= picks some)
-	$(python) -m pytest $(TESTS)
+test: .venv/development clients aiperf compiler libb64 curl chromium lint ## Everything: lint, types, tests (TESTS= picks some)
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: .venv/development compiler lint ## Lint, types, and the parts by themselves (2 minutes)
 	$(python) -m pytest -q tests/unit

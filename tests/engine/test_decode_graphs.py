@@ -132,9 +132,15 @@ def test_prompts_of_all_sizes_are_computed_before_the_first_client(
         init(model, *given, **named)
         hidden_states = model.hidden_states
 
-        def noted(embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+        def noted(
+            embeddings: Tensor,
+            keys: Tensor,
+            values: Tensor,
+            rows: Rows,
+            wanted: Tensor | None = None,
+        ) -> Tensor:
             computed.append(len(embeddings))
-            return hidden_states(embeddings, keys, values, rows)
+            return hidden_states(embeddings, keys, values, rows, wanted)
 
         model.hidden_states = noted
 

@@ -175,6 +175,48 @@ def test_the_end_of_a_session_is_the_end_of_its_records(
     harness.assert_nothing_is_held()
 
 
+def test_a_session_that_has_ended_is_not_resumed_while_the_store_still_has_it(
+    journaled: Callable[..., EngineHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = journaled()
+    FIRST.wait(harness, "s", start=True)
+    safe(harness)
+    asked = threading.Event()
+    delete, wait = Store.delete, writer.Writer.settled
+
+    async def slow(store: Store, paths: list[str]) -> None:
+        assert await asyncio.to_thread(asked.wait, 60)
+        await delete(store, paths)
+
+    async def settle(journal_writer: writer.Writer, key: str) -> None:
+        asked.set()
+        await wait(journal_writer, key)
+
+    monkeypatch.setattr(Store, "delete", slow)
+    monkeypatch.setattr(writer.Writer, "settled", settle)
+    harness.ask("s", end=True)
+    assert failure(resume(SECOND, harness)) is ErrorCode.NOT_FOUND
+
+
+def test_a_session_is_not_read_before_a_store_that_hangs_has_its_end(
+    journaled: Callable[..., EngineHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = journaled()
+    FIRST.wait(harness, "s", start=True)
+    safe(harness)
+    go_on = threading.Event()
+
+    async def hang(store: Store, paths: list[str]) -> None:
+        assert await asyncio.to_thread(go_on.wait, 60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", hang)
+        patch.setattr(writer, "SYNC_SECONDS", 0.05)
+        harness.ask("s", end=True)
+        assert failure(resume(SECOND, harness)) is ErrorCode.UNAVAILABLE
+    go_on.set()
+
+
 def test_a_session_opened_anew_forgets_the_lost_one(
     journaled: Callable[..., EngineHarness], folder: Path
 ) -> None:
@@ -438,7 +480,6 @@ def test_a_store_that_is_down_stops_no_answer(
 def test_in_sync_an_answer_waits_for_its_record(
     journaled: Callable[..., EngineHarness], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "SYNC_SECONDS", 0.2)
     store = Faulty(monkeypatch)
     harness = journaled(journal_sync=True)
     FIRST.wait(harness, "s", start=True)
@@ -454,8 +495,10 @@ def test_in_sync_an_answer_waits_for_its_record(
     assert beside.wait()
     before = state(harness)
     store.down = True
-    with pytest.raises(SessionError, match="could not be written to the journal") as caught:
-        THIRD.wait(harness, "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "SYNC_SECONDS", 0.2)
+        with pytest.raises(SessionError, match="could not be written to the journal") as caught:
+            THIRD.wait(harness, "s")
     assert caught.value.code is ErrorCode.UNAVAILABLE
     assert state(harness) == before
     harness.check_state()

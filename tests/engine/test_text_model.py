@@ -105,18 +105,26 @@ def test_all_layers_in_one_call_equal_one_operation_after_another(
         made.return_value = replace(kernels, join=both)
         loaded = load_checkpoint(checkpoint, dtype=dtype)
         model = TextModel(loaded, int8_weights=int8)
-    # A prompt, answers in flight, and again fewer tokens: what is kept between steps is larger.
-    for sequences in ([(0, 40), (17, 1), (64, 1)], [(30, 1), (5, 2)]):
+
+    def run(sequences: list[tuple[int, int]], wanted: torch.Tensor | None = None) -> torch.Tensor:
         results = []
         for way in ways:
             step = Step.make(model.geometry, sequences, dtype)
             torch.manual_seed(0)
             keys, values = (torch.stack([each] * model.layers) for each in (step.keys, step.values))
             embeddings = torch.randn(len(step.qkv), TEXT["hidden_size"]).to(dtype)
-            results.append((way(embeddings, keys, values, step.rows), keys, values))
+            results.append((way(embeddings, keys, values, step.rows, wanted), keys, values))
         for found, expected in zip(*results, strict=True):
             assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert not results[0][0].isnan().any()
+        return results[0][0]
+
+    # A prompt, answers in flight, and again fewer tokens: what is kept between steps is larger.
+    run([(0, 40), (17, 1), (64, 1)])
+    run([(30, 1), (5, 2)])
+    # Some tokens' results alone, as many as are multiplied in the same way as all.
+    sequences, wanted = [(0, 40), (5, 30), (17, 1)], torch.tensor([0, *range(20, 40), 70])
+    assert torch.equal(run(sequences, wanted), run(sequences)[wanted])
 
 
 def test_bfloat16_agrees_roughly(tmp_path: Path) -> None:

@@ -186,22 +186,34 @@ def test_server_batches_waiting_pictures_and_gives_each_request_its_own(
 ) -> None:
     encode = onnx_encoder(demo_repository / "vision_encoder" / "1" / "model.onnx")
     batches = [noise(batch, 96) for batch in (1, 3, 2) * 8]
-    arrived: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()
-    for index, pixels in enumerate(batches):
-        tensor = grpc.InferInput("pixel_values", pixels.shape, "FP32")
+    expected = [encode(pixels) for pixels in batches]
+    tensors = [grpc.InferInput("pixel_values", pixels.shape, "FP32") for pixels in batches]
+    for tensor, pixels in zip(tensors, batches, strict=True):
         tensor.set_data_from_numpy(pixels)
-        grpc_client.async_infer(
-            "vision_encoder",
-            [tensor],
-            lambda result, error, index=index: arrived.put((index, result, error)),
-        )
-    for _ in batches:
-        index, result, failure = arrived.get(timeout=60)
-        assert failure is None, str(failure)
-        pixels = batches[index]
-        assert error(result.as_numpy("image_features"), encode(pixels)) < 1e-4
-    statistics = grpc_client.get_inference_statistics("vision_encoder").model_stats[0]
-    assert statistics.execution_count < statistics.inference_stats.success.count
+
+    def together() -> bool:
+        """All at once: whether some of them became one batch, as those do that wait."""
+        before = executions(grpc_client)
+        arrived: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()
+        for index, tensor in enumerate(tensors):
+            grpc_client.async_infer(
+                "vision_encoder",
+                [tensor],
+                lambda result, error, index=index: arrived.put((index, result, error)),
+            )
+        for _ in batches:
+            index, result, failure = arrived.get(timeout=60)
+            assert failure is None, str(failure)
+            assert error(result.as_numpy("image_features"), expected[index]) < 1e-4
+        return executions(grpc_client) - before < len(batches)
+
+    assert any(together() for _ in range(20))  # how fast they come is chance
+
+
+def executions(client: grpc.InferenceServerClient) -> int:
+    """Of the vision encoder, so far."""
+    statistics = client.get_inference_statistics("vision_encoder").model_stats[0]
+    return int(statistics.execution_count)
 
 
 def element_types(graph: onnx.GraphProto) -> dict[str, int]:

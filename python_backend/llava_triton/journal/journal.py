@@ -176,7 +176,12 @@ class Journal:
             StoreError: the store does not answer.
         """
         key = session_key(session_id, tenant)
-        return self._background.run(read_session(self._store, key, self.wall())).result()
+
+        async def read() -> Journaled | None:
+            await self._writer.settled(key)
+            return await read_session(self._store, key, self.wall())
+
+        return self._background.run(read()).result()
 
     def pictures(self, key: str, names: Collection[str]) -> dict[str, bytes]:
         """Pictures of a session as they were sent, by name; errors as of `read`."""

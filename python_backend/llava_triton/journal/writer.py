@@ -168,8 +168,8 @@ class Writer:
         loop's thread alone touches it."""
         self._forgets = 0
         """Sessions that wait to be deleted."""
-        self._tasks: set[asyncio.Future[None]] = set()
-        """An event loop keeps no task alive by itself."""
+        self._tasks: dict[str, asyncio.Future[None]] = {}
+        """What works on each queue. (An event loop keeps no task alive by itself.)"""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -246,6 +246,17 @@ class Writer:
         """Sessions whose pictures are looked for soon."""
         return len(self._to_tidy)
 
+    async def settled(self, key: str) -> None:
+        """Wait until all that was asked for is done to a session's log: who reads it then finds no
+        session that has ended.
+
+        Raises:
+            StoreError: the store is too slow, or down.
+        """
+        task = self._tasks.get(key)
+        if task is not None and not (await asyncio.wait({task}, timeout=SYNC_SECONDS))[0]:
+            raise StoreError("what was said last has not been written yet")
+
     def flush(self) -> Future[None]:
         """Done when what was asked for until now is written and deleted; pictures of no session may
         still be there."""
@@ -281,9 +292,7 @@ class Writer:
             queue.append(work)
             return
         self._queues[key] = deque([work])
-        task = asyncio.ensure_future(self._work(key))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[key] = asyncio.ensure_future(self._work(key))
 
     def _let_source_go(self, log: Log) -> None:
         with self._lock:
@@ -309,7 +318,7 @@ class Writer:
         except Exception:  # a fault of ours; the sessions' answers go on
             log.exception("the journal of a session stumbled")
         finally:
-            del self._queues[key]
+            del self._queues[key], self._tasks[key]
             if not self._queues:
                 self._idle.set()
 

@@ -55,7 +55,14 @@ class Stack:
 class HiddenStates(Protocol):
     """The way through a stack."""
 
-    def __call__(self, embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    def __call__(
+        self,
+        embeddings: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Compute a step's tokens; their keys and values are written to the pages.
 
         Args:
@@ -63,9 +70,11 @@ class HiddenStates(Protocol):
             keys: of all layers, see `Pages`.
             values: likewise.
             rows: which token belongs where.
+            wanted: int64 [N], ascending: the tokens whose result is needed; None: all. Behind its
+                attention the last layer computes no others: of a prompt, only the last one.
 
         Returns:
-            [T, W], normalized.
+            [N, W], normalized.
         """
 
 
@@ -75,7 +84,14 @@ class OneByOne:
     def __init__(self, stack: Stack, norm: AddRmsNorm, gate: SiluMultiply) -> None:
         self._stack, self._norm, self._gate = stack, norm, gate
 
-    def __call__(self, embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    def __call__(
+        self,
+        embeddings: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """See `HiddenStates`."""
         stack, norm, gate = self._stack, self._norm, self._gate
         residual, delta = embeddings, None
@@ -83,7 +99,10 @@ class OneByOne:
             qkv = layer.qkv(norm(residual, delta, layer.attention_norm, stack.epsilon))
             attention = layer.attention
             attention.rotate_and_store(qkv, stack.cos, stack.sin, keys[index], values[index], rows)
-            delta = layer.output(attention.attend(qkv, keys[index], values[index], rows))
+            attended = attention.attend(qkv, keys[index], values[index], rows)
+            if wanted is not None and index + 1 == len(stack.layers):
+                residual, attended = residual[wanted], attended[wanted]
+            delta = layer.output(attended)
             hidden = norm(residual, delta, layer.mlp_norm, stack.epsilon)
             delta = layer.down(gate(layer.gate_up(hidden)))
         return norm(residual, delta, stack.norm, stack.epsilon)

@@ -246,8 +246,8 @@ class ModelRunner:
         """What follows the rows `last` (None: all of them), float32 [N, V]; written to `out` where
         it is given."""
         pages = self.pages
-        hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows)
-        logits = self._text_model.logits(hidden if last is None else hidden[last], out)
+        hidden = self._text_model.hidden_states(embeddings, pages.keys, pages.values, rows, last)
+        logits = self._text_model.logits(hidden, out)
         # Spoken by the model it would stand for a picture that does not exist.
         logits[:, self._placeholders] = -torch.inf
         return logits

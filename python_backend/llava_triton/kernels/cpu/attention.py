@@ -79,7 +79,7 @@ def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
         products=function("products", *[pointer] * 5, *[count] * 3),
         int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
         hidden_states=function(
-            "hidden_states", *[pointer] * 4, count, pointer, count, pointer, pointer
+            "hidden_states", *[pointer] * 4, count, pointer, count, pointer, count, *[pointer] * 2
         ),
     )
 

@@ -1,6 +1,7 @@
 // All layers of a text model in one call: between two kernels of a step no Python runs, and nobody
 // waits for its interpreter's lock. kernels/layers.py says the same one operation at a time.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vectors.h"
@@ -87,11 +88,20 @@ void multiply(const Linear& linear, const T* x, T* y, int64_t rows, int threads)
                          rows, linear.inputs, linear.outputs, threads);
 }
 
-// keys, values: of the first layer, the next one's `layer_elements` further. scratch holds
-// for every row twice the width, and the outputs of every kind of product.
+// Rows of `width`: those `wanted`, in ascending order, to the beginning.
+template <typename T>
+void gather(T* x, int64_t width, const int64_t* wanted, int64_t results) {
+  for (int64_t row = 0; row < results; ++row)
+    if (wanted[row] != row) std::copy_n(x + wanted[row] * width, width, x + row * width);
+}
+
+// keys, values: of the first layer, the next one's `layer_elements` further. wanted: the rows whose
+// results are written, so many; or null, for all. scratch holds for every row twice the width, and
+// the outputs of every kind of product.
 template <typename T>
 void hidden_states(const Stack& stack, T* residual, T* keys, T* values, int64_t layer_elements,
-                   const Batch* batch, int64_t rows, T* scratch, T* out, int threads) {
+                   const Batch* batch, int64_t rows, const int64_t* wanted, int64_t results,
+                   T* scratch, T* out, int threads) {
   typedef Kernels<T> K;
   T* const hidden = scratch;
   T* const delta = hidden + rows * stack.width;
@@ -107,6 +117,11 @@ void hidden_states(const Stack& stack, T* residual, T* keys, T* values, int64_t 
     multiply(layer->qkv, hidden, wide, rows, threads);
     K::rotate_and_store(layer->geometry, wide, stack.cos, stack.sin, keys, values, batch, threads);
     K::attend(layer->geometry, wide, keys, values, batch, narrow, threads);
+    if (wanted && layer + 1 == stack.layers + stack.count) {
+      gather(residual, stack.width, wanted, results);
+      gather(narrow, layer->output.inputs, wanted, results);
+      rows = results;
+    }
     multiply(layer->output, narrow, delta, rows, threads);
     added = delta;
     norm(layer->mlp_norm);
@@ -125,9 +140,10 @@ void hidden_states(const Stack& stack, T* residual, T* keys, T* values, int64_t 
 #define EXPORT(T, SUFFIX)                                                                          \
   extern "C" void hidden_states_##SUFFIX(const Stack* stack, T* residual, T* keys, T* values,      \
                                          int64_t layer_elements, const Batch* batch, int64_t rows, \
-                                         T* scratch, T* out, int threads) {                        \
-    hidden_states(*stack, residual, keys, values, layer_elements, batch, rows, scratch, out,       \
-                  threads);                                                                        \
+                                         const int64_t* wanted, int64_t results, T* scratch,       \
+                                         T* out, int threads) {                                    \
+    hidden_states(*stack, residual, keys, values, layer_elements, batch, rows, wanted, results,    \
+                  scratch, out, threads);                                                          \
   }
 
 EXPORT(float, f32)

@@ -87,7 +87,14 @@ class CpuLayers:
         self._scratch_width = 2 * self._width + 2 * widest
         self._scratch = stack.norm.new_empty(0)
 
-    def __call__(self, embeddings: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    def __call__(
+        self,
+        embeddings: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Rows,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """See `HiddenStates`."""
         assert embeddings.is_contiguous()
         assert embeddings.dtype == self._dtype
@@ -101,7 +108,12 @@ class CpuLayers:
         if self._scratch.numel() < count * self._scratch_width:
             # Kept: to get so much anew from the system takes longer than a step's small layers.
             self._scratch = embeddings.new_empty(count * self._scratch_width)
-        out = torch.empty_like(embeddings)
+        results = count
+        if wanted is not None:
+            assert wanted.dtype == torch.int64
+            assert wanted.is_contiguous()
+            results = len(wanted)
+        out = embeddings.new_empty((results, width))
         cpu_kernels(self._dtype).hidden_states(
             ctypes.addressof(self._stack),
             embeddings.data_ptr(),
@@ -110,6 +122,8 @@ class CpuLayers:
             keys.stride(0),
             attention.bind(rows),
             count,
+            None if wanted is None else wanted.data_ptr(),
+            results,
             self._scratch.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
