@@ -121,17 +121,18 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _fastest_seconds(device: torch.device, run: Callable[[], object]) -> float:
+def fastest_seconds(device: torch.device, run: Callable[[], object]) -> float:
     """Of one run, after two that are not counted."""
     run(), run()
     fastest = float("inf")
     ends_at = time.perf_counter() + SECONDS
     while time.perf_counter() < ends_at:
-        fastest = min(fastest, _gpu_seconds(run) if device.type == "cuda" else _seconds(run))
+        fastest = min(fastest, _gpu_seconds(run) if device.type == "cuda" else seconds_of(run))
     return fastest
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one run on the CPU."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -152,17 +153,17 @@ def _memory_rates(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         size = min(_GPU_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
     else:
-        size = 4 * _cache_bytes()
+        size = 4 * cache_bytes()
     source = torch.ones(size // 4 // _COLUMNS, _COLUMNS, device=device)
     size = source.numel() * source.element_size()
     target, vector = torch.empty_like(source), torch.ones(_COLUMNS, device=device)
     reads = (source.sum, source.amax, lambda: source.mv(vector))
-    read = min(_fastest_seconds(device, run) for run in reads)
-    copy = _fastest_seconds(device, lambda: target.copy_(source))
+    read = min(fastest_seconds(device, run) for run in reads)
+    copy = fastest_seconds(device, lambda: target.copy_(source))
     return size / read, 2 * size / copy
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """The CPU's last-level cache."""
     sizes = [
         int(text.removesuffix("K")) * 1024
@@ -181,7 +182,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         # On some CPUs the packed layout is twice as fast as the plain one.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
-    return 2 * size**3 / min(_fastest_seconds(device, run) for run in products)
+    return 2 * size**3 / min(fastest_seconds(device, run) for run in products)
 
 
 def _host_rates(device: torch.device) -> tuple[float, float]:
@@ -189,8 +190,8 @@ def _host_rates(device: torch.device) -> tuple[float, float]:
     size = 256 << 20
     host = torch.ones(size, dtype=torch.uint8).pin_memory()
     there = torch.ones(size, dtype=torch.uint8, device=device)
-    to_device = _fastest_seconds(device, lambda: there.copy_(host, non_blocking=True))
-    to_host = _fastest_seconds(device, lambda: host.copy_(there, non_blocking=True))
+    to_device = fastest_seconds(device, lambda: there.copy_(host, non_blocking=True))
+    to_host = fastest_seconds(device, lambda: host.copy_(there, non_blocking=True))
     return size / to_device, size / to_host
 
 

@@ -280,7 +280,7 @@ class _Client(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.doing = ""
-        """The request that is under way."""
+        """The request that is in flight."""
         self.asked_at = 0.0
         self._clients = clients
         self._doors = doors

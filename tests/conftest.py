@@ -148,6 +148,6 @@ def start(
     yield make
     for harness in started:
         try:
-            harness.check_books()
+            harness.check_state()
         finally:
             harness.shutdown()

@@ -28,10 +28,11 @@ from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.contract.settings import Settings
 from llava_triton.device import compute_dtype
 from llava_triton.engine import Engine, TurnRequest
-from llava_triton.engine.image_store import digest_of
+from llava_triton.engine.image_store import ImageStore, digest_of
 from llava_triton.engine.journaling import SessionJournal
 from llava_triton.engine.session import Session, SessionId
 from llava_triton.engine.session_memory import SessionMemory, block_key
+from llava_triton.engine.state import EngineState
 from llava_triton.journal.journal import Journal
 from llava_triton.journal.records import session_key
 from llava_triton.kernels.base import BLOCK_TOKENS
@@ -210,18 +211,20 @@ class EngineHarness:
         self.expired.clear()
         self.engine = self._start()
 
-    def on_engine(self, action: Callable[[Engine], Result]) -> Result:
-        """What `action` returns, called on the engine's own thread: nothing changes meanwhile."""
-        return self.engine.on_thread(lambda: action(self.engine)).result(PATIENCE_SECONDS)
+    def inspect(self, look: Callable[[EngineState], Result]) -> Result:
+        """What `look` returns, called on the engine's own thread: nothing changes meanwhile."""
+        return self.engine.inspect(look).result(PATIENCE_SECONDS)
 
     def session(self, session_id: SessionId) -> Session:
         """An open session, to look at on the engine's thread or while nothing runs."""
-        return self.on_engine(lambda engine: engine._sessions._sessions[session_id])
+        opened = self.inspect(lambda state: list(state.sessions.oldest_first()))
+        (session,) = (each for each in opened if each.id == session_id)
+        return session
 
     def history(self, session_id: SessionId) -> list[int]:
         """All tokens of an open session's conversation, up to its last completed turn."""
         session = self.session(session_id)
-        return self.on_engine(lambda _: session.tokens[: session.committed])
+        return self.inspect(lambda _: session.tokens[: session.committed])
 
     def evict_idle(self, *session_ids: SessionId) -> int:
         """Take the blocks of idle sessions (of all or of these), as memory pressure would.
@@ -230,21 +233,21 @@ class EngineHarness:
             How many sessions had any.
         """
 
-        def evict(engine: Engine) -> int:
-            resident = [each for each in engine._idle_sessions() if each.key_values.blocks]
+        def evict(state: EngineState) -> int:
+            resident = [each for each in state.idle_sessions() if each.key_values.blocks]
             if session_ids:
                 resident = [each for each in resident if each.id in session_ids]
             for session in resident:
-                engine._memory.evict(session)
+                state.memory.evict(session)
             return len(resident)
 
-        return self.on_engine(evict)
+        return self.inspect(evict)
 
     def poison_free_blocks(self) -> None:
         """Nobody finds what free blocks held, and whoever reads them reads NaN."""
 
-        def poison(engine: Engine) -> None:
-            pool, pages = engine._memory.pool, self.runner.pages
+        def poison(state: EngineState) -> None:
+            pool, pages = state.memory.pool, self.runner.pages
             free = pool.allocate(pool.free) or []
 
             def write() -> None:
@@ -252,26 +255,26 @@ class EngineHarness:
                 pages.values[:, free] = torch.nan
 
             # As any other move of blocks: after those that were planned before.
-            engine._memory._transfers.append(write)
+            state.memory.transfers.append(write)
             for block in free:
                 pool.release(block)
 
-        self.on_engine(poison)
+        self.inspect(poison)
 
-    def check_books(self) -> None:
-        """Everything the engine counts adds up at this moment, whatever is under way."""
-        self.on_engine(_check_books)
+    def check_state(self) -> None:
+        """Everything the engine counts adds up at this moment, whatever is in flight."""
+        self.inspect(_check_state)
 
     def assert_nothing_is_held(self) -> None:
         """No session, no turn, and no memory of any."""
-        self.check_books()
+        self.check_state()
         now = self.engine.statistics()
         assert (now.sessions_open, now.sessions_active, now.turns_in_flight) == (0, 0, 0)
         assert (now.blocks_free, now.blocks_shared) == (now.blocks_total, 0)
         assert (now.host_bytes, now.images) == (0, 0)
-        assert self.on_engine(lambda engine: engine._images.device_bytes) == 0
-        assert self.on_engine(lambda engine: engine._images.host_bytes) == 0
-        assert self.on_engine(lambda engine: len(engine._memory._on_host)) == 0
+        assert self.inspect(lambda state: state.images.device_bytes) == 0
+        assert self.inspect(lambda state: state.images.host_bytes) == 0
+        assert self.inspect(lambda state: list(state.memory.on_host())) == []
 
     @contextmanager
     def held_device(self) -> Iterator[HeldDevice]:
@@ -381,23 +384,23 @@ def _features_of(checkpoint: Path, picture: _Picture) -> torch.Tensor:
     return image_features(model, processor, [picture.image])[0]
 
 
-def _check_books(engine: Engine) -> None:
-    sessions = list(engine._sessions.oldest_first())
-    for running in engine._running.values():
+def _check_state(state: EngineState) -> None:
+    sessions, lanes, memory = list(state.sessions.oldest_first()), state.lanes, state.memory
+    for running in state.running:
         assert running.session in sessions, "a turn runs for a session that is not open"
-    turns = engine._lanes.all()
-    assert engine._lanes.turns == len(turns)
-    assert engine._lanes.features_bytes == sum(turn.request.features_bytes for turn in turns)
-    _check_blocks(engine._memory, sessions)
-    idle = [each for each in sessions if each.key_values.blocks and each.id not in engine._lanes]
-    assert list(engine._idle_sessions()) == idle
+    turns = lanes.all()
+    assert lanes.turns == len(turns)
+    assert lanes.features_bytes == sum(turn.request.features_bytes for turn in turns)
+    _check_blocks(memory, sessions)
+    idle = [each for each in sessions if each.key_values.blocks and each.id not in lanes]
+    assert list(state.idle_sessions()) == idle
     with_blocks = [each for each in sessions if each.key_values.blocks]
-    assert set(engine._memory.on_device()) == set(with_blocks)
-    assert set(engine._sessions._by_age.values()) == set(sessions)
+    assert set(memory.on_device()) == set(with_blocks)
+    assert sorted(map(id, state.sessions.longest_open_first())) == sorted(map(id, sessions))
     for session in sessions:
-        _check_session(engine._memory, session)
-    _check_host_copies(engine._memory, sessions)
-    _check_images(engine, sessions)
+        _check_session(memory, session)
+    _check_host_copies(memory, sessions)
+    _check_images(state.images, sessions)
 
 
 def _check_blocks(memory: SessionMemory, sessions: Sequence[Session]) -> None:
@@ -405,17 +408,12 @@ def _check_blocks(memory: SessionMemory, sessions: Sequence[Session]) -> None:
     held = Counter(block for session in sessions for block in session.key_values.blocks)
     assert pool.holders() == [held[block] for block in range(pool.blocks)]
     assert pool.free + len(held) == pool.blocks
-    assert pool.shared == sum(count > 1 for count in held.values())
+    pool.check()
     holders: dict[int, set[str]] = {}
     for session in sessions:
         for block in session.key_values.blocks:
             holders.setdefault(block, set()).add(session.tenant)
     assert all(len(tenants) == 1 for tenants in holders.values()), "tenants share a block"
-    free = [*pool._blank, *pool._remembered]
-    assert sorted(free) == [block for block in range(pool.blocks) if not held[block]]
-    assert {block: key for key, block in pool._by_key.items()} == pool._keys
-    assert all(block in pool._keys for block in pool._remembered)
-    assert not any(block in pool._keys for block in pool._blank)
 
 
 def _check_session(memory: SessionMemory, session: Session) -> None:
@@ -430,7 +428,7 @@ def _check_session(memory: SessionMemory, session: Session) -> None:
     for index, key in enumerate(kv.keys):
         assert key == block_key(session, kv.keys[:index])
         if kv.blocks:
-            assert memory.pool._keys.get(kv.blocks[index], key) == key
+            assert memory.pool.key_of(kv.blocks[index]) in (None, key)
     assert kv.computed <= len(session.tokens)
     assert session.committed <= len(session.tokens)
     _check_turns(session)
@@ -458,14 +456,13 @@ def _check_turns(session: Session) -> None:
 def _check_host_copies(memory: SessionMemory, sessions: Sequence[Session]) -> None:
     there = [session for session in sessions if session.key_values.host is not None]
     copies = [session.key_values.host.bytes for session in there if session.key_values.host]
-    assert memory.host_bytes == sum(copies) <= memory._host_budget
-    assert set(memory._on_host.values()) == set(there)
+    assert memory.host_bytes == sum(copies) <= memory.host_budget
+    assert set(memory.on_host()) == set(there)
 
 
-def _check_images(engine: Engine, sessions: Sequence[Session]) -> None:
-    store = engine._images
+def _check_images(store: ImageStore, sessions: Sequence[Session]) -> None:
     shown = Counter(image for session in sessions for image in session.held_images)
-    on_device, on_host = store._on_device.values(), store._on_host.values()
+    on_device, on_host = list(store.on_device()), list(store.on_host())
     assert sorted(map(id, [*on_device, *on_host])) == sorted(map(id, shown))
     assert all(image.holders == count for image, count in shown.items())
     for image in shown:
@@ -473,4 +470,4 @@ def _check_images(engine: Engine, sessions: Sequence[Session]) -> None:
         assert len(tenants) == 1, "tenants share a picture"
     used = (store.device_bytes, store.host_bytes)
     assert used == (sum(each.bytes for each in on_device), sum(each.bytes for each in on_host))
-    assert all(bytes_ <= budget for bytes_, budget in zip(used, store._budgets, strict=True))
+    assert all(bytes_ <= budget for bytes_, budget in zip(used, store.budgets, strict=True))

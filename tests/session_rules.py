@@ -136,7 +136,7 @@ class Oracle:
 
     def _stop_at_once(self, talk: Talk, start: bool) -> Pending:
         # An answer that a stop string ended may have a step in flight, which would be held.
-        while self._harness.on_engine(lambda engine: bool(engine._under_way)):
+        while self._harness.inspect(lambda state: state.steps_in_flight):
             pass
         with self._harness.held_device() as device:
             pending = submit(self._harness, "s", replace(talk, max_tokens=1), start=start)
@@ -253,7 +253,7 @@ class Closing:
 
 
 class Limits:
-    """What is open, and which pictures are held, while turns of several sessions are under way.
+    """What is open, and which pictures are held, while turns of several sessions are in flight.
 
     Args:
         sessions: open before.

@@ -13,7 +13,7 @@ from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Session
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import QueuedTurn, RunningTurn, TurnRequest
 from llava_triton.model.sampling import Draws, SamplingParameters
 
 Cost = Callable[[int, int], float]
@@ -161,13 +161,13 @@ class SimulatedDevice:
         return ended
 
     def _turn(self, at: float, arrival: Arrival) -> RunningTurn:
-        turn = Turn(TurnRequest("simulated"), lambda _: None, arrived_at=at)
+        turn = QueuedTurn(TurnRequest("simulated"), lambda _: None, arrived_at=at)
         session = Session("simulated", opened_at=at, last_used_at=at)
         session.tokens = [random.Random(turn.id).randrange(1000) for _ in range(arrival.prompt)]
         return running_turn(turn, session, arrival.prompt, arrival.answer)
 
 
-def running_turn(turn: Turn, session: Session, prompt: int, answer: int) -> RunningTurn:
+def running_turn(turn: QueuedTurn, session: Session, prompt: int, answer: int) -> RunningTurn:
     """A turn whose tokens its session has, for tests that compute nothing.
 
     Args:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
-from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
+from llava_triton.engine.state import EngineState
 from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness, Pending
 
@@ -91,19 +91,19 @@ def failure(pending: Pending) -> ErrorCode:
 def resident(harness: EngineHarness) -> set[SessionId]:
     """Sessions that hold blocks."""
 
-    def look(engine: Engine) -> set[SessionId]:
-        return {each.id for each in engine._sessions.oldest_first() if each.key_values.blocks}
+    def look(state: EngineState) -> set[SessionId]:
+        return {each.id for each in state.sessions.oldest_first() if each.key_values.blocks}
 
-    return harness.on_engine(look)
+    return harness.inspect(look)
 
 
 def on_host(harness: EngineHarness) -> set[SessionId]:
     """Sessions whose keys and values lie in host memory."""
 
-    def look(engine: Engine) -> set[SessionId]:
-        return {each.id for each in engine._sessions.oldest_first() if each.key_values.host}
+    def look(state: EngineState) -> set[SessionId]:
+        return {each.id for each in state.sessions.oldest_first() if each.key_values.host}
 
-    return harness.on_engine(look)
+    return harness.inspect(look)
 
 
 def blocks_of(final: Delta) -> int:

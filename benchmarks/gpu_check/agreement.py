@@ -110,7 +110,7 @@ def compare(
             sampling={"max_tokens": tokens},
         )
         answer = way.ask(ask).wait()
-        session = way.engine.inspect(lambda sessions, *_: sessions.get(SESSION))
+        session = way.engine.inspect(lambda state: state.sessions.get(SESSION)).result()
         history = session.tokens[: session.committed]
         length = answer.done.num_input_tokens
         got = history[length:]

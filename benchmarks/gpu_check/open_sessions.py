@@ -16,7 +16,7 @@ from llava_triton.contract.settings import Settings
 OPENING_SECONDS = 75.0
 """For opening as many sessions as are wanted."""
 AT_ONCE = 4
-"""Openings under way, so that the device does not wait for the next picture."""
+"""Openings in flight, so that the device does not wait for the next picture."""
 SPARE_SESSIONS = 16
 
 
@@ -83,7 +83,7 @@ class OpenSessions:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             return torch.cuda.memory_reserved()
-        return self._way.engine.inspect(lambda _sessions, _memory, images: images.device_bytes)
+        return self._way.engine.inspect(lambda state: state.images.device_bytes).result()
 
 
 def measure(options: Options) -> None:

@@ -13,7 +13,7 @@ from benchmarks.load import Answer, Ask, exactly
 from benchmarks.workload import Workload
 from llava_triton.contract.settings import Settings
 from llava_triton.engine.session_memory import SessionMemory
-from llava_triton.engine.session_table import SessionTable
+from llava_triton.engine.state import EngineState
 
 HOST_BYTES = 4 << 30
 SESSION = "memory"
@@ -85,19 +85,19 @@ class ComingBack:
         tokens = max(4, sizes.context_tokens - way.features_shape[0])
         text = self._workload.text(tokens, f"m{number}")
         way.ask(Ask(SESSION, True, False, text, [picture], exactly(1))).wait()
-        size = way.engine.inspect(lambda sessions, memory, _: _leave(sessions, memory, fate))
+        size = way.engine.inspect(lambda state: _leave(state, fate)).result()
         # What was planned is done before a step: before this one, not before the one measured.
         way.ask(Ask(OTHER, True, True, f"Hello {number}", sampling=exactly(1))).wait()
         question = self._workload.text(sizes.question_tokens, f"q{number}")
         answer = way.ask(Ask(SESSION, text=question, sampling=exactly(16))).wait()
         way.ask(Ask(SESSION, end=True)).wait()
-        way.engine.inspect(lambda _sessions, memory, _images: _forget_free_blocks(memory))
+        way.engine.inspect(lambda state: _forget_free_blocks(state.memory)).result()
         return answer, size * way.runner.block_bytes
 
 
-def _leave(sessions: SessionTable, memory: SessionMemory, fate: str) -> int:
+def _leave(state: EngineState, fate: str) -> int:
     """As memory pressure would do it. Returns the session's blocks."""
-    session = sessions.get(SESSION)
+    session, memory = state.sessions.get(SESSION), state.memory
     blocks = len(session.key_values.blocks)
     if fate == "leave":
         memory.evict(session)

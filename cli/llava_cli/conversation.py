@@ -36,7 +36,7 @@ class Cost:
 
 
 @dataclass
-class Turn:
+class ChatTurn:
     """A question, and what was said to it."""
 
     text: str
@@ -51,7 +51,7 @@ class Turn:
 class Chat(ABC):
     """What was said and shown, and the way to go on. For one thread at a time."""
 
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ChatTurn] = field(default_factory=list)
 
     def ask(
         self, text: str, pictures: Sequence[bytes] = (), **sampling: Any
@@ -69,7 +69,7 @@ class Chat(ABC):
         Raises:
             SessionError: the turn was refused or has failed; `turns` is as it was.
         """
-        turn = Turn(text, pictures)
+        turn = ChatTurn(text, pictures)
         try:
             with closing(self._pieces(turn, sampling)) as pieces:
                 for piece in pieces:
@@ -107,7 +107,7 @@ class Chat(ABC):
         """End it at the server too."""
 
     @abstractmethod
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         """Send a turn; fills in its cost at the end."""
 
     @abstractmethod

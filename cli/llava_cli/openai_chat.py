@@ -12,7 +12,7 @@ from collections.abc import Generator
 from http.client import HTTPException
 from typing import Any
 
-from llava_cli.conversation import Chat, Cost, Turn
+from llava_cli.conversation import Chat, ChatTurn, Cost
 from llava_triton.client import ErrorCode, SessionError
 
 WAIT_SECONDS = 300.0
@@ -36,7 +36,7 @@ class OpenAIChat(Chat):
     def _forget(self) -> None:
         """Nothing to do, likewise."""
 
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         messages = [message for past in self.turns for message in _messages(past)]
         body = {
             "model": "llava",
@@ -86,11 +86,11 @@ class OpenAIChat(Chat):
             )
 
 
-def _messages(turn: Turn) -> list[dict[str, Any]]:
+def _messages(turn: ChatTurn) -> list[dict[str, Any]]:
     return [_question(turn), {"role": "assistant", "content": turn.answer}]
 
 
-def _question(turn: Turn) -> dict[str, Any]:
+def _question(turn: ChatTurn) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in turn.pictures
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from llava_cli.conversation import Chat, Cost, Turn
+from llava_cli.conversation import Chat, ChatTurn, Cost
 from llava_triton.client import ErrorCode, PastTurn, Session, SessionError
 from llava_triton.client.opening import Address
 
@@ -32,7 +32,7 @@ class SessionChat(Chat):
         """End the session."""
         self._forget()
 
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         try:
             yield from self._answer(turn, sampling)
         except SessionError as error:
@@ -41,7 +41,7 @@ class SessionChat(Chat):
             self._forget()  # it has expired
             yield from self._answer(turn, sampling)
 
-    def _answer(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _answer(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         if self._session is None:
             self._session = self._opened()
         if not self._streams:

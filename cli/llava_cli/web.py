@@ -95,9 +95,9 @@ def make_page(url: str) -> gr.Blocks:
         }
         plain: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         page.load(lambda: PageChat(url), None, chat, **plain)
-        box.submit(_ask, [chat, box], **answers)
-        again.click(_again, [chat], **answers)
-        shown.edit(_ask_instead, [chat], **answers)
+        box.submit(ask, [chat, box], **answers)
+        again.click(ask_again, [chat], **answers)
+        shown.edit(ask_instead, [chat], **answers)
         stop.click(lambda chat: chat and chat.stop(), [chat], **plain)
         for begin_anew in (new.click, shown.clear):
             begin_anew(lambda chat: chat and chat.close(), [chat], **plain).then(
@@ -130,15 +130,18 @@ def run(url: str, host: str, port: int) -> None:
     )
 
 
-def _ask(chat: PageChat | None, question: dict[str, Any]) -> Iterator[Shown]:
+def ask(chat: PageChat | None, question: dict[str, Any]) -> Iterator[Shown]:
+    """Answer what the user has sent."""
     yield from _shown(chat, lambda chat: chat.ask(question["text"], question["files"]), question)
 
 
-def _again(chat: PageChat | None) -> Iterator[Shown]:
+def ask_again(chat: PageChat | None) -> Iterator[Shown]:
+    """Answer the last question again."""
     yield from _shown(chat, lambda chat: chat.again(), None)
 
 
-def _ask_instead(chat: PageChat | None, edit: gr.EditData) -> Iterator[Shown]:
+def ask_instead(chat: PageChat | None, edit: gr.EditData) -> Iterator[Shown]:
+    """Go back to a question that the user has edited, and answer it."""
     index = edit.index[0] if isinstance(edit.index, list | tuple) else edit.index
     yield from _shown(chat, lambda chat: chat.ask_instead(index, str(edit.value)), None)
 

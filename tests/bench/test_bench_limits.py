@@ -131,8 +131,8 @@ def test_rates_count_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return 0.5
 
-    monkeypatch.setattr(limits, "_fastest_seconds", once)
-    monkeypatch.setattr(limits, "_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(limits, "fastest_seconds", once)
+    monkeypatch.setattr(limits, "cache_bytes", lambda: 1 << 20)
     threads = torch.get_num_threads()
     measured = measure_limits(torch.device("cpu"), torch.bfloat16, threads=1)
     assert measured.read_bytes_per_second == 2 * 4 * (1 << 20)
@@ -152,9 +152,9 @@ def test_the_best_of_several_measurements_is_the_limit() -> None:
 
 def test_the_fastest_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     times = itertools.cycle([9.0, 2.0, 7.0])
-    monkeypatch.setattr(limits, "_seconds", lambda run: next(times))
+    monkeypatch.setattr(limits, "seconds_of", lambda run: next(times))
     monkeypatch.setattr(limits, "SECONDS", 0.01)
-    assert limits._fastest_seconds(torch.device("cpu"), lambda: None) == 2.0
+    assert limits.fastest_seconds(torch.device("cpu"), lambda: None) == 2.0
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])

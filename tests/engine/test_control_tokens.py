@@ -84,7 +84,8 @@ def test_nor_does_it_steer_in_answers(
     assert control_tokens(tokenizer, ids) == control_tokens(tokenizer, told("is red?", "It is."))
     assert spelled(tokenizer, ids).count(f"is{name}red?") == 2
     shown = f"It is {name} and"
-    generated = [*renderer._tokenize(renderer._as_text(f"{shown} more"))]
+    longer = renderer.past([PastTurn("?", f"{shown} more")], (), 10_000)
+    generated = longer.prompt.ids[longer.turns[0].asked :]
     cut = renderer.tokens_of(generated, shown)
     assert control_tokens(tokenizer, cut) == []
     assert spelled(tokenizer, cut) == shown.replace(" ", "")
@@ -108,7 +109,10 @@ def test_a_name_that_the_model_s_own_vocabulary_knows_is_spelled_out(
     encode = "llava_triton.conversation.renderer._without_added_tokens"
     monkeypatch.setattr(encode, lambda _, text: [eos] if text == "</s>" else list(map(ord, text)))
     renderer = ConversationRenderer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"))
-    assert renderer._spelled["</s>"] == [ord(character) for character in "</s>"]
+    ids = renderer.message(None, "</s>").ids
+    spelled_out = [ord(character) for character in "</s>"]
+    assert spelled_out in (ids[first : first + 4] for first in range(len(ids)))
+    assert eos not in ids
 
 
 @pytest.mark.parametrize("name", CONTROL)

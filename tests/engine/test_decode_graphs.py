@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.model.decode_graphs import DecodeGraphs
-from llava_triton.model.runner import ModelRunner
 from llava_triton.model.step import StepPart
+from llava_triton.model.text_model import TextModel
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Alone, Ask, Start, long_ask
 
@@ -126,13 +126,25 @@ def test_prompts_of_all_sizes_are_computed_before_the_first_client(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    logits = ModelRunner._logits
+    init = TextModel.__init__
 
-    def noted(self: ModelRunner, embeddings: Tensor, *given: Any, **named: Any) -> Tensor:
-        computed.append(len(embeddings))
-        return logits(self, embeddings, *given, **named)
+    def watched(model: TextModel, *given: Any, **named: Any) -> None:
+        init(model, *given, **named)
+        hidden_states = model.hidden_states
 
-    monkeypatch.setattr(ModelRunner, "_logits", noted)
+        def noted(
+            embeddings: Tensor,
+            keys: Tensor,
+            values: Tensor,
+            rows: Rows,
+            wanted: Tensor | None = None,
+        ) -> Tensor:
+            computed.append(len(embeddings))
+            return hidden_states(embeddings, keys, values, rows, wanted)
+
+        model.hidden_states = noted
+
+    monkeypatch.setattr(TextModel, "__init__", watched)
     start(record=True, prefill_chunk_tokens=300)
     assert computed == [2, 16, 64, 256]
     computed.clear()
@@ -147,7 +159,7 @@ def test_a_device_that_does_not_run_the_kernels_is_an_error_when_the_model_loads
         """As Triton's own, no RuntimeError."""
 
     fails = mock.Mock(side_effect=OutOfResourcesError("out of resource: shared memory"))
-    monkeypatch.setattr(ModelRunner, "_logits", fails)
+    monkeypatch.setattr(TextModel, "logits", fails)
     with pytest.raises(RuntimeError, match="do not run on cpu: out of resource: shared memory"):
         start(record=True)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from llava_triton.contract.errors import ErrorCode, SessionError
+from llava_triton.model.text_model import TextModel
 from tests.checkpoints import tiny_llava
 from tests.engine_harness import EngineHarness, Pending
 from tests.reference import TransformersChat
@@ -163,15 +166,12 @@ def test_a_failing_step_fails_one_turn_only(
     images = [picture("red")]
     harness.ask("s", QUESTIONS[0], images, start=True)
     reference.ask(QUESTIONS[0], images)
-    model = harness.runner._text_model
-    hidden_states = model.hidden_states
 
-    def broken(*args: Any) -> None:
-        hidden_states(*args)  # keys and values are written by then
+    def broken(*_: Any) -> None:  # keys and values are written by then
         raise RuntimeError("device lost a bit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "hidden_states", broken)
+        patch.setattr(TextModel, "logits", broken)
         assert failure(harness.submit("s", QUESTIONS[1])) is ErrorCode.INTERNAL
     assert harness.ask("s", QUESTIONS[1])[0] == reference.answer(QUESTIONS[1])
 
@@ -309,18 +309,23 @@ def test_a_stop_string_in_the_first_word(harness: EngineHarness) -> None:
 def test_a_picture_that_cannot_be_placed_fails_its_turn_only(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(features: Any) -> Any:
-        raise RuntimeError("no room on the device")
+    place, is_broken = harness.runner.features_on_device, threading.Event()
 
+    def placed(features: Tensor) -> Tensor:
+        if is_broken.is_set():
+            raise RuntimeError("no room on the device")
+        return place(features)
+
+    monkeypatch.setattr(harness.runner, "features_on_device", placed)
+    harness.restart()
     harness.ask("other", "Hello!", start=True)
     for images in ([], [picture("red")]):
         reference = TransformersChat(DEMO)
         harness.ask("s", QUESTIONS[0], images, start=True)
         reference.ask(QUESTIONS[0], images)
-        with monkeypatch.context() as patch:
-            patch.setattr(harness.engine._images, "_place", broken)
-            doomed = harness.submit("s", "?", [picture("blue")])
-            assert failure(doomed) is ErrorCode.INTERNAL
+        is_broken.set()
+        assert failure(harness.submit("s", "?", [picture("blue")])) is ErrorCode.INTERNAL
+        is_broken.clear()
         text, _ = harness.ask("s", QUESTIONS[1], [picture("green")])
         assert text == reference.answer(QUESTIONS[1], [picture("green")])
     assert harness.ask("other", "Hello?")[0]
@@ -330,7 +335,7 @@ def test_an_ended_session_holds_nothing_when_its_client_hears_of_it(
     harness: EngineHarness,
 ) -> None:
     harness.ask("s", QUESTIONS[0], [picture("red")], start=True)
-    session = harness.engine._sessions.get("s")
+    session = harness.session("s")
     held: list[int] = []
 
     def listen(_: object) -> None:

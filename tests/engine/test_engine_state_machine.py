@@ -93,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @property
     def _likely(self) -> list[SessionId]:
-        """Sessions that are open if every turn under way does what it should."""
+        """Sessions that are open if every turn in flight does what it should."""
         likely = dict.fromkeys(self._sessions)
         for flight in self._flights:
             if isinstance(flight, Closing) or flight.end:
@@ -275,7 +275,7 @@ class EngineMachine(RuleBasedStateMachine):
             ):
                 del self._sessions[session_id]
         # The sweep, which would come within a second.
-        self._harness.on_engine(lambda engine: engine._sessions.expire(engine._lanes))
+        self._harness.inspect(lambda state: state.sessions.expire(state.lanes))
 
     @rule(poison=st.booleans(), session_ids=st.sets(ids))
     def memory_pressure(self, poison: bool, session_ids: set[SessionId]) -> None:
@@ -304,7 +304,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def books_add_up(self) -> None:
         failed, self._failed = self._failed, True
-        self._harness.check_books()
+        self._harness.check_state()
         self._failed = failed
 
     def teardown(self) -> None:
@@ -387,11 +387,10 @@ class EngineMachine(RuleBasedStateMachine):
             else:
                 self._ended(flight, limits)
         # An answer is told before what follows it in its lane has begun.
-        while self._harness.on_engine(lambda engine: engine._lanes.turns):
+        while self._harness.inspect(lambda state: state.lanes.turns):
             pass
-        assert set(self._harness.on_engine(lambda engine: list(engine._sessions._sessions))) == set(
-            self._sessions
-        )
+        opened = self._harness.inspect(lambda state: list(state.sessions.oldest_first()))
+        assert {each.id for each in opened} == set(self._sessions)
         self._failed = False
 
     def _undone(self, flight: Flight) -> None:
@@ -400,7 +399,8 @@ class EngineMachine(RuleBasedStateMachine):
             self._sessions.pop(flight.session_id, None)
             return
         session_id, model = flight.session_id, self._sessions.get(flight.session_id)
-        found = self._harness.on_engine(lambda engine: engine._sessions._sessions.get(session_id))
+        opened = self._harness.inspect(lambda state: list(state.sessions.oldest_first()))
+        found = next((each for each in opened if each.id == session_id), None)
         if model is not None and found is not None:  # a turn that never began is no use
             assert found.last_used_at in (model.used_at, self._clock.now)
             model.used_at = found.last_used_at

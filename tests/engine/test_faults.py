@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_triton.contract.errors import ErrorCode
-from llava_triton.engine import Engine
 from llava_triton.engine import engine as engine_module
 from llava_triton.engine.session import Session
+from llava_triton.engine.state import EngineState
 from llava_triton.engine.step_parts import step_part
 from llava_triton.model.step import LaunchedStep, Step, StepPart
 from tests.small_engine import (
@@ -78,21 +78,21 @@ def test_nothing_is_built_on_a_lost_step(start: Start, alone: Alone) -> None:
         long_ask(name).wait(harness, name, start=True)
     launch, launches = harness.runner.launch, itertools.count()
 
-    def planned(engine: Engine) -> bool:
-        return len(engine._under_way) == harness.runner.steps_at_once
+    def planned(state: EngineState) -> bool:
+        return state.steps_in_flight == harness.runner.steps_at_once
 
-    def noticed(engine: Engine) -> bool:
-        return engine._lost > 0 or len(engine._to_try_alone) > 0
+    def noticed(state: EngineState) -> bool:
+        return state.steps_lost > 0 or state.to_try_alone > 0
 
     def losing(step: Step) -> LaunchedStep:
         number = next(launches)
         if number == 5:
-            while not harness.on_engine(planned):
+            while not harness.inspect(planned):
                 pass
             raise RuntimeError("the device lost a bit")
-        while number == 6 and not harness.on_engine(noticed):
+        while number == 6 and not harness.inspect(noticed):
             pass
-        harness.on_engine(lambda _: None)  # it has planned meanwhile what it wanted to
+        harness.inspect(lambda _: None)  # it has planned meanwhile what it wanted to
         return launch(step)
 
     harness.runner.launch = losing  # type: ignore[method-assign]
@@ -121,7 +121,7 @@ def test_a_cancelled_end_waits_for_the_turn_before_it(
     ending = Ask("Bye").submit(harness, "s", end=True)
     harness.engine.cancel(ending.id)
     assert failure(ending) is ErrorCode.CANCELLED
-    harness.check_books()
+    harness.check_state()
     assert running.wait()[1].finish_reason == "length"
     assert Ask("?").wait(harness, "other", start=True)[0] == alone(Ask("?"))[0]
     assert failure(Ask("?").submit(harness, "s")) is ErrorCode.NOT_FOUND
@@ -164,5 +164,5 @@ def test_a_step_that_cannot_be_planned_fails_its_turn(
         turns = {name: going_on.submit(harness, name) for name in ("good", "bad")}
         assert failure(turns["bad"]) is ErrorCode.INTERNAL
         assert turns["good"].wait()[0] == alone(long_ask("good"), going_on)[-1]
-    harness.check_books()
+    harness.check_state()
     assert going_on.wait(harness, "bad")[0] == alone(long_ask("bad"), going_on)[-1]

@@ -150,7 +150,7 @@ def test_a_cancelled_turn_brings_back_what_it_forgot(
     )
     first = next(running.deltas())
     assert first.num_forgotten_turns > 0 or operation != Operation()
-    harness.check_books()
+    harness.check_state()
     harness.engine.cancel(running.id)
     assert failure(running) is ErrorCode.CANCELLED
     assert harness.history("s") == before
@@ -285,7 +285,7 @@ def test_a_picture_without_a_question_leaves_an_answer_to_regenerate(start: Star
         if shown.num_forgotten_turns:
             break
     assert harness.session("s").turns[-1].number == full
-    harness.check_books()
+    harness.check_state()
     harness.ask("s", operation=REGENERATE, **AUTO)
     assert harness.session("s").turns[-1].number == full
 

@@ -91,7 +91,7 @@ def test_memory_pressure_takes_each_by_itself(
     if evicted == ["before"]:
         harness.evict_idle("s")
     fork(harness, "fork", "s")
-    harness.check_books()
+    harness.check_state()
     if evicted != ["before"]:
         harness.evict_idle(*evicted)
         assert resident(harness) == {"s", "fork"} - set(evicted)
@@ -237,7 +237,7 @@ def test_another_answer_to_a_question_computes_nothing_of_it(
     assert all(final.num_cached_tokens == final.num_input_tokens - 1 for _, final in answers)
     text, final = same.wait()
     assert final.num_cached_tokens == final.num_input_tokens - 1
-    harness.check_books()
+    harness.check_state()
     shown, question = Ask(None, (PICTURES[2],)), Ask("And now?", (PICTURES[1],))
     assert text == alone(shown, FIRST, question)[-1]
     # It is a session like any other.
@@ -294,7 +294,7 @@ def test_another_answer_of_a_form_is_to_the_question_that_is_the_last_then(
     text, final = other.wait()
     assert text == "yes"
     assert final.num_cached_tokens == final.num_input_tokens - 1
-    harness.check_books()
+    harness.check_state()
     history = harness.history("other")
     source = harness.history("s")
     assert history[: final.num_input_tokens] == source[: final.num_input_tokens]

@@ -128,7 +128,7 @@ def test_a_cancelled_turn_brings_back_what_it_took_back(
         "s", text, images, operation=operation, max_tokens=400, ignore_eos=True
     )
     next(running.deltas())
-    harness.check_books()
+    harness.check_state()
     harness.engine.cancel(running.id)
     assert failure(running) is ErrorCode.CANCELLED
     assert harness.history("s") == before

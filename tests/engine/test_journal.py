@@ -16,12 +16,12 @@ import pytest
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.history import PastTurn
 from llava_triton.contract.operations import Operation
-from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
+from llava_triton.engine.state import EngineState
 from llava_triton.journal import writer
 from llava_triton.journal.records import picture_path, session_key
-from llava_triton.journal.store import Store, StoreError
-from tests.engine_harness import EngineHarness, Pending
+from llava_triton.journal.store import Entry, Store, StoreError
+from tests.engine_harness import PATIENCE_SECONDS, EngineHarness, Pending
 from tests.small_engine import PICTURES, Alone, Ask, Start, failure
 from tests.waiting import wait_until
 
@@ -52,9 +52,8 @@ def safe(harness: EngineHarness, session_id: SessionId = "s") -> None:
 
 def settled(harness: EngineHarness) -> None:
     """Wait until the journal has done all that it was asked for."""
-    harness.on_engine(lambda _: None)
-    harness.journal._background.run(asyncio.sleep(0)).result()  # behind what was asked for
-    wait_until(harness.journal._writer._idle.is_set)
+    harness.inspect(lambda _: None)
+    harness.journal.flush().result(PATIENCE_SECONDS)
 
 
 def lose(harness: EngineHarness) -> None:
@@ -68,7 +67,7 @@ def resume(turn: Ask, harness: EngineHarness, session_id: SessionId = "s") -> Pe
 
 def state(harness: EngineHarness, session_id: SessionId = "s") -> tuple[Any, ...]:
     session = harness.session(session_id)
-    return harness.on_engine(
+    return harness.inspect(
         lambda _: (
             list(session.tokens),
             [(span.start, span.length, span.image.digest) for span in session.spans],
@@ -102,7 +101,7 @@ def test_a_resumed_session_answers_as_the_lost_one_would(
     assert now.tokens[: len(tokens)] == tokens
     assert now.turns[:3] == turns
     assert final.num_input_tokens > len(tokens)
-    harness.check_books()
+    harness.check_state()
     # It is an open session like any other, and goes on in the journal.
     safe(harness)
     lose(harness)
@@ -152,7 +151,7 @@ def test_all_that_a_session_can_be_is_resumed(journaled: Callable[..., EngineHar
     for name, tenant in names:
         harness.ask(name, start=True, tenant=tenant, operation=RESUME)
     assert {name: state(harness, name) for name, _ in names} == before
-    harness.check_books()
+    harness.check_state()
 
 
 def test_the_end_of_a_session_is_the_end_of_its_records(
@@ -205,17 +204,17 @@ def test_a_session_is_not_read_before_a_store_that_hangs_has_its_end(
     harness = journaled()
     FIRST.wait(harness, "s", start=True)
     safe(harness)
-    go_on = asyncio.Event()
+    go_on = threading.Event()
 
     async def hang(store: Store, paths: list[str]) -> None:
-        await go_on.wait()
+        assert await asyncio.to_thread(go_on.wait, 60)
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "delete", hang)
         patch.setattr(writer, "SYNC_SECONDS", 0.05)
         harness.ask("s", end=True)
         assert failure(resume(SECOND, harness)) is ErrorCode.UNAVAILABLE
-    harness.journal._background.soon(go_on.set)
+    go_on.set()
 
 
 def test_a_session_opened_anew_forgets_the_lost_one(
@@ -278,14 +277,14 @@ def test_who_asks_first_for_a_lost_session_is_not_its_owner(
     harness.ask("s", "What is it?", start=True, tenant="alice")
     safe(harness)
     lose(harness)
-    may_read, call = threading.Event(), Store._call
+    may_read, entries = threading.Event(), Store.entries
 
-    async def slow(self: Store, asked: Any) -> Any:
+    async def slow(self: Store, prefix: str) -> list[Entry]:
         while not may_read.is_set():
             await asyncio.sleep(0.005)
-        return await call(self, asked)
+        return await entries(self, prefix)
 
-    monkeypatch.setattr(Store, "_call", slow)
+    monkeypatch.setattr(Store, "entries", slow)
     stranger = harness.submit("s", "?", start=True, tenant="bob", operation=RESUME)
     owner = harness.submit("s", "Why so?", start=True, tenant="alice", operation=RESUME)
     behind = harness.submit("s", "?", tenant="bob")
@@ -296,7 +295,7 @@ def test_who_asks_first_for_a_lost_session_is_not_its_owner(
     assert failure(anew) is ErrorCode.INVALID_ARG  # taken
     assert owner.wait()
     assert len(harness.session("s").turns) == 2
-    harness.check_books()
+    harness.check_state()
 
 
 def test_without_a_journal_there_is_nothing_to_resume(start: Start) -> None:
@@ -390,7 +389,7 @@ def test_a_damaged_journal_is_one_error_for_its_session(
         resume(FOURTH, harness).wait()
     assert caught.value.code is ErrorCode.NOT_FOUND
     assert resume(SECOND, harness, "other").wait()[1].num_output_tokens
-    harness.check_books()
+    harness.check_state()
     # The ID can be used again.
     FIRST.wait(harness, "s", start=True)
     safe(harness)
@@ -502,7 +501,7 @@ def test_in_sync_an_answer_waits_for_its_record(
             THIRD.wait(harness, "s")
     assert caught.value.code is ErrorCode.UNAVAILABLE
     assert state(harness) == before
-    harness.check_books()
+    harness.check_state()
     store.down = False
     assert THIRD.wait(harness, "s")[0] == alone(FIRST, SECOND, THIRD)[-1]
     lose(harness)
@@ -564,10 +563,10 @@ def test_a_session_that_is_not_safe_does_not_hibernate(
     safe(harness)
     FIRST.wait(harness, "t", start=True)
 
-    def open_now(engine: Engine) -> list[SessionId]:
-        return [session.id for session in engine._sessions.oldest_first()]
+    def open_now(state: EngineState) -> list[SessionId]:
+        return [session.id for session in state.sessions.oldest_first()]
 
-    assert harness.on_engine(open_now) == ["t"]
+    assert harness.inspect(open_now) == ["t"]
 
 
 def test_a_session_that_went_on_elsewhere_survives_its_expiry_here(

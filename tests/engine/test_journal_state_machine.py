@@ -16,8 +16,6 @@ from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.operations import Operation
 from llava_triton.engine import Engine
 from llava_triton.engine.session import SessionId
-from llava_triton.journal.reading import read_session
-from llava_triton.journal.records import session_key
 from tests.engine.test_engine_state_machine import HANG_SECONDS, EngineMachine, tight_and_quiet
 from tests.engine_harness import EngineHarness
 from tests.properties import settings
@@ -59,8 +57,9 @@ class JournaledMachine(EngineMachine):
         assert event.code is ErrorCode.NOT_FOUND
         # It was used since its last record, by turns that failed.
         journal = self._harness.journal
-        read = read_session(journal._store, session_key(session_id, session.tenant), 0.0)
-        found = journal._background.run(read).result()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(journal, "wall", lambda: 0.0)  # before it expired
+            found = journal.read(session_id, session.tenant)
         assert found is not None
         assert found.last.expires_at <= self._clock.now < session.used_at + IDLE_SECONDS
         del self._sessions[session_id]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
+from torch import Tensor
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.contract.errors import ErrorCode, SessionError, error_from_text
 from llava_triton.engine import TurnRequest
 from llava_triton.model.sampling import NO_TOKEN, Draw, next_tokens
 from llava_triton.model.step import LaunchedStep, Step, StepPart
+from llava_triton.model.text_model import TextModel
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Alone, Ask, Start, failure, long_ask, show
 from tests.triton import inputs
@@ -65,25 +67,21 @@ def broken_logits(
 ) -> Iterator[None]:
     """The model's logits behind some parts of steps are `value` somewhere."""
     launch = harness.runner.launch
-    model: Any = harness.runner._text_model
-    right, broken = model.logits, list[int]()
+    right, broken = TextModel.logits, list[int]()
 
     def noting(step: Step) -> LaunchedStep:
         broken[:] = [row for row, part in enumerate(step.parts) if is_broken(part)]
         return launch(step)
 
-    def logits(hidden: torch.Tensor, *out: torch.Tensor | None) -> torch.Tensor:
-        made: torch.Tensor = right(hidden, *out)
+    def logits(model: TextModel, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        made = right(model, hidden, out)
         made[broken, 7] = value
         return made
 
-    harness.runner.launch = noting  # type: ignore[method-assign]
-    model.logits = logits
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.runner, "launch", noting)
+        patch.setattr(TextModel, "logits", logits)
         yield
-    finally:
-        model.logits = right
-        del harness.runner.launch
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -110,7 +108,7 @@ def test_logits_that_are_not_finite_end_their_turn_alone(
             doomed.wait()
         assert caught.value.code is ErrorCode.INTERNAL
         assert neighbour.wait()[0] == expected["red"]
-    harness.check_books()
+    harness.check_state()
     assert harness.engine.statistics().turns_failed == 1
     assert going_on.wait(harness, "green")[0] == expected["green"]
 

@@ -63,7 +63,7 @@ def check_sessions_come_back(checkpoint: Path, device: str) -> None:
                     texts.append(harness.ask(str(number), "And what else?", max_tokens=12)[0])
             counts = harness.engine.statistics()
             assert counts.restored_from_host == (6 if leaves else 0)
-            harness.check_books()
+            harness.check_state()
             answers.append(texts)
         finally:
             harness.shutdown()

@@ -159,7 +159,7 @@ def test_pictures_of_different_lengths_in_one_turn(
         if text is not None:
             assert session.tokens[-12:] == chat.answer(session, 12)
             assert final.num_output_tokens == 12
-        harness.check_books()
+        harness.check_state()
     assert [span.length for span in harness.session("s").spans] == list(LENGTHS)
 
 
@@ -173,7 +173,7 @@ def test_a_longer_picture_is_another_one(start: Start, chat: Chat) -> None:
         assert (final.num_cached_tokens > 60) == (name == "again")
         session = harness.session(name)
         assert session.tokens[-12:] == chat.answer(session, 12)
-    harness.check_books()
+    harness.check_state()
 
 
 def test_two_pictures_whose_rows_are_cut_elsewhere_are_others(start: Start, chat: Chat) -> None:
@@ -184,7 +184,7 @@ def test_two_pictures_whose_rows_are_cut_elsewhere_are_others(start: Start, chat
         ask(harness, name, "What is it?", features, start=True).wait()
         session = harness.session(name)
         assert session.tokens[-12:] == chat.answer(session, 12)
-    harness.check_books()
+    harness.check_state()
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 63), (64,), (1, 2, 64)])

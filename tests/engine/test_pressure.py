@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from llava_triton.contract.errors import ErrorCode, SessionError
-from llava_triton.engine import Engine
 from llava_triton.engine.session import Session, SessionId
+from llava_triton.engine.state import EngineState
 from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.engine_harness import EngineHarness
 from tests.small_engine import (
@@ -29,17 +29,17 @@ def put_back(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> list[Se
     """Sessions that lose their blocks while they have a turn, as it happens."""
     ids: list[SessionId] = []
 
-    def spy(engine: Engine) -> None:
-        evict = engine._memory.evict
+    def spy(state: EngineState) -> None:
+        evict = state.memory.evict
 
         def counted(session: Session) -> None:
-            if session.id in engine._lanes:
+            if session.id in state.lanes:
                 ids.append(session.id)
             evict(session)
 
-        monkeypatch.setattr(engine._memory, "evict", counted)
+        monkeypatch.setattr(state.memory, "evict", counted)
 
-    harness.on_engine(spy)
+    harness.inspect(spy)
     return ids
 
 
@@ -213,7 +213,7 @@ def test_pictures_go_to_host_memory_and_only_then_are_new_ones_refused(
     assert failure(show(4).submit(harness, 0)) is ErrorCode.UNAVAILABLE
     two = Ask("?", (PICTURES[0], PICTURES[5]))
     assert failure(two.submit(harness, 0)) is ErrorCode.UNAVAILABLE
-    harness.check_books()
+    harness.check_state()
     assert harness.engine.statistics().images == 4
     # What is there already can be shown again, and everybody can go on: also where keys and values
     # have to be computed from features in host memory.
@@ -239,8 +239,8 @@ def test_the_longest_unused_picture_goes_first(start: Start) -> None:
         show(number).wait(harness, number, start=True)
     show(0).wait(harness, "again", start=True)
     show(2).wait(harness, 2, start=True)
-    moved = harness.on_engine(lambda engine: list(engine._images._on_host))
-    assert moved == [harness.session(1).images[0].digest]
+    moved = harness.inspect(lambda state: list(state.images.on_host()))
+    assert [image.digest for image in moved] == [harness.session(1).images[0].digest]
 
 
 def test_a_refused_picture_is_a_refused_turn(start: Start) -> None:
@@ -309,12 +309,12 @@ def test_what_a_turn_put_back_before_its_first_step_was_spared(start: Start) -> 
         device.wait_until_busy()
         young = Ask("again", max_tokens=8).submit(harness, "young")
 
-        def put_back(engine: Engine) -> None:
-            (turn,) = (each for each in engine._running.values() if each.session.id == "young")
-            victim = engine._scheduler._victim([turn])
+        def put_back(state: EngineState) -> None:
+            (turn,) = (each for each in state.running if each.session.id == "young")
+            victim = state.scheduler.victim([turn])
             assert victim is turn.session
-            engine._memory.evict(victim)
+            state.memory.evict(victim)
 
-        harness.on_engine(put_back)
+        harness.inspect(put_back)
     old.wait()
     assert young.wait()[1].num_cached_tokens == 0

@@ -20,8 +20,8 @@ from PIL.Image import Image
 from demo.shapes import draw, random_scene
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
-from llava_triton.engine import Engine
 from llava_triton.engine.session import Session
+from llava_triton.engine.state import EngineState
 from llava_triton.kernels.base import BLOCK_TOKENS
 from tests.checkpoints import DEMO, tiny_llava
 from tests.engine_harness import EngineHarness, Pending
@@ -265,13 +265,13 @@ def hold_probes(
             if not comparison.same(name, turn, heard(harness, names[name], pending)):
                 del names[name]
         after_turn()
-        harness.check_books()
+        harness.check_state()
     for session in names.values():
         harness.engine.close(session)
 
 
 class Noise:
-    """Sessions that always have a turn under way, and do at random what clients do.
+    """Sessions that always have a turn in flight, and do at random what clients do.
 
     Args:
         harness: where.
@@ -449,17 +449,17 @@ def count_put_back(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> l
     """Sessions whose blocks are taken while they have a turn, as it happens."""
     put_back: list[Session] = []
 
-    def spy(engine: Engine) -> None:
-        evict = engine._memory.evict
+    def spy(state: EngineState) -> None:
+        evict = state.memory.evict
 
         def counted(session: Session) -> None:
-            if session.id in engine._lanes:
+            if session.id in state.lanes:
                 put_back.append(session)
             evict(session)
 
-        monkeypatch.setattr(engine._memory, "evict", counted)
+        monkeypatch.setattr(state.memory, "evict", counted)
 
-    harness.on_engine(spy)
+    harness.inspect(spy)
     return put_back
 
 
@@ -478,7 +478,7 @@ def test_sharing_with_many_sessions(
             diverging = harness.submit("first", "Is there a green star?", max_tokens=30)
         for session, pending in asked:
             assert comparison.same(probe, turn, heard(harness, session, pending))
-        harness.check_books()
+        harness.check_state()
     now = harness.engine.statistics()
     assert now.prefix_cache_blocks - before.prefix_cache_blocks >= full * len(sessions)
     assert (now.images, now.image_hits) == (1, len(sessions))
@@ -504,7 +504,7 @@ def test_sessions_that_part_ways(
             assert comparison.same(name, turn, heard(harness, name, pending))
         # Coming back, each finds what the other has: their common beginning, and no more.
         harness.evict_idle(pair[turn % 2])
-        harness.check_books()
+        harness.check_state()
     assert harness.engine.statistics().images == 1
     comparison.check(least=100)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from concurrent.futures import Future
 
 import pytest
 
 from llava_triton.engine.step_clock import StepClock
-from llava_triton.model.step import LaunchedStep, Step, StepResult
+from llava_triton.model.device_threads import DeviceThreads, Done
+from llava_triton.model.step import LaunchedStep, Step
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import Ask, Start, long_ask
 
@@ -82,7 +81,7 @@ def test_running_answers_advance_between_two_steps_of_questions(
     streams, recorder = streams_and_recorder(harness)
     question = Ask("Why so, and what of the circle on the left?", max_tokens=1)
     # All at once, between two steps.
-    asked = harness.on_engine(lambda _: [question.submit(harness, name) for name in names])
+    asked = harness.inspect(lambda _: [question.submit(harness, name) for name in names])
     answers = [pending.wait() for pending in asked]
     computed = sum(final.num_input_tokens - final.num_cached_tokens for _, final in answers)
     assert computed > 2 * at_once
@@ -119,17 +118,18 @@ def test_a_long_prompt_comes_in_small_pieces_to_its_end(
         stream.wait()
 
 
-def test_a_first_token_is_on_its_way_before_a_cpu_is_given_the_next_step(start: Start) -> None:
+def test_a_first_token_is_on_its_way_before_a_cpu_is_given_the_next_step(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     harness = start()
     happened: list[str] = []  # on the engine's thread, so in its order
-    device = harness.engine._device
-    compute = device.compute
+    compute = DeviceThreads.compute
 
-    def record(step: Step, done: Callable[[Future[StepResult]], None]) -> None:
+    def record(device: DeviceThreads, step: Step, done: Done) -> None:
         happened.append("step")
-        compute(step, done)
+        compute(device, step, done)
 
-    device.compute = record  # type: ignore[method-assign]
+    monkeypatch.setattr(DeviceThreads, "compute", record)
     harness.submit(
         "asked",
         "Why so?",

@@ -9,9 +9,10 @@ import weakref
 import torch
 
 from llava_triton.contract.errors import ErrorCode
-from llava_triton.engine import Engine, TurnRequest
+from llava_triton.engine import TurnRequest
 from llava_triton.engine.image_store import digest_of
 from llava_triton.engine.session import SessionId
+from llava_triton.engine.state import EngineState
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.sampling import SamplingParameters
 from tests.engine_harness import EngineHarness, Pending
@@ -38,12 +39,12 @@ def shared_blocks(harness: EngineHarness, one: SessionId, other: SessionId) -> i
 def ends_in_a_shared_block(harness: EngineHarness, session_id: SessionId) -> bool:
     """Whether what a session keeps ends in the middle of a block that others hold as well."""
 
-    def look(engine: Engine) -> bool:
-        kv, pool = engine._sessions.get(session_id).key_values, engine._memory.pool
+    def look(state: EngineState) -> bool:
+        kv, pool = state.sessions.get(session_id).key_values, state.memory.pool
         index, inside = divmod(kv.computed, BLOCK_TOKENS)
         return inside > 0 and pool.is_shared(kv.blocks[index])
 
-    return harness.on_engine(look)
+    return harness.inspect(look)
 
 
 def test_cut_back_by_a_cancelled_turn_into_a_shared_block(start: Start, alone: Alone) -> None:
@@ -55,7 +56,7 @@ def test_cut_back_by_a_cancelled_turn_into_a_shared_block(start: Start, alone: A
     opening.wait(harness, "two", start=True)
     short = Ask(doomed.text, max_tokens=5, ignore_eos=True)
     assert short.wait(harness, "two")[0] == alone(opening, short)[-1]
-    assert shared_blocks(harness, "one", "two") > 3  # blocks of the turn that is under way
+    assert shared_blocks(harness, "one", "two") > 3  # blocks of the turn that is in flight
     harness.engine.cancel(running.id)
     assert failure(running) is ErrorCode.CANCELLED
     assert ends_in_a_shared_block(harness, "one")
@@ -157,7 +158,7 @@ def test_a_running_turn_holds_no_second_copy_of_its_pictures(start: Start) -> No
     harness.engine.submit(asked, lambda _: began.set())
     del asked
     assert began.wait(HANG_SECONDS)
-    harness.on_engine(lambda engine: None)  # what began it is over
+    harness.inspect(lambda engine: None)  # what began it is over
     gc.collect()
     assert [each() for each in features] == [None, None]
     assert harness.engine.statistics().images == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -13,6 +14,9 @@ from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.operations import Operation
 from llava_triton.contract.protocol import NO_TENANT
 from llava_triton.engine.session import SessionId
+from llava_triton.engine.state import EngineState
+from llava_triton.model.device_threads import DeviceThreads, Done
+from llava_triton.model.step import Step, StepResult
 from tests.engine_harness import EngineHarness
 from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start
 
@@ -54,8 +58,23 @@ def test_what_was_said_is_kept(start: Start, alone: Alone) -> None:
     assert harness.engine.statistics().images == 0
 
 
-def test_a_token_that_nobody_has_heard_of_is_kept_and_told(start: Start, alone: Alone) -> None:
+def test_a_token_that_nobody_has_heard_of_is_kept_and_told(
+    start: Start, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that was computed just before the stop."""
+    given, back = list[Step](), list[Future[StepResult]]()
+    compute = DeviceThreads.compute
+
+    def counted(device: DeviceThreads, step: Step, done: Done) -> None:
+        given.append(step)
+
+        def told(result: Future[StepResult]) -> None:
+            done(result)
+            back.append(result)
+
+        compute(device, step, told)
+
+    monkeypatch.setattr(DeviceThreads, "compute", counted)
     harness = start()
     running = LONG.submit(harness, "s", start=True)
     pieces = running.deltas()
@@ -63,13 +82,13 @@ def test_a_token_that_nobody_has_heard_of_is_kept_and_told(start: Start, alone: 
     engine, deadline = harness.engine, time.monotonic() + HANG_SECONDS
     waits, go_on = threading.Event(), threading.Event()
 
-    def wait() -> None:
+    def wait(_: EngineState) -> None:
         waits.set()
         assert go_on.wait(HANG_SECONDS)
 
-    engine.on_thread(wait)
+    engine.inspect(wait)
     assert waits.wait(HANG_SECONDS)
-    while engine._under_way and engine._commands.empty():  # until a step is computed
+    while len(back) < len(given):  # until a step is computed
         assert time.monotonic() < deadline
     engine.stop_answer("s", NO_TENANT, lambda _: None)
     go_on.set()

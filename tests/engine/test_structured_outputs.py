@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from demo.shapes import FORMS as KNOWN_FORMS
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.structured_outputs import StructuredOutputs
 from llava_triton.conversation.grammar import Grammar, Grammars
-from llava_triton.engine import Engine
+from llava_triton.engine.state import EngineState
+from llava_triton.model.device_threads import DeviceThreads, Done
 from llava_triton.model.runner import ModelRunner
-from llava_triton.model.step import LaunchedStep, Step, StepResult
+from llava_triton.model.step import LaunchedStep, Step
 from tests.checkpoints import DEMO
 from tests.engine_harness import EngineHarness
 from tests.small_engine import (
@@ -100,31 +100,32 @@ def test_others_are_launched_ahead_as_before(
 ) -> None:
     """While a form is followed, which takes every second step."""
     harness = EngineHarness(checkpoint, steps_at_once=2)
-    launch, land = ModelRunner.launch, Engine._land
+    launch, compute = ModelRunner.launch, DeviceThreads.compute
     steps: list[dict[bool, int]] = []
     """Of each step how many parts' tokens were not known yet (True), and were."""
-    landed: list[Future[StepResult]] = []
+    given: list[Step] = []
 
-    def planned(engine: Engine) -> bool:
+    def planned(state: EngineState) -> bool:
         """Whether the engine has planned behind this step, if it can before this one is done."""
-        running = list(engine._running.values())
+        running, in_flight = state.running, state.steps_in_flight
         left = [each.max_tokens - each.answer_tokens for each in running if each.grammar is None]
         can_plan = all(each.answer_tokens for each in running) and max(left, default=0) > 2
-        return len(landed) == len(steps) - 1 and (len(engine._under_way) == 2 or not can_plan)
+        landed = len(given) - in_flight
+        return landed == len(steps) - 1 and (in_flight == 2 or not can_plan)
 
     def watched(runner: ModelRunner, step: Step) -> LaunchedStep:
         steps.append(Counter(part.ids[0] < 0 for part in step.parts))
         given_up = time.monotonic() + HANG_SECONDS
-        while not harness.on_engine(planned):
+        while not harness.inspect(planned):
             assert time.monotonic() < given_up, "nothing was planned behind a step"
         return launch(runner, step)
 
-    def counted(engine: Engine, done: Future[StepResult]) -> None:
-        land(engine, done)
-        landed.append(done)
+    def counted(device: DeviceThreads, step: Step, done: Done) -> None:
+        given.append(step)
+        compute(device, step, done)
 
     monkeypatch.setattr(ModelRunner, "launch", watched)
-    monkeypatch.setattr(Engine, "_land", counted)
+    monkeypatch.setattr(DeviceThreads, "compute", counted)
     endless = StructuredOutputs(regex="[a-z ]{400}")
     try:
         with harness.held_device():
@@ -132,7 +133,7 @@ def test_others_are_launched_ahead_as_before(
             formed = harness.submit(
                 "form", "What?", start=True, max_tokens=25, structured_outputs=endless
             )
-            while not harness.on_engine(lambda engine: len(engine._running) == 2):
+            while not harness.inspect(lambda state: len(state.running) == 2):
                 pass
         _, final_of_plain = plain.wait()
         text, final = formed.wait()

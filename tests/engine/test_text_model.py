@@ -119,7 +119,7 @@ def test_all_layers_in_one_call_equal_one_operation_after_another(
         assert not results[0][0].isnan().any()
         return results[0][0]
 
-    # A prompt, answers under way, and again fewer tokens: what is kept between steps is larger.
+    # A prompt, answers in flight, and again fewer tokens: what is kept between steps is larger.
     run([(0, 40), (17, 1), (64, 1)])
     run([(30, 1), (5, 2)])
     # Some tokens' results alone, as many as are multiplied in the same way as all.

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
-from llava_triton.engine import Engine, preparation
+from llava_triton.engine import preparation
 from tests.engine_harness import EngineHarness, Pending
 from tests.small_engine import HANG_SECONDS, PICTURES, Alone, Ask, Start, failure, show
 
@@ -95,11 +96,11 @@ def test_features_of_waiting_turns_have_a_budget(start: Start, alone: Alone) -> 
         assert caught.value.code is ErrorCode.UNAVAILABLE
         text_only = Ask("?").submit(harness, "s")
         other = show(5).submit(harness, "other", start=True)  # waits for nobody
-        assert harness.on_engine(lambda engine: engine._lanes.features_bytes) <= 6 * features.nbytes
+        assert harness.inspect(lambda state: state.lanes.features_bytes) <= 6 * features.nbytes
     for pending in (running, *waiting, text_only):
         pending.wait()
     assert other.wait()[0] == alone(show(5))[0]
-    assert harness.on_engine(lambda engine: engine._lanes.features_bytes) == 0
+    assert harness.inspect(lambda state: state.lanes.features_bytes) == 0
 
 
 def test_a_turn_larger_than_the_budget_is_taken_where_none_waits(start: Start) -> None:
@@ -149,7 +150,7 @@ def test_nobody_waits_for_another_s_long_text(
         assert HELLO.wait(harness, "other", start=True)[0] == alone(HELLO)[0]
         assert long.events.empty()
         assert behind.events.empty()
-        harness.check_books()
+        harness.check_state()
     answers = [long.wait()[0], behind.wait()[0]]
     assert answers == alone(HELLO, LONG, HELLO)[1:]
 
@@ -195,7 +196,7 @@ def test_a_text_that_can_never_fit_is_not_made_tokens_of(
         raise AssertionError("it was tokenized")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ConversationRenderer, "_tokenize", never)
+        patch.setattr(PreTrainedTokenizerBase, "__call__", never)
         for text in ("many words " * 20_000, " " * 200_000, "é" * 100_000):
             with pytest.raises(SessionError, match="would be at least") as caught:
                 Ask(text).wait(harness, "s", start=True)
@@ -212,7 +213,7 @@ def test_who_asks_for_room_waits_for_nobody(start: Start) -> None:
     HELLO.wait(harness, "s", start=True)
     assert engine.room_for_a_session("s") is None  # its own place
     released = threading.Event()
-    harness.engine.on_thread(lambda: released.wait(HANG_SECONDS))
+    harness.engine.inspect(lambda _: released.wait(HANG_SECONDS))
     try:
         full = engine.room_for_a_session("other")
     finally:
@@ -221,11 +222,7 @@ def test_who_asks_for_room_waits_for_nobody(start: Start) -> None:
     assert full.code is ErrorCode.UNAVAILABLE
     assert "all 1 sessions are in use" in full.sentence
     harness.engine.close("s")
-
-    def look(engine: Engine) -> Any:
-        return engine.room_for_a_session("other")
-
-    assert harness.on_engine(look) is None
+    assert harness.inspect(lambda _: engine.room_for_a_session("other")) is None
 
 
 # Sessions that the engine ends.
@@ -237,13 +234,13 @@ def test_idle_time_begins_when_an_answer_ends(start: Start) -> None:
         running = HELLO.submit(harness, "s", start=True)
         device.wait_until_busy()
         harness.clock.now += 350.0
-        harness.on_engine(lambda engine: engine._sessions.expire(engine._lanes))
+        harness.inspect(lambda state: state.sessions.expire(state.lanes))
     running.wait()
     harness.clock.now += 99.0
     HELLO.wait(harness, "s")
     assert harness.expired == []
     harness.clock.now += 100.0
-    harness.on_engine(lambda engine: engine._sessions.expire(engine._lanes))
+    harness.inspect(lambda state: state.sessions.expire(state.lanes))
     assert harness.expired == ["s"]
     assert failure(HELLO.submit(harness, "s")) is ErrorCode.NOT_FOUND
 
@@ -261,7 +258,7 @@ def test_a_turn_outlives_its_session_s_time(start: Start, alone: Alone, share: b
         stranger = harness.submit("s", "?", tenant="another")
         waiting = HELLO.submit(harness, "s")
         assert failure(stranger) is ErrorCode.NOT_FOUND
-        harness.check_books()
+        harness.check_state()
     assert running.wait()[0] == alone(asked)[0]
     assert failure(waiting) is ErrorCode.NOT_FOUND
     assert harness.expired == ["s"]

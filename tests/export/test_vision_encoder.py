@@ -159,7 +159,7 @@ def test_without_a_gpu_the_exported_graph_is_chosen(
     driver: bool, demo_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings.of_repository(demo_repository)
-    monkeypatch.setattr("llava_triton.pictures.tower._has_driver", lambda: driver)
+    monkeypatch.setattr("llava_triton.pictures.tower.has_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     encoding = vision_encoding(demo_repository, settings)
     assert encoding.name.startswith("ONNX Runtime")

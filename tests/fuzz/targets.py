@@ -25,7 +25,7 @@ from llava_sagemaker.adapter.session_ids import (
     named_session_id,
 )
 from llava_sagemaker.adapter.tenants import tenant_of
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, TritonTurn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 
@@ -84,7 +84,7 @@ class Models:
         itself: Any = self
         self.all = [Engine(0, itself)]
 
-    async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
+    async def pieces(self, turn: TritonTurn) -> AsyncGenerator[Delta, None]:
         """Two of them."""
         turn.written("an-id", direct=False)
         read_turn(turn)
@@ -93,7 +93,7 @@ class Models:
         yield Delta("a", "", 1, 1, 0, 1.0, logprobs=LOGPROBS)
         yield Delta("nswer", "stop", 1, 2, 0, 1.0, logprobs=LOGPROBS)
 
-    async def whole(self, turn: Turn) -> Delta:
+    async def whole(self, turn: TritonTurn) -> Delta:
         """As one."""
         *_, last = [piece async for piece in self.pieces(turn)]
         return last
@@ -102,7 +102,7 @@ class Models:
 LOGPROBS = (json.dumps({"token": "a", "logprob": 0.0, "bytes": [97], "top_logprobs": []}),)
 
 
-def read_turn(turn: Turn) -> None:
+def read_turn(turn: TritonTurn) -> None:
     """As `image_encoder` and `language_model` read it."""
     arrays = {name: strings(b"".join(tensor.pieces)) for name, tensor in turn.tensors.items()}
     for name, tensor in turn.tensors.items():

@@ -244,12 +244,12 @@ def test_a_dead_engine_takes_its_own_sessions_only(pair: Pair) -> None:
     other = pair.engines[1]
     other.may_answer.clear()
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(pair.ask, stays, "under way")
-        pair.adapter.wait_until(lambda: pair.asked("under way") == [1])
+        under_way = pool.submit(pair.ask, stays, "in flight")
+        pair.adapter.wait_until(lambda: pair.asked("in flight") == [1])
         pair.lose(0)
         assert pair.adapter.ping() == 200
         other.may_answer.set()
-        assert text_of(under_way.result()) == "under way"
+        assert text_of(under_way.result()) == "in flight"
     assert pair.ask(lost, "Hello?").code == "session_not_found"
     assert text_of(pair.ask(stays, "Hello?")) == "Hello?"
     assert pair.engine_of(pair.open()) == 1

@@ -91,7 +91,7 @@ def test_a_conversation_a_lost_model_and_an_orderly_end(container: Container) ->
     session = open_session(container)
     assert text_of(container.invoke(question("How many shapes are there?"), session)) == first
 
-    # SIGTERM while an answer is under way: it ends as it should, then everything does.
+    # SIGTERM while an answer is in flight: it ends as it should, then everything does.
     events = container.events(question("How many shapes are there?", **LONG), session)
     pieces = [next(events)]
     everything = container.descendants()

@@ -216,7 +216,7 @@ def test_a_series_of_turns(
     waited = sum(answer.first_token_ms for answer in spoken) / 1000.0
     assert now[f"{first}_sum"] == pytest.approx(waited, rel=1e-3)
 
-    # One turn under way, and then broken off.
+    # One turn in flight, and then broken off.
     with Stream(server.grpc_address) as leaving:
         endless = {"max_tokens": CONTEXT_LENGTH, "ignore_eos": True}
         next(leaving.turn("Go on.", session=one, parameters=endless))

@@ -171,13 +171,12 @@ def pieces(transport: Transport, **sampling: Any) -> list[str]:
     ],
 )
 def test_only_what_is_missing_comes_after_a_loss(again: list[Any], rest: list[str]) -> None:
-    transport = session_on(Scripted(["a ", "red", LOST], again, [not_found("gone")], ["yes"]))
+    scripted = Scripted(["a ", "red", LOST], again, [not_found("gone")], ["yes"])
+    transport = session_on(scripted)
     assert pieces(transport) == ["a ", "red", *rest]
     assert pieces(transport) == ["yes"]
-    inner = transport._transport
-    assert isinstance(inner, Scripted)
     # The whole answer is remembered, once.
-    [told] = inner.opened[-1].history
+    [told] = scripted.opened[-1].history
     assert told.answer == "".join(again)
 
 
@@ -205,58 +204,53 @@ def test_an_answer_drawn_at_random_cannot_go_on(sampling: dict[str, Any], repeat
     assert pieces(session_on(Scripted([LOST], ["a cat"])), **sampling) == ["a cat"]
 
 
-def told(transport: ReplayTransport) -> tuple[list[tuple[str, str, int]], list[bytes]]:
+def told(scripted: Scripted) -> tuple[list[tuple[str, str, int]], list[bytes]]:
     """What the session was last opened with: texts, answers, numbers of pictures; the pictures."""
-    inner = transport._transport
-    assert isinstance(inner, Scripted)
-    opened = inner.opened[-1]
+    opened = scripted.opened[-1]
     return [(each.text, each.answer, each.images) for each in opened.history], [*opened.images]
 
 
 def test_what_was_taken_back_is_not_told_again() -> None:
     gone = not_found("gone")
-    transport = session_on(
-        Scripted(["one"], [""], ["two"], [""], ["again"], [gone], ["three"], [gone])
-    )
+    scripted = Scripted(["one"], [""], ["two"], [""], ["again"], [gone], ["three"], [gone])
+    transport = session_on(scripted)
     transport.ask(TurnMessage("any", text="A", images=[b"1"]))
     transport.ask(TurnMessage("any", images=[b"2"]))
     transport.ask(TurnMessage("any", text="B", images=[b"3"]))
     transport.ask(TurnMessage("any", images=[b"4"]))
     transport.ask(regenerating("any", {}))
     assert transport.ask(TurnMessage("any", text="C")).text == "three"
-    assert told(transport) == ([("A", "one", 1), ("B", "again", 2)], [b"1", b"2", b"3"])
+    assert told(scripted) == ([("A", "one", 1), ("B", "again", 2)], [b"1", b"2", b"3"])
     # A history does not say that picture 2 was there before question B.
     assert transport.ask(rewinding("any", 1)).finish_reason == "prefilled"
-    assert told(transport) == ([("A", "one", 1)], [b"1", b"2"])
+    assert told(scripted) == ([("A", "one", 1)], [b"1", b"2"])
     assert transport.ask(rewinding("any", 0)).finish_reason == "prefilled"
-    assert told(transport) == ([], [])
+    assert told(scripted) == ([], [])
 
 
 def test_pictures_are_told_again_where_they_stood() -> None:
     """Those that came before a question, without one, are before its text."""
-    transport = session_on(Scripted([""], ["one"], ["two"], [not_found("gone")], ["three"]))
+    scripted = Scripted([""], ["one"], ["two"], [not_found("gone")], ["three"])
+    transport = session_on(scripted)
     transport.ask(TurnMessage("any", images=[b"1"]))
     transport.ask(TurnMessage("any", text="A or B", images=[b"2", b"3"], positions=(2, 5)))
     transport.ask(TurnMessage("any", text="C", images=[b"4"]))
     assert transport.ask(TurnMessage("any", text="D")).text == "three"
-    inner = transport._transport
-    assert isinstance(inner, Scripted)
-    history = inner.opened[-1].history
+    history = scripted.opened[-1].history
     assert [(each.images, each.image_positions) for each in history] == [(3, (2, 5)), (1, None)]
     assert history_from_json(history_to_json(list(history))) == history
 
 
 def test_a_session_that_cannot_be_rewound_is_remembered_whole() -> None:
-    transport = session_on(Scripted(["one"], [not_found("gone")], [LOST], ["two"]))
+    scripted = Scripted(["one"], [not_found("gone")], [LOST], ["two"])
+    transport = session_on(scripted)
     transport.ask(TurnMessage("any", text="A", images=[b"1"]))
-    inner = transport._transport
-    assert isinstance(inner, Scripted)
-    inner.opens = False
+    scripted.opens = False
     with pytest.raises(SessionError, match="cannot be opened again"):
         transport.ask(rewinding("any", 0))
-    inner.opens = True
+    scripted.opens = True
     transport.ask(TurnMessage("any", text="B"))
-    assert told(transport) == ([("A", "one", 1)], [b"1"])
+    assert told(scripted) == ([("A", "one", 1)], [b"1"])
 
 
 def test_a_full_server_has_not_lost_the_session() -> None:

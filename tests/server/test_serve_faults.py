@@ -156,7 +156,7 @@ def test_whoever_waits_for_a_whole_answer_hears_of_it(
     with ThreadPoolExecutor() as pool:
         # A client of HTTP belongs to one thread.
         answer = pool.submit(lambda: Session.open(url).ask("?"))
-        assert not wait([answer], timeout=0.5).done  # under way by now, or soon
+        assert not wait([answer], timeout=0.5).done  # in flight by now, or soon
         kill(process_of("llava", family))
         failure = answer.exception(timeout=STOP_SECONDS)
     assert isinstance(failure, SessionError)
@@ -235,7 +235,7 @@ class Finalized:
         os.kill(os.getpid(), signal.SIGTERM)
         (lambda: None)()
 
-signal.signal(signal.SIGTERM, server._interrupt)
+signal.signal(signal.SIGTERM, server.interrupt)
 try:
     Finalized()
     time.sleep(20.0)

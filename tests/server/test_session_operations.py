@@ -13,6 +13,8 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from llava_triton.client import Answer, Session
+from llava_triton.client.opening import Address
+from llava_triton.client.session import connect
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.server.triton_server import TritonServer
 
@@ -121,11 +123,14 @@ def test_an_answer_that_is_wanted_whole_is_stopped(url: str) -> None:
         with Session.open(url, session_id="to be stopped") as session:
             return session.ask("Go on.", max_tokens=600, ignore_eos=True)
 
-    with ThreadPoolExecutor(1) as beside, Session.open(url) as other:
+    with (
+        ThreadPoolExecutor(1) as beside,
+        contextlib.closing(connect(Address.of(url), None)) as transport,
+    ):
         asked = beside.submit(talk)
         while not asked.done():
             with contextlib.suppress(SessionError):  # not open yet, or closed
-                other._transport.stop_answer("to be stopped")
+                transport.stop_answer("to be stopped")
     assert asked.result().finish_reason == "stopped"
     assert asked.result().num_output_tokens < 600
 
@@ -148,12 +153,13 @@ def test_a_fork_computes_nothing_and_goes_its_own_way(url: str) -> None:
 
 
 def test_tenants_neither_fork_nor_stop_one_another(url: str) -> None:
-    with Session.open(url, tenant="alice") as session, Session.open(url, tenant="bob") as other:
+    bob = connect(Address.of(url), "bob")
+    with Session.open(url, tenant="alice") as session, contextlib.closing(bob):
         with pytest.raises(SessionError) as caught:
-            other._transport.stop_answer(session.id)
+            bob.stop_answer(session.id)
         assert caught.value.code is ErrorCode.NOT_FOUND
         with pytest.raises(SessionError) as caught:
-            other._transport.fork(session.id, None)
+            bob.fork(session.id, None)
         assert caught.value.code is ErrorCode.NOT_FOUND
         with session.fork("alice's other") as fork:
             assert fork.ask("Hello!", max_tokens=3).num_output_tokens

@@ -134,7 +134,7 @@ def test_a_pool_that_forgets_what_nobody_holds() -> None:
     pool = BlockPool(2, cache_freed=False)
     taken = pool.allocate(1)
     assert taken is not None
-    pool.publish(taken[0], b"key")
+    pool.cache(taken[0], b"key")
     assert pool.find(b"key") == taken[0]
     pool.release(taken[0])
     assert pool.find(b"key") == taken[0]  # held once

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
+import tritonclient.grpc.aio
 
 from llava_triton.client import AsyncSession, async_grpc, async_session
 from llava_triton.client.async_grpc import AsyncGrpcTransport
@@ -65,7 +66,7 @@ def with_slow_server(
 ) -> None:
     async def run() -> None:
         server = SlowServer()
-        monkeypatch.setattr(async_session, "_transport", lambda *_: ToSlowServer(server))
+        monkeypatch.setattr(async_session, "connect", lambda *_: ToSlowServer(server))
         async with asyncio.timeout(WITHIN_SECONDS):
             await talk(server)
 
@@ -137,7 +138,8 @@ def test_a_stream_is_left_though_nothing_comes_on_it(monkeypatch: pytest.MonkeyP
     async def talk() -> None:
         transport = AsyncGrpcTransport("localhost:1")
         responses = Silence()
-        monkeypatch.setattr(transport._client, "stream_infer", lambda turns: responses)
+        client = tritonclient.grpc.aio.InferenceServerClient
+        monkeypatch.setattr(client, "stream_infer", lambda _, turns: responses)
         pieces = transport.stream(TurnMessage("a", text="?"))
         reading = asyncio.ensure_future(anext(pieces))
         await responses.read.wait()

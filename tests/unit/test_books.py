@@ -52,7 +52,7 @@ def test_block_pool(blocks: int, operations: list[tuple[str, int]]) -> None:
                 holders[found] += 1
         elif operation == "p" and held:
             block = held[number % len(held)]
-            pool.publish(block, key)
+            pool.cache(block, key)
             if key not in published and block not in published.values():
                 published[key] = block
         elif operation == "r" and held:
@@ -65,7 +65,7 @@ def test_block_pool(blocks: int, operations: list[tuple[str, int]]) -> None:
                     freed[block] = None
         elif operation == "w" and held:
             block = held[number % len(held)]
-            pool.withdraw(block)
+            pool.uncache(block)
             published = {key: each for key, each in published.items() if each != block}
         assert pool.holders() == [holders[block] for block in range(blocks)]
         assert pool.free == blocks - len(holders)

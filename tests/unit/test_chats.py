@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from llava_cli import bench, terminal
-from llava_cli.conversation import Chat, Turn
+from llava_cli.conversation import Chat, ChatTurn
 from llava_cli.errors import CommandError
 from llava_cli.open_chat import open_chat
 from llava_cli.openai_chat import OpenAIChat
@@ -35,7 +35,7 @@ class Scripted(Chat):
         """Pictures of each turn."""
         self.forgotten = 0
 
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         self.sent.append(len(turn.pictures))
         step = self.script.pop(0)
         if isinstance(step, BaseException):

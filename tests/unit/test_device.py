@@ -16,10 +16,15 @@ from torch import Tensor
 from llava_triton import device as device_module
 from llava_triton.device import (
     DeviceTimer,
+    bytes_on_host,
     compute_dtype,
     cuda_graph,
+    graph_pool,
     is_lost,
+    keep_for_current_stream,
+    leave_cores,
     switch_threads_quickly,
+    wait_for,
 )
 
 
@@ -97,3 +102,21 @@ def test_a_device_is_lost_when_it_cannot_be_waited_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=fault))
     assert is_lost(gpu)
     assert not is_lost(torch.device("cpu"))
+
+
+def test_on_a_cpu_nothing_is_recorded_and_nothing_waited_for() -> None:
+    device, run = torch.device("cpu"), mock.Mock()
+    assert graph_pool(device) is None
+    assert cuda_graph(run, device, None) is run
+    rows = torch.zeros(3)
+    wait_for(rows)
+    keep_for_current_stream(rows)
+    assert bytes_on_host(rows) == 12
+
+
+def test_a_cpu_leaves_its_cores_for_a_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("llava_triton.device.time.sleep", slept.append)
+    leave_cores(0.004)
+    leave_cores(1.0)
+    assert slept == [0.001, 0.002]

@@ -22,7 +22,8 @@ from demo.random_checkpoint import GRIDS
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.families import FAMILIES, Family, VideoFamily, family_of
 from llava_triton.contract.settings import Settings
-from llava_triton.pictures.decode import PixelValues, open_picture
+from llava_triton.pictures.decode import open_picture
+from llava_triton.pictures.tiles import PixelValues
 from tests.checkpoints import tiny_llava
 
 SIZES = [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llava_triton.conversation.forgetting import (
     ANSWER_SHARE,
     KEPT_SHARE,
-    NewTurn,
+    NewMessage,
     as_it_went,
     turns_to_forget,
     without,
@@ -41,7 +41,7 @@ def numbers(past: Past) -> list[int]:
 @given(TURNS, st.integers(0, 250), st.booleans())
 def test_what_stays(turns: list[tuple[int, int, bool]], message: int, asks: bool) -> None:
     past = past_of(turns)
-    forgotten = turns_to_forget(past.turns, NewTurn(message, asks), CONTEXT)
+    forgotten = turns_to_forget(past.turns, NewMessage(message, asks), CONTEXT)
     left = without(past, forgotten)
     assert forgotten == sorted(set(range(len(turns))) - set(numbers(left)))
     assert left.forgotten == len(forgotten)
@@ -78,8 +78,8 @@ def test_a_conversation_that_is_told_again_forgets_what_it_forgot(
 ) -> None:
     session = Past()
     for number, (question, answer, shows) in enumerate(turns):
-        told = as_it_went(past_of(turns[:number]), NewTurn(question, asks=True), CONTEXT)
-        forgotten = turns_to_forget(session.turns, NewTurn(question, asks=True), CONTEXT)
+        told = as_it_went(past_of(turns[:number]), NewMessage(question, asks=True), CONTEXT)
+        forgotten = turns_to_forget(session.turns, NewMessage(question, asks=True), CONTEXT)
         session = without(session, forgotten)
         assert numbers(session) == numbers(told)
         assert session.prompt == told.prompt

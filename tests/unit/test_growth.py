@@ -22,7 +22,7 @@ from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
-from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import QueuedTurn, RunningTurn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.step import Choice
 from tests.simulated_device import running_turn
@@ -129,7 +129,7 @@ def test_who_gives_up_blocks_is_found_among_any_number_of_sessions() -> None:
         books.open("younger", tokens=0)
         scheduler = Scheduler(books.memory, books.memory.on_device, 512, Settings())
         found: list[Session | None] = []
-        counted = operations(lambda: found.append(scheduler._victim(())))
+        counted = operations(lambda: found.append(scheduler.victim(())))
         assert found == [victim]
         return counted
 
@@ -149,7 +149,7 @@ def test_a_step_costs_the_same_however_much_was_said() -> None:
 
         def step() -> None:
             (work,) = scheduler.plan([turn], now=0.0)
-            step_part(work.ids, session, work.tokens_under_way, Choice())
+            step_part(work.ids, session, work.tokens_in_flight, Choice())
             scheduler.clock.observe(1, 0, 0.01)
             books.memory.extend(session, work.count)
 
@@ -171,7 +171,7 @@ def test_a_turn_begins_at_the_same_cost_however_much_was_said() -> None:
             turn.kept = kept
             (work,) = Scheduler(books.memory, lambda: (), 512, Settings()).plan([turn], now=0.0)
             assert work.count == len(message)
-            step_part(work.ids, session, work.tokens_under_way, Choice())
+            step_part(work.ids, session, work.tokens_in_flight, Choice())
             books.memory.extend(session, work.count)
 
         return operations(begin)
@@ -181,5 +181,5 @@ def test_a_turn_begins_at_the_same_cost_however_much_was_said() -> None:
 
 def running(session: Session, prompt: int) -> RunningTurn:
     """A turn of a session that has all its tokens."""
-    turn = Turn(TurnRequest(session.id), lambda _: None)
+    turn = QueuedTurn(TurnRequest(session.id), lambda _: None)
     return running_turn(turn, session, prompt, answer=100)

@@ -6,6 +6,7 @@ import queue
 from typing import Any
 
 import pytest
+import tritonclient.grpc
 
 from llava_triton.client.grpc import BEGIN_SECONDS, GrpcTransport
 from llava_triton.client.transport import TurnMessage
@@ -43,8 +44,8 @@ def test_a_turn_is_cancelled_when_it_has_begun(
     monkeypatch: pytest.MonkeyPatch, answers: bool, start: bool
 ) -> None:
     left = Left(answers)
+    monkeypatch.setattr(tritonclient.grpc, "InferenceServerClient", lambda *_, **__: left)
     transport = GrpcTransport("localhost:1")
-    transport._client = left
     monkeypatch.setattr("llava_triton.client.grpc.queue.SimpleQueue", lambda: left)
     with pytest.raises(KeyboardInterrupt):
         next(transport.stream(TurnMessage("s", start=start, text="What?")))

@@ -87,7 +87,7 @@ class Stage:
         self.pictures = PictureEncoding(
             self.look,
             self.encode,
-            self.ask_for_room,
+            lambda session: self.ask_for_room(session),
             EncodedImages(budget_rows * ROW_BYTES, b""),
             **{"workers": 2, "max_batch": 8, "most_tokens": 20, "most_waiting": 100, **limits},
         )
@@ -511,7 +511,7 @@ def test_room_is_asked_for_where_it_matters_only(stage: Stage) -> None:
 def test_room_that_cannot_be_asked_for_is_found_out_later(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage.pictures, "_ask_for_room", lambda session: 1 / 0)
+    monkeypatch.setattr(stage, "ask_for_room", lambda session: 1 / 0)
     assert stage.features(b"a", session=1, opening=1) is not None
 
 
@@ -523,7 +523,7 @@ def test_at_the_end_those_who_wait_are_told(make_stage: MakeStage) -> None:
     until(lambda: len(stage.decoded) == 2)
     ending = threading.Thread(target=stage.pictures.shutdown)
     ending.start()
-    until(lambda: stage.pictures._stopping)
+    until(lambda: stage.pictures.stopping)
     stage.free()
     ending.join(WAIT)
     assert not ending.is_alive()
@@ -548,7 +548,7 @@ def test_a_picture_of_many_tiles_keeps_nobody_waiting(make_stage: MakeStage) -> 
     large = stage.turn(b"large+11")
     until(lambda: stage.batches == [4])
     small = stage.turn(b"small")
-    until(lambda: len(stage.pictures._decoded) == 2)
+    until(lambda: stage.pictures.waiting_to_encode == 2)
     stage.encode_gate.set()
     assert small.result(WAIT) is not None
     rows = large.result(WAIT)

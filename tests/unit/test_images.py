@@ -21,13 +21,17 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.decode import (
-    PixelValues,
-    decode_image,
     encoded_image,
     numbered,
     open_picture,
 )
+from llava_triton.pictures.tiles import PixelValues
 from tests.properties import given
+
+
+def decode_image(item: bytes, settings: Settings, side: int | None = None) -> Image.Image:
+    return open_picture(item, settings).decode(side)
+
 
 SETTINGS = Settings()
 CHECKPOINT = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"

@@ -337,7 +337,7 @@ def test_what_waits_to_be_deleted_is_bounded(
     assert caplog.text.count("stays in the journal") == 2
     down.clear()
     hands.until(lambda: len(hands.paths()) == 2)
-    hands.until(lambda: hands.writer._idle.is_set())
+    hands.writer.flush().result(PATIENCE_SECONDS)
     hands.writer.forget(logs[2], time.time())
     hands.until(lambda: len(hands.paths()) == 1)
 
@@ -351,17 +351,17 @@ def test_a_deletion_that_is_tried_again_spares_what_was_opened_anew(
     delete, down = Store.delete, [True]
 
     async def faulty(self: Store, paths: Any) -> None:
-        if down and asyncio.current_task() in hands.writer._tasks.values():
+        if down and self is hands.store:
             raise StoreError("down")
         await delete(self, paths)
 
     monkeypatch.setattr(Store, "delete", faulty)
     hands.writer.forget(old, time.time())
     hands.until(lambda: hands.writer.counters.retries)
-    elsewhere = Hands(hands.store, hands.background)
+    elsewhere = Hands(Store(hands.store.url), hands.background)
     assert elsewhere.write(new, **nothing) is None
     down.clear()
-    hands.until(lambda: hands.writer._idle.is_set())
+    hands.writer.flush().result(PATIENCE_SECONDS)
     assert hands.read().last.generation == new.generation
     # What took its place here, and ended before it was written, takes it along.
     before.replaces = frozenset({new.generation})
@@ -385,7 +385,8 @@ def test_pictures_of_no_session_go_and_those_of_any_session_stay(
         hands.pictures.keep(nobodys, f"{number:064}", b"a picture")
         for key in (KEY, newer, nobodys):
             hands.writer.tidy(key)
-    hands.until(lambda: not hands.writer._to_tidy and hands.writer._idle.is_set())
+    hands.until(lambda: not hands.writer.tidying)
+    hands.writer.flush().result(PATIENCE_SECONDS)
     hands.until(lambda: not any(path.startswith(nobodys) for path in hands.paths()))
     assert stay <= set(hands.paths())
     assert hands.read() is not None

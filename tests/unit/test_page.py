@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("gradio")
 from llava_cli import page_chat, web
-from llava_cli.conversation import Chat, Turn
+from llava_cli.conversation import Chat, ChatTurn
 from llava_cli.errors import CommandError
 from llava_cli.page_chat import PageChat
 from llava_triton.client import SessionError
@@ -24,7 +24,7 @@ class Willing(Chat):
 
     fault: Exception | None = None
 
-    def _pieces(self, turn: Turn, sampling: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, turn: ChatTurn, sampling: dict[str, Any]) -> Generator[str, None, None]:
         if self.fault is not None:
             raise self.fault
         yield "one"
@@ -51,7 +51,7 @@ def chat(willing: Willing) -> Iterator[PageChat]:
 
 
 def test_the_chat_is_set_with_every_piece(chat: PageChat) -> None:
-    shown = list(web._ask(chat, QUESTION))
+    shown = list(web.ask(chat, QUESTION))
     assert [each[0] for each in shown] == [chat] * len(shown)
     assert shown[-1][1][-1]["content"].startswith("one")
     assert shown[-1][2]["interactive"]
@@ -59,7 +59,7 @@ def test_the_chat_is_set_with_every_piece(chat: PageChat) -> None:
 
 def test_the_answer_events_set_the_chat_and_uploads_are_deleted() -> None:
     page = web.make_page("grpc://nowhere:1")
-    for handler in (web._ask, web._again, web._ask_instead):
+    for handler in (web.ask, web.ask_again, web.ask_instead):
         (event,) = [event for event in page.fns.values() if event.fn is handler]
         assert event.outputs[0] is event.inputs[0]
     assert page.delete_cache == web.UPLOADS
@@ -68,7 +68,7 @@ def test_the_answer_events_set_the_chat_and_uploads_are_deleted() -> None:
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_chat_that_has_ended_is_told(chat: PageChat, ended: bool) -> None:
     chat.close()
-    ((kept, messages, box, problem, _),) = web._ask(chat if ended else None, QUESTION)
+    ((kept, messages, box, problem, _),) = web.ask(chat if ended else None, QUESTION)
     assert "value" not in kept
     assert "value" not in messages
     assert (box["value"], box["interactive"]) == (QUESTION, True)
@@ -80,12 +80,12 @@ def test_after_any_error_one_can_ask_again(
     chat: PageChat, willing: Willing, fault: Exception
 ) -> None:
     willing.fault = fault
-    *_, (kept, messages, box, problem, _) = web._ask(chat, QUESTION)
+    *_, (kept, messages, box, problem, _) = web.ask(chat, QUESTION)
     assert (kept, messages) == (chat, [])
     assert (box["value"], box["interactive"]) == (QUESTION, True)
     assert problem["visible"]
     willing.fault = None
-    *_, (_, messages, _, _, _) = web._ask(chat, QUESTION)
+    *_, (_, messages, _, _, _) = web.ask(chat, QUESTION)
     assert messages[-1]["content"].startswith("one")
 
 

@@ -53,7 +53,7 @@ def test_memory_is_pinned_at_start_in_the_sizes_that_copies_take(
         asked.append(shape)
         return torch.empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(kv_pages, "_host_memory", noted)
+    monkeypatch.setattr(kv_pages, "pinned_memory", noted)
     piece = pages.host_bytes(CHUNK_BLOCKS)
     pages.pin_host_memory(3 * piece + 1)
     copies = pages.to_host(range(CHUNK_BLOCKS))

@@ -15,7 +15,12 @@ from PIL import Image
 
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.settings import Settings
-from llava_triton.pictures.decode import decode_image, open_picture
+from llava_triton.pictures.decode import open_picture
+
+
+def decode_image(item: bytes, settings: Settings, side: int | None = None) -> Image.Image:
+    return open_picture(item, settings).decode(side)
+
 
 PICTURE = Image.linear_gradient("L").resize((200, 100)).convert("RGB")
 

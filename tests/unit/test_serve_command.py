@@ -21,13 +21,17 @@ from llava_triton.server.triton_server import TritonServer, free_ports
 
 
 class Dying:
-    """An adapter that dies whenever it is started."""
+    """An adapter that dies whenever it is started.
 
-    def __init__(self, *_: object) -> None:
-        self.started: list[float] = []
+    Args:
+        started: gets the times.
+    """
+
+    def __init__(self, started: list[float]) -> None:
+        self._started = started
 
     def start(self) -> None:
-        self.started.append(time.monotonic())
+        self._started.append(time.monotonic())
 
     def exit_status(self) -> int:
         return 1
@@ -37,19 +41,33 @@ class Dying:
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KeptAdapter:
-    monkeypatch.setattr(adapter_process, "AdapterProcess", Dying)
-    port, *triton = free_ports(4)
-    return KeptAdapter("127.0.0.1", port, [TritonServer(tmp_path, *triton)], RESTARTS)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the adapter was started, which dies each time."""
+    times: list[float] = []
+    monkeypatch.setattr(adapter_process, "AdapterProcess", lambda *_: Dying(times))
+    return times
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TritonServer:
+    """One that is never started."""
+    server = TritonServer(tmp_path, *free_ports(3))
+    monkeypatch.setattr(server, "start", lambda *_, **__: None)
+    monkeypatch.setattr(server, "fault", lambda: None)
+    return server
+
+
+def keep(server: TritonServer, restarts: int) -> KeptAdapter:
+    (port,) = free_ports(1)
+    return KeptAdapter("127.0.0.1", port, [server], restarts)
 
 
 def test_a_dead_adapter_is_started_again_after_growing_pauses(
-    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch
+    started: list[float], server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    process = kept._process
-    assert isinstance(process, Dying)
+    kept = keep(server, RESTARTS)
 
     def look_on() -> None:
         nonlocal now
@@ -60,40 +78,33 @@ def test_a_dead_adapter_is_started_again_after_growing_pauses(
     kept.start()
     with pytest.raises(ServerError, match=rf"exit status 1\), {RESTARTS + 1} times in 10 minutes"):
         look_on()
-    pauses = [after - before for before, after in itertools.pairwise(process.started)]
+    pauses = [after - before for before, after in itertools.pairwise(started)]
     assert pauses == pytest.approx([1.0, 2.0, 4.0], abs=0.5)
 
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in foreground._SIGNALS}
+    before = {number: signal.getsignal(number) for number in foreground.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("own_signals")
+@pytest.mark.usefixtures("own_signals", "started")
 def test_ready_is_not_said_of_a_dead_adapter(
-    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: TritonServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (server,) = kept._engines
-    monkeypatch.setattr(server, "start", lambda *_, **__: None)
-    monkeypatch.setattr(server, "fault", lambda: None)
-    monkeypatch.setattr(kept, "_restarts", 0)
-    assert foreground.serve([server], companion=kept) == 1
+    assert foreground.serve([server], companion=keep(server, 0)) == 1
     told = capsys.readouterr()
     assert "error: the session adapter has died (exit status 1)" in told.err
     assert "ready after" not in told.out
 
 
-@pytest.mark.usefixtures("own_signals")
+@pytest.mark.usefixtures("own_signals", "started")
 def test_what_is_open_to_others_is_told(
-    kept: KeptAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: TritonServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (server,) = kept._engines
-    monkeypatch.setattr(kept, "_restarts", 0)
-    monkeypatch.setattr(server, "start", lambda *_, **__: None)
-    monkeypatch.setattr(server, "fault", lambda: None)
+    kept = keep(server, 0)
     foreground.serve([server], companion=kept)
     assert "open to others" not in capsys.readouterr().out
     kept.host = "0.0.0.0"

@@ -21,7 +21,7 @@ from llava_triton.client.async_transport import (
     AsyncTransport,
     ThreadedTransport,
 )
-from llava_triton.client.opening import Address, opening_turn
+from llava_triton.client.opening import Address, asking, opening_turn
 from llava_triton.client.pictures import Picture, Video, encoded_pictures, encoded_video, shown
 from llava_triton.client.resuming import AsyncResumingTransport
 from llava_triton.client.transport import TurnMessage, regenerating, rewinding
@@ -145,7 +145,7 @@ class AsyncSession:
         address = Address.of(url)
         shows = shown(image, video, num_frames)
         turn = opening_turn(address, shows, session_id, history, truncation, resume)
-        return await _opened_or_ended(cls._opened(_transport(address, tenant), turn))
+        return await _opened_or_ended(cls._opened(connect(address, tenant), turn))
 
     @classmethod
     async def _opened(cls, transport: AsyncTransport, turn: TurnMessage) -> AsyncSession:
@@ -167,7 +167,7 @@ class AsyncSession:
     ) -> Answer:
         """Ask, and wait for the whole answer; arguments and errors as for `Session.ask`."""
         return await self._send(
-            self._turn(text, image, video, num_frames, image_positions, sampling)
+            asking(self.id, text, image, video, num_frames, image_positions, sampling)
         )
 
     def stream(
@@ -183,7 +183,7 @@ class AsyncSession:
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        turn = self._turn(text, image, video, num_frames, image_positions, sampling)
+        turn = asking(self.id, text, image, video, num_frames, image_positions, sampling)
         return self._begin_stream(turn)
 
     async def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
@@ -229,23 +229,6 @@ class AsyncSession:
                         await self._transport.ask(TurnMessage(self.id, end=True))
         finally:
             await self._transport.close()
-
-    def _turn(
-        self,
-        text: str,
-        image: Picture | Iterable[Picture] | None,
-        video: Video | None,
-        num_frames: int | None,
-        image_positions: Sequence[int] | None,
-        sampling: dict[str, Any],
-    ) -> TurnMessage:
-        return TurnMessage(
-            self.id,
-            text=text,
-            images=shown(image, video, num_frames),
-            positions=None if image_positions is None else tuple(image_positions),
-            sampling=sampling,
-        )
 
     def _begin_stream(self, turn: TurnMessage) -> AsyncAnswerStream:
         deltas = self._streamed(turn, self._stream)
@@ -307,7 +290,8 @@ async def _end(opening: asyncio.Task[AsyncSession]) -> None:
         await session.close()
 
 
-def _transport(address: Address, tenant: str | None) -> AsyncTransport:
+def connect(address: Address, tenant: str | None) -> AsyncTransport:
+    """A connection, which is the caller's to close."""
     if address.scheme == "grpc":
         from llava_triton.client.async_grpc import AsyncGrpcTransport
 

@@ -8,8 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from llava_triton.client.transport import Transport, TurnMessage, forking, stopping
-from llava_triton.contract import protocol
+from llava_triton.client.transport import (
+    Transport,
+    TurnMessage,
+    forking,
+    stopping,
+    tenant_parameters,
+)
 from llava_triton.contract.delta import Delta
 
 Result = TypeVar("Result")
@@ -23,9 +28,8 @@ class AsyncTransport(ABC):
 
     def __init__(self, tenant: str | None = None) -> None:
         self.tenant = tenant
-        self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
+        self.parameters = tenant_parameters(tenant)
         """Of every request."""
-        protocol.parse_tenant(self.parameters)
 
     async def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Send a turn that opens a session; the session's ID and the whole answer."""

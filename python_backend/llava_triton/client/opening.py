@@ -1,13 +1,14 @@
-"""What opens a session: where its server is, and its first turn."""
+"""Where a server is, and the turns that open a session and ask in it."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from llava_triton.client.pictures import Picture, encoded_pictures
+from llava_triton.client.pictures import Picture, Video, encoded_pictures, shown
 from llava_triton.client.transport import TurnMessage, resuming
 from llava_triton.contract.errors import invalid
 from llava_triton.contract.history import PastTurn
@@ -92,4 +93,23 @@ def opening_turn(
         images=encoded_pictures(image),
         history=history,
         sampling={} if truncation is None else {"truncation": truncation},
+    )
+
+
+def asking(
+    session_id: int | str,
+    text: str,
+    image: Picture | Iterable[Picture] | None,
+    video: Video | None,
+    num_frames: int | None,
+    image_positions: Sequence[int] | None,
+    sampling: dict[str, Any],
+) -> TurnMessage:
+    """A turn that asks; arguments as of `Session.ask`."""
+    return TurnMessage(
+        session_id,
+        text=text,
+        images=shown(image, video, num_frames),
+        positions=None if image_positions is None else tuple(image_positions),
+        sampling=sampling,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava_triton.client.answer import Answer, AnswerStream, whole_answer
-from llava_triton.client.opening import Address, opening_turn
+from llava_triton.client.opening import Address, asking, opening_turn
 from llava_triton.client.pictures import Picture, Video, encoded_pictures, encoded_video, shown
 from llava_triton.client.replay import ReplayTransport
 from llava_triton.client.resuming import ResumingTransport
@@ -60,12 +60,12 @@ class Session:
                 SageMaker runtime than AWS's, such as a local one.
             image: a picture or several, to begin with.
             video: one to begin with, behind the pictures: a file, or its frames as pictures.
-            num_frames: how many of a video file's frames are shown, evenly over its length; None:
+            num_frames: how many of a video file's frames are evenly over its length; None:
                 as many as the server shows.
             session_id: the correlation ID; by default a random one, which nobody can guess. On
                 SageMaker the server chooses it.
             replay: when the server has lost the session (it expired, or the server died), open a
-                new one, tell it all that was said and shown, and ask again. For that the client
+                new one, tell it all that was said and and ask again. For that the client
                 keeps the texts and the encoded pictures in memory. They go out in one request,
                 which must fit: at most as many pictures as a turn may have, on SageMaker 6 MiB.
             tenant: whose session it is, 1 to 128 letters, digits and . _ : @ / + = -. The server
@@ -83,7 +83,7 @@ class Session:
             SessionError: no server there, a bad picture, a full server, or no session to resume.
         """
         address = Address.of(url)
-        transport = _transport(address, tenant)
+        transport = connect(address, tenant)
         if replay:
             transport = ReplayTransport(transport)
         try:
@@ -113,7 +113,7 @@ class Session:
             text: the question.
             image: pictures that join the conversation with it.
             video: a video that joins it, behind the pictures: a file, or its frames as pictures.
-            num_frames: how many of a video file's frames are shown, evenly over its length; None:
+            num_frames: how many of a video file's frames are evenly over its length; None:
                 as many as the server shows.
             image_positions: before which character of the text each picture stands, and at last
                 the video; None: all of them before it.
@@ -122,7 +122,9 @@ class Session:
         Raises:
             SessionError: the session is as it was before the turn.
         """
-        return self._send(self._turn(text, image, video, num_frames, image_positions, sampling))
+        return self._send(
+            asking(self.id, text, image, video, num_frames, image_positions, sampling)
+        )
 
     def stream(
         self,
@@ -137,7 +139,7 @@ class Session:
 
         Errors come from iterating: SessionError, the session is then as it was before the turn.
         """
-        turn = self._turn(text, image, video, num_frames, image_positions, sampling)
+        turn = asking(self.id, text, image, video, num_frames, image_positions, sampling)
         return self._begin_stream(turn)
 
     def add_image(self, image: Picture | Iterable[Picture]) -> Answer:
@@ -213,23 +215,6 @@ class Session:
                 self._transport.ask(TurnMessage(self.id, end=True))
         self._transport.close()
 
-    def _turn(
-        self,
-        text: str,
-        image: Picture | Iterable[Picture] | None,
-        video: Video | None,
-        num_frames: int | None,
-        image_positions: Sequence[int] | None,
-        sampling: dict[str, Any],
-    ) -> TurnMessage:
-        return TurnMessage(
-            self.id,
-            text=text,
-            images=shown(image, video, num_frames),
-            positions=None if image_positions is None else tuple(image_positions),
-            sampling=sampling,
-        )
-
     def _send(self, turn: TurnMessage) -> Answer:
         self._leave_stream()
         began = time.perf_counter()
@@ -255,7 +240,8 @@ class Session:
         self.close()
 
 
-def _transport(address: Address, tenant: str | None) -> Transport:
+def connect(address: Address, tenant: str | None) -> Transport:
+    """A connection, which is the caller's to close."""
     if address.scheme == "grpc":
         from llava_triton.client.grpc import GrpcTransport
 

@@ -140,6 +140,17 @@ def cancelling(turn: TurnMessage) -> TurnMessage:
     return TurnMessage(uuid.uuid4().hex, start=True, end=True, ending=ending)
 
 
+def tenant_parameters(tenant: str | None) -> dict[str, str]:
+    """What every request of a tenant says.
+
+    Raises:
+        SessionError: INVALID_ARG, the tenant's name is none.
+    """
+    parameters = {} if tenant is None else {protocol.TENANT: tenant}
+    protocol.parse_tenant(parameters)
+    return parameters
+
+
 class LostConnectionError(SessionError):
     """The server, or the way to it, is gone: UNAVAILABLE, and nobody knows what became of the turn.
 
@@ -162,9 +173,8 @@ class Transport(ABC):
 
     def __init__(self, tenant: str | None = None) -> None:
         self.tenant = tenant
-        self.parameters = {} if tenant is None else {protocol.TENANT: tenant}
+        self.parameters = tenant_parameters(tenant)
         """Of every request."""
-        protocol.parse_tenant(self.parameters)
 
     def open(self, turn: TurnMessage) -> tuple[int | str, Delta]:
         """Send a turn that opens a session; the session's ID and the whole answer.

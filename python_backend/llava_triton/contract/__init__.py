@@ -1,4 +1,5 @@
 """What clients, models and adapter agree on. Imports neither torch, nor Triton, nor transformers.
 
-`python -m llava_triton.contract` writes it into the files under `model_repository/`.
+A new output of the models is a field of `delta.Delta`, a new input is one of `models`.
+`python -m llava_triton.contract` writes them into the files under `model_repository/`.
 """

@@ -21,7 +21,7 @@ FORK = "fork"
 RESUME = "resume"
 """Request parameter, see `Operation.resume`."""
 STOP_ANSWER = "stop_answer"
-"""Request parameter: the ID of a session whose answer under way ends now, as a completed turn. It
+"""Request parameter: the ID of a session whose answer in flight ends now, as a completed turn. It
 is a request of its own, with START, END and a sequence ID of its own, and nothing else in it: a
 turn of the session would wait for that answer."""
 CANCEL_ANSWER = "cancel_answer"

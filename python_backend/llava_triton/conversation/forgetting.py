@@ -26,7 +26,7 @@ What it may have does not count, so that a conversation forgets the same however
 
 
 @dataclass(frozen=True)
-class NewTurn:
+class NewMessage:
     """What a conversation has to have room for."""
 
     message: int
@@ -35,7 +35,7 @@ class NewTurn:
     """Whether it wants an answer."""
 
 
-def turns_to_forget(turns: Sequence[CompletedTurn], new: NewTurn, context: int) -> list[int]:
+def turns_to_forget(turns: Sequence[CompletedTurn], new: NewMessage, context: int) -> list[int]:
     """Which of a conversation's turns to forget, so that a new one fits.
 
     Args:
@@ -68,7 +68,7 @@ def without(past: Past, forgotten: Sequence[int]) -> Past:
     return Past(prompt, tuple(turns), past.forgotten + len(gone))
 
 
-def as_it_went(past: Past, new: NewTurn, context: int) -> Past:
+def as_it_went(past: Past, new: NewMessage, context: int) -> Past:
     """What would be left of a conversation now, had each of its turns been a new one.
 
     So of a conversation that comes whole each time, and longer each time, the same turns are
@@ -78,7 +78,7 @@ def as_it_went(past: Past, new: NewTurn, context: int) -> Past:
     kept: list[int] = []
     start = 0
     for index, turn in enumerate(past.turns):
-        asked = NewTurn(turn.asked - start, asks=True)
+        asked = NewMessage(turn.asked - start, asks=True)
         kept = [*_kept(sizes, kept, asked, context), index]
         start = turn.end
     kept = _kept(sizes, kept, new, context)
@@ -103,7 +103,7 @@ def _sizes(turns: Sequence[CompletedTurn]) -> list[_Size]:
     return sizes
 
 
-def _kept(sizes: Sequence[_Size], kept: Sequence[int], new: NewTurn, context: int) -> list[int]:
+def _kept(sizes: Sequence[_Size], kept: Sequence[int], new: NewMessage, context: int) -> list[int]:
     """Which turns are still kept before a new one, of those that were kept until now."""
     all_tokens = new.message + sum(sizes[index].length for index in kept)
     if all_tokens + context // ANSWER_SHARE <= context:

@@ -1,4 +1,4 @@
-"""The engine: one thread that keeps the books of every session, and a device that advances them."""
+"""The engine: one thread that keeps the state of every session, and a device that advances them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer
-from llava_triton.device import is_lost
+from llava_triton.device import is_lost, leave_cores
 from llava_triton.engine.block_pool import BlockPool
 from llava_triton.engine.image_store import ImageStore
 from llava_triton.engine.lanes import Lanes
@@ -35,14 +35,15 @@ from llava_triton.engine.scheduler import Scheduler, Work
 from llava_triton.engine.session import Mark, Session, SessionId, common_prefix
 from llava_triton.engine.session_memory import SessionMemory
 from llava_triton.engine.session_table import SessionTable, taken_by_another, unknown
+from llava_triton.engine.state import EngineState
 from llava_triton.engine.statistics import Statistics
 from llava_triton.engine.step_parts import step_part
 from llava_triton.engine.turn import (
     Listener,
     Phase,
     Prepared,
+    QueuedTurn,
     RunningTurn,
-    Turn,
     TurnRequest,
     closing_turn,
 )
@@ -64,14 +65,6 @@ SWEEP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 0.25
 """A turn without a token yet gets an empty piece this often: sending one is how a caller notices
 that its client has gone."""
-FIRST_TOKEN_PAUSE_SECONDS = 0.002
-"""So long at the most a CPU's cores are left to what brings a first token to its client, before
-they compute the next step. Computing, they delay it by more: through Triton a later turn's first
-token came after 23 instead of 19 ms, and at 16 sessions no token per second is lost, because it has
-to be sent at some time anyway."""
-FIRST_TOKEN_PAUSE_SHARE = 0.25
-"""Of a step's time, at the most: beside short steps the whole pause would cost more than it
-gives."""
 NOT_FINITE = (
     "the model computed values that are not finite; the session is at its last completed turn: ask "
     "again, or open a new session"
@@ -82,7 +75,7 @@ class Engine:
     """Answers turns of many sessions at once.
 
     All public methods may be called from any thread and return at once. The engine's own thread
-    keeps the books; the device computes in another one, so that the next turns begin and the last
+    keeps the state; the device computes in another one, so that the next turns begin and the last
     tokens become text while it works. Each session's turns run one after another in the order they
     came; the running turns of all sessions advance together.
 
@@ -136,7 +129,7 @@ class Engine:
             # A device that is given one step at a time computes on the cores that plan the next.
             questions_alone=runner.steps_at_once == 1,
         )
-        self._under_way: deque[list[Work]] = deque()
+        self._in_flight: deque[list[Work]] = deque()
         """The works of the steps that the device has, oldest first."""
         self._lost = 0
         """Of those, how many are of no use: they built on a step that failed."""
@@ -165,7 +158,7 @@ class Engine:
         Returns:
             The turn's ID, known to its caller alone.
         """
-        turn = Turn(request, listener)
+        turn = QueuedTurn(request, listener)
         self._command(lambda: self._enqueue(turn))
         return turn.id
 
@@ -176,7 +169,7 @@ class Engine:
     def stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
         """End the answer that a session is giving, as a completed turn with what was said so far.
 
-        Turns that wait behind it are answered next. Where no answer is under way, nothing happens:
+        Turns that wait behind it are answered next. Where no answer is in flight, nothing happens:
         it may have ended just before.
 
         Args:
@@ -214,8 +207,9 @@ class Engine:
     def knows(self, session_id: SessionId) -> bool:
         """Whether a session is open or has turns on their way; waits as `statistics` does."""
         sessions, lanes = self._sessions, self._lanes
-        look = self.on_thread(lambda: session_id in lanes or sessions.find(session_id) is not None)
-        return look.result()
+        return self._on_thread(
+            lambda: session_id in lanes or sessions.find(session_id) is not None
+        ).result()
 
     def room_for_a_session(self, session_id: SessionId) -> SessionError | None:
         """Why a turn that opens a session under this ID would be refused now, if it would; waits
@@ -226,16 +220,32 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """The engine's counts. Waits for the engine's thread, but not for the device."""
-        return self.on_thread(self._count).result()
+        return self._on_thread(self._count).result()
 
-    def inspect(self, look: Callable[[SessionTable, SessionMemory, ImageStore], Result]) -> Result:
-        """What `look` finds in the books, called on the engine's thread between two steps: for
-        tests and measurements. Waits as `statistics` does."""
-        return self.on_thread(lambda: look(self._sessions, self._memory, self._images)).result()
+    def inspect(self, look: Callable[[EngineState], Result]) -> Future[Result]:
+        """What `look` finds in the engine's state, for tests and measurements.
 
-    def on_thread(self, action: Callable[[], Result]) -> Future[Result]:
-        """Call `action` on the engine's thread, between two of its steps: nothing else changes
-        what the engine holds meanwhile."""
+        It is called on the engine's thread, between two steps: nothing else changes the state
+        meanwhile.
+        """
+        return self._on_thread(
+            lambda: look(
+                EngineState(
+                    sessions=self._sessions,
+                    lanes=self._lanes,
+                    memory=self._memory,
+                    images=self._images,
+                    scheduler=self._scheduler,
+                    running=list(self._running.values()),
+                    idle_sessions=self._idle_sessions,
+                    steps_in_flight=len(self._in_flight),
+                    steps_lost=self._lost,
+                    to_try_alone=len(self._to_try_alone),
+                )
+            )
+        )
+
+    def _on_thread(self, action: Callable[[], Result]) -> Future[Result]:
         result: Future[Result] = Future()
 
         def command() -> None:
@@ -283,7 +293,7 @@ class Engine:
 
     def _obey(self, wait: bool = False) -> None:
         """Do what callers and the device asked for; wait for it where there is nothing else."""
-        busy = not self._under_way and any(
+        busy = not self._in_flight and any(
             not turn.finish_reason for turn in self._running.values()
         )
         try:
@@ -305,8 +315,7 @@ class Engine:
         computes_on_our_cores = self._runner.steps_at_once == 1
         if computes_on_our_cores and any(turn.answer_tokens == 1 for turn in self._with_new_tokens):
             self._tell_new_tokens()
-            share = FIRST_TOKEN_PAUSE_SHARE * self._scheduler.clock.decode_seconds
-            time.sleep(min(FIRST_TOKEN_PAUSE_SECONDS, share))
+            leave_cores(self._scheduler.clock.decode_seconds)
             self._obey()
 
     def _stop(self) -> None:
@@ -324,11 +333,11 @@ class Engine:
             self._sessions.expire(self._lanes)
             for turn in self._lanes.all():
                 if turn.id not in self._running and turn.is_over_time:
-                    self._withdraw(turn, _too_late(turn))
+                    self._end_waiting(turn, _too_late(turn))
 
     # Turns begin ...
 
-    def _enqueue(self, turn: Turn) -> None:
+    def _enqueue(self, turn: QueuedTurn) -> None:
         error = self._room_for(turn)
         if error is None:
             self._lanes.join(turn)
@@ -340,7 +349,7 @@ class Engine:
             self._lanes.join(closing_turn(turn))
             self._begin_next(turn.request.session_id)
 
-    def _room_for(self, turn: Turn) -> SessionError | None:
+    def _room_for(self, turn: QueuedTurn) -> SessionError | None:
         """Why a turn cannot be taken now."""
         request, lanes, settings = turn.request, self._lanes, self._settings
         before = lanes.of_session(request.session_id)
@@ -374,7 +383,7 @@ class Engine:
             return unavailable("the memory for pictures of waiting turns is full; try again later")
         return None
 
-    def _ends_something(self, turn: Turn) -> bool:
+    def _ends_something(self, turn: QueuedTurn) -> bool:
         """Whether an END ends what an earlier one does not."""
         session_id = turn.request.session_id
         before = self._lanes.of_session(session_id)
@@ -438,7 +447,7 @@ class Engine:
             if self._journal is not None:
                 self._journal.begin(session, turn, source)
             self._sessions.open(session)
-        # From here on the turn changes its session, and `_fail` undoes it.
+        # From here on the turn changes its session, and `_roll_back` undoes it.
         self._lanes.forget_features(turn)
         self._running[turn.id] = running
         running.kept = running.kept_mark.length
@@ -465,9 +474,9 @@ class Engine:
                 self._complete(running)
         except Exception as error:  # a fault of ours; left running, it would never be computed
             log.exception("a turn could not begin")
-            self._fail(running, as_session_error(error))
+            self._roll_back(running, as_session_error(error))
 
-    def _bring_back(self, turn: Turn) -> bool:
+    def _bring_back(self, turn: QueuedTurn) -> bool:
         """Open the session of a turn that resumes it, and make it a turn of an open session.
 
         Returns:
@@ -508,7 +517,7 @@ class Engine:
             self._sessions.open(session)
             for other in self._lanes.of_session(session.id):
                 if other.request.tenant != session.tenant:
-                    self._withdraw(other, _not_yours(other.request))
+                    self._end_waiting(other, _not_yours(other.request))
         elif session.tenant != request.tenant:
             raise unknown(request.session_id)
         if request.is_empty and not request.end and request.operation.rewind is None:
@@ -519,7 +528,7 @@ class Engine:
         return True
 
     def _answer_at_once(
-        self, turn: Turn, reason: FinishReason, tokens: int, forgotten: int
+        self, turn: QueuedTurn, reason: FinishReason, tokens: int, forgotten: int
     ) -> None:
         """End a turn that had nothing to compute and changes nothing of what was said."""
         self._statistics.turns_completed += turn.asked_for
@@ -571,7 +580,7 @@ class Engine:
         return source
 
     def _prepared(
-        self, turn: Turn, session: Session, mark: Mark, again: Prompt | None
+        self, turn: QueuedTurn, session: Session, mark: Mark, again: Prompt | None
     ) -> Prepared | None:
         """The turn as its session makes it; None where it is going to be, beside this thread."""
         said = (turn.request, mark.last_answer, session.pending_lengths(mark), again)
@@ -593,16 +602,16 @@ class Engine:
     def _launch(self) -> None:
         """Give the device its next step, and one more to go on with where it takes two."""
         # Behind a lost step nothing is planned: it would build on tokens that nobody knows.
-        while not self._lost and len(self._under_way) < self._runner.steps_at_once:
+        while not self._lost and len(self._in_flight) < self._runner.steps_at_once:
             turns, now = list(self._running.values()), time.monotonic()
-            while self._to_try_alone and not self._under_way:
+            while self._to_try_alone and not self._in_flight:
                 suspect = self._to_try_alone.popleft()
                 if self._is_running(suspect):
                     turns = [suspect]
                     break
             try:
-                if self._under_way:
-                    works = self._scheduler.plan_ahead(turns, self._under_way[-1], now)
+                if self._in_flight:
+                    works = self._scheduler.plan_ahead(turns, self._in_flight[-1], now)
                 else:
                     works = self._scheduler.plan(turns, now)
                 if not works:
@@ -612,23 +621,23 @@ class Engine:
                 log.exception("a step could not be planned")
                 self._step_failed(turns, error)
                 return
-            self._under_way.append(works)
+            self._in_flight.append(works)
             self._device.compute(step, lambda done: self._commands.put(lambda: self._land(done)))
 
     def _part(self, work: Work) -> StepPart:
         running = work.running
         choice = running.choice(work.ahead) if work.ends_in_a_token else Choice()
-        return step_part(work.ids, running.session, work.tokens_under_way, choice)
+        return step_part(work.ids, running.session, work.tokens_in_flight, choice)
 
     def _land(self, done: Future[StepResult]) -> None:
-        """The device has computed the oldest step under way."""
-        works = self._under_way.popleft()
+        """The device has computed the oldest step in flight."""
+        works = self._in_flight.popleft()
         lost, self._lost = self._lost > 0, max(0, self._lost - 1)
         try:
             result = done.result()
         except Exception as error:
             if not lost or isinstance(error, TransferError):
-                self._lost = len(self._under_way)
+                self._lost = len(self._in_flight)
                 self._step_failed([work.running for work in works], error)
             return
         if lost:
@@ -642,11 +651,11 @@ class Engine:
             if not self._is_running(running) or running.finish_reason:
                 continue
             if running.grammar is not None and running.grammar.error is not None:
-                self._fail(running, running.grammar.error)
+                self._roll_back(running, running.grammar.error)
                 continue
             if token == NO_TOKEN:
                 self._memory.forget(running.session)
-                self._fail(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
+                self._roll_back(running, SessionError(ErrorCode.INTERNAL, NOT_FINITE))
                 continue
             self._memory.extend(running.session, work.count)
             if running.uncomputed:
@@ -699,7 +708,7 @@ class Engine:
             return
         for running in turns:
             self._memory.forget(running.session)
-            self._fail(running, as_session_error(error))
+            self._roll_back(running, as_session_error(error))
 
     def _tell_new_tokens(self) -> None:
         """Turn the last step's tokens into text, and end the turns that ended with them."""
@@ -714,7 +723,7 @@ class Engine:
                 elif text:
                     self._tell(running.turn, running.delta(text))
             except Exception as error:
-                self._fail(running, as_session_error(error))
+                self._roll_back(running, as_session_error(error))
 
     # ... and end.
 
@@ -728,18 +737,20 @@ class Engine:
         if journal is not None and session.log is not None and session.log.elsewhere:
             self._lose(running)
         elif journal is not None and journal.sync and not turn.request.end:
-            running.recorded = True
+            running.journaled = True
             journal.write_turn(
                 running,
                 running.completed() if running.max_tokens else None,
-                lambda problem: self._commands.put(lambda: self._recorded(running, final, problem)),
+                lambda problem: self._commands.put(
+                    lambda: self._journaled(running, final, problem)
+                ),
             )
         else:
             self._commit(running, final)
             if journal is not None and not turn.request.end:
                 journal.write_turn(running)
 
-    def _recorded(self, running: RunningTurn, final: Delta, problem: Exception | None) -> None:
+    def _journaled(self, running: RunningTurn, final: Delta, problem: Exception | None) -> None:
         """The journal has a turn, or cannot have it."""
         if not self._is_running(running):
             return
@@ -753,12 +764,12 @@ class Engine:
                 f"the answer could not be written to the journal ({problem}), so the turn does not "
                 "count; ask again later"
             )
-            self._fail(running, error)
+            self._roll_back(running, error)
 
     def _lose(self, running: RunningTurn) -> None:
         """Another server has gone on with a session before this turn was there."""
-        running.recorded = False
-        self._fail(running, gone_elsewhere(running.session.id))
+        running.journaled = False
+        self._roll_back(running, gone_elsewhere(running.session.id))
         if self._sessions.look(running.session.id, running.session.tenant) is running.session:
             self._leave_to_another(running.session)
 
@@ -793,7 +804,7 @@ class Engine:
         session.tokens[running.prompt_tokens :] = shown
         self._memory.truncate(session, same)
 
-    def _fail(self, running: RunningTurn, error: SessionError) -> None:
+    def _roll_back(self, running: RunningTurn, error: SessionError) -> None:
         """End a turn without an answer: its session is as it was before the turn began."""
         turn, session = running.turn, running.session
         if error.code is ErrorCode.CANCELLED:
@@ -810,23 +821,23 @@ class Engine:
             self._memory.truncate(session, min(running.remembered, len(session.tokens)))
             self._sessions.forget_images(session, running.kept_mark.images)
             session.come_back()
-            if running.recorded and self._journal is not None:
+            if running.journaled and self._journal is not None:
                 self._journal.write_session(session)
             self._used(session.id, session.tenant)
         self._tell(turn, error)
         self._leave(turn)
 
-    def _refuse(self, turn: Turn, error: SessionError) -> None:
+    def _refuse(self, turn: QueuedTurn, error: SessionError) -> None:
         self._statistics.turns_refused += turn.asked_for
         self._tidy(turn)
         self._tell(turn, error)
 
-    def _tidy(self, turn: Turn) -> None:
+    def _tidy(self, turn: QueuedTurn) -> None:
         """A turn has not begun: where there is no session, nobody else deletes its pictures."""
         if self._journal is not None and turn.request.image_features:
             self._journal.tidy(turn.request.session_id, turn.request.tenant)
 
-    def _leave(self, turn: Turn) -> None:
+    def _leave(self, turn: QueuedTurn) -> None:
         """Take an ended turn out of its lane; the next one begins at the loop's next pass."""
         self._running.pop(turn.id, None)
         if turn.preparation is not None:
@@ -842,7 +853,7 @@ class Engine:
             running.finish_reason = "time_limit"
             self._complete(running)
         else:
-            self._fail(running, _too_late(running.turn))
+            self._roll_back(running, _too_late(running.turn))
 
     def _stop_answer(self, session_id: SessionId, tenant: str, listener: Listener) -> None:
         session = self._sessions.look(session_id, tenant)
@@ -864,7 +875,7 @@ class Engine:
                     num_forgotten_turns=session.forgotten,
                 )
             except Exception as error:
-                self._fail(running, as_session_error(error))
+                self._roll_back(running, as_session_error(error))
         listener(told)
 
     def _cancel_answer(
@@ -878,13 +889,13 @@ class Engine:
     def _cancel(self, turn_id: str) -> None:
         error = SessionError(ErrorCode.CANCELLED, "the turn was cancelled")
         if turn_id in self._running:
-            self._fail(self._running[turn_id], error)
+            self._roll_back(self._running[turn_id], error)
             return
         for turn in self._lanes.all():
             if turn.id == turn_id:
-                self._withdraw(turn, error)
+                self._end_waiting(turn, error)
 
-    def _withdraw(self, turn: Turn, error: SessionError) -> None:
+    def _end_waiting(self, turn: QueuedTurn, error: SessionError) -> None:
         """End a turn that has not begun."""
         if error.code is ErrorCode.CANCELLED:
             self._statistics.turns_cancelled += turn.asked_for
@@ -915,7 +926,7 @@ class Engine:
         """Sessions that have blocks and no turn, longest unused first."""
         return (each for each in self._memory.on_device() if each.id not in self._lanes)
 
-    def _tell(self, turn: Turn, event: object) -> None:
+    def _tell(self, turn: QueuedTurn, event: object) -> None:
         turn.told_at = time.monotonic()
         try:
             turn.listener(event)  # type: ignore[arg-type]
@@ -935,7 +946,7 @@ def _not_yours(request: TurnRequest) -> SessionError:
     return taken_by_another(request.session_id) if opens else unknown(request.session_id)
 
 
-def _too_late(turn: Turn) -> SessionError:
+def _too_late(turn: QueuedTurn) -> SessionError:
     return unavailable(
         f"the answer had not begun after the {turn.request.sampling.max_seconds:g} seconds that "
         "max_seconds gives it; try again later"

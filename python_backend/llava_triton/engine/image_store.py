@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_triton.contract.errors import unavailable
 from llava_triton.contract.protocol import NO_TENANT
-from llava_triton.device import host_bytes, to_host
+from llava_triton.device import bytes_on_host, to_host
 
 Digest = bytes
 """SHA-256 of a picture's features, of everything that an answer can depend on, and of whose they
@@ -58,8 +58,7 @@ class Image:
     @property
     def host_bytes(self) -> int:
         """What they take in host memory."""
-        pinned = self.features.is_cuda or self.features.is_pinned()
-        return host_bytes(self.bytes, torch.device("cuda" if pinned else "cpu"))
+        return bytes_on_host(self.features)
 
 
 class ImageStore:
@@ -76,7 +75,8 @@ class ImageStore:
         self, place: Callable[[Tensor], Tensor], device_bytes: int, host_bytes: int
     ) -> None:
         self._place = place
-        self._budgets = (device_bytes, host_bytes)
+        self.budgets = (device_bytes, host_bytes)
+        """Bytes that may be in use on the device and on the host."""
         # Those first that were brought the longest time ago.
         self._on_device: OrderedDict[Digest, Image] = OrderedDict()
         self._on_host: OrderedDict[Digest, Image] = OrderedDict()
@@ -91,6 +91,14 @@ class ImageStore:
 
     def __len__(self) -> int:
         return len(self._on_device) + len(self._on_host)
+
+    def on_device(self) -> Iterator[Image]:
+        """Those on the device, first the one that was brought the longest time ago."""
+        return iter(self._on_device.values())
+
+    def on_host(self) -> Iterator[Image]:
+        """Those in host memory, likewise."""
+        return iter(self._on_host.values())
 
     def hold(self, digest: Digest, features: Tensor) -> Image:
         """A picture that a session brings, held once more.
@@ -147,11 +155,11 @@ class ImageStore:
                 self.host_bytes -= image.host_bytes
 
     def _make_room(self, wanted: int) -> None:
-        on_device, on_host = self._budgets
+        on_device, on_host = self.budgets
         excess = max(0, self.device_bytes + wanted - on_device)
         # Look before anything is moved: a refusal changes nothing.
         moved, arriving, victims = 0, 0, []
-        for image in self._on_device.values():
+        for image in self.on_device():
             if moved >= excess:
                 break
             victims.append(image)

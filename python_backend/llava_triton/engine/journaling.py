@@ -14,7 +14,7 @@ from llava_triton.engine.image_store import Image, digest_of
 from llava_triton.engine.resumed import Resumed
 from llava_triton.engine.session import PictureSpan, Session, SessionId
 from llava_triton.engine.session_table import unknown
-from llava_triton.engine.turn import RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import QueuedTurn, RunningTurn, TurnRequest
 from llava_triton.journal.journal import Journal
 from llava_triton.journal.reading import Journaled
 from llava_triton.journal.records import DamagedError
@@ -49,7 +49,7 @@ class SessionJournal:
 
     # For the engine's thread; nothing waits.
 
-    def begin(self, session: Session, turn: Turn, source: Session | None) -> None:
+    def begin(self, session: Session, turn: QueuedTurn, source: Session | None) -> None:
         """A session opens with a turn, perhaps as a copy of another one."""
         log = source.log if source is not None else None
         session.log = self._journal.begin(session.id, session.tenant, turn.arrived_at, log)
@@ -132,7 +132,7 @@ class SessionJournal:
         """Seconds for which a session has been open."""
         return max(0.0, self._journal.wall() - resumed.found.last.opened_at)
 
-    def end_unopened(self, resumed: Resumed, turn: Turn) -> None:
+    def end_unopened(self, resumed: Resumed, turn: QueuedTurn) -> None:
         """A session ends with a turn, and is only in the journal."""
         self._journal.forget(self._journal.go_on(resumed.found), turn.arrived_at)
 

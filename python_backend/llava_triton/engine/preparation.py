@@ -12,7 +12,7 @@ from llava_triton.contract.operations import NO_OPERATION
 from llava_triton.contract.positions import check_positions
 from llava_triton.contract.settings import Settings
 from llava_triton.conversation.detokenizer import Detokenizer
-from llava_triton.conversation.forgetting import NewTurn, as_it_went, turns_to_forget
+from llava_triton.conversation.forgetting import NewMessage, as_it_went, turns_to_forget
 from llava_triton.conversation.grammar import Grammars
 from llava_triton.conversation.prompt import Prompt
 from llava_triton.conversation.renderer import ConversationRenderer, Past, too_long
@@ -20,7 +20,7 @@ from llava_triton.conversation.token_texts import TokenTexts
 from llava_triton.device import work_beside
 from llava_triton.engine.image_store import Digest, digest_of
 from llava_triton.engine.session import Mark, Session
-from llava_triton.engine.turn import Prepared, RunningTurn, Turn, TurnRequest
+from llava_triton.engine.turn import Prepared, QueuedTurn, RunningTurn, TurnRequest
 from llava_triton.kernels.base import BLOCK_TOKENS
 from llava_triton.model.logits_processors import LogitsProcessors
 from llava_triton.model.runner import ModelRunner
@@ -105,14 +105,16 @@ class TurnPreparation:
         if (message := again) is None:
             message = self._renderer.message(last_answer, request.text, images, positions)
         if forgets:
-            past = as_it_went(past, NewTurn(len(message), request.is_asked), self._context)
+            past = as_it_went(past, NewMessage(len(message), request.is_asked), self._context)
         # A form is of an answer. And what has none, a fork for one, is prepared at once: the
         # session that it copies does not wait for it.
         form = request.sampling.structured_outputs if request.is_asked else None
         grammar = None if form is None else self._grammars.compile(form)
         return Prepared(past, message, self._digests(request), grammar)
 
-    def begin(self, turn: Turn, prepared: Prepared, session: Session, mark: Mark) -> RunningTurn:
+    def begin(
+        self, turn: QueuedTurn, prepared: Prepared, session: Session, mark: Mark
+    ) -> RunningTurn:
         """Work out what a turn has to compute, changing nothing.
 
         Args:
@@ -127,7 +129,7 @@ class TurnPreparation:
         request = turn.request
         forgets: list[int] = []
         if not request.start and (request.sampling.truncation or session.truncation) == "auto":
-            new = NewTurn(len(prepared.message), request.is_asked)
+            new = NewMessage(len(prepared.message), request.is_asked)
             forgets = turns_to_forget(session.turns[: mark.turns], new, self._context)
         before = mark.committed + len(prepared.past.prompt)
         before -= sum(session.turn_length(index) for index in forgets)

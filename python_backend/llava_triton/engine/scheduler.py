@@ -46,7 +46,7 @@ class Work:
     @property
     def ids(self) -> list[int]:
         """What the step is given."""
-        return self.ahead or self.running.next_ids(self.count, behind=self.tokens_under_way)
+        return self.ahead or self.running.next_ids(self.count, behind=self.tokens_in_flight)
 
     @property
     def ahead(self) -> list[int]:
@@ -56,13 +56,13 @@ class Work:
     @property
     def ends_in_a_token(self) -> bool:
         """Whether it brings the answer a token: its prompt does not go on, and it has one."""
-        end = self.tokens_under_way + self.count
+        end = self.tokens_in_flight + self.count
         return self.running.max_tokens > 0 and (
             self.row is not None or end == self.running.uncomputed
         )
 
     @property
-    def tokens_under_way(self) -> int:
+    def tokens_in_flight(self) -> int:
         """Tokens behind those that the session remembers which the step in flight computes."""
         return 0 if self.before is None else self.before.count
 
@@ -79,7 +79,7 @@ class _Next:
 
     @property
     def decoding(self) -> bool:
-        """Whether the step brings the next token of an answer under way."""
+        """Whether the step brings the next token of an answer in flight."""
         return self.turn.decoding if self.before is None else self.row is not None
 
     @property
@@ -183,7 +183,7 @@ class Scheduler:
         return works
 
     def plan_ahead(
-        self, turns: Sequence[RunningTurn], under_way: Sequence[Work], now: float
+        self, turns: Sequence[RunningTurn], in_flight: Sequence[Work], now: float
     ) -> list[Work]:
         """The work of a step that begins when the one in flight ends, whatever its tokens are.
 
@@ -191,14 +191,14 @@ class Scheduler:
 
         Args:
             turns: all running ones, in the order they began.
-            under_way: the works of the only step that the device has.
+            in_flight: the works of the only step that the device has.
             now: as for `plan`.
 
         Returns:
             Nothing where another plan will be better when that step is done: where questions want a
             step of their own, or blocks are scarce.
         """
-        rows = {work.running.turn.id: row for row, work in enumerate(under_way)}
+        rows = {work.running.turn.id: row for row, work in enumerate(in_flight)}
         going = []
         formed = 0
         """Answers that this step leaves out and that wait for it."""
@@ -210,12 +210,12 @@ class Scheduler:
                 if turn.decoding and turn.grammar is None:  # it found no blocks
                     return []
                 going.append(_Next(turn))
-            elif under_way[row].count < turn.uncomputed:
-                going.append(_Next(turn, under_way[row]))
+            elif in_flight[row].count < turn.uncomputed:
+                going.append(_Next(turn, in_flight[row]))
             elif turn.grammar is not None:  # its next token depends on the one in flight
                 formed += 1
             elif turn.answer_tokens + 1 < turn.max_tokens:
-                going.append(_Next(turn, under_way[row], row))
+                going.append(_Next(turn, in_flight[row], row))
         decoding = sum(each.decoding for each in going)
         if self._questions_alone and decoding < len(going):
             return []
@@ -328,7 +328,7 @@ class Scheduler:
 
     def _make_room(self, each: _Next, younger: Sequence[_Next]) -> bool:
         while not self._has_room(each.turn, coming=each.row is not None):
-            victim = self._victim([other.turn for other in younger])
+            victim = self.victim([other.turn for other in younger])
             if victim is None:
                 return False
             self._memory.evict(victim)
@@ -345,7 +345,9 @@ class Scheduler:
         turn.phase = Phase.COMPUTING
         return True
 
-    def _victim(self, younger: Sequence[RunningTurn]) -> Session | None:
+    def victim(self, younger: Sequence[RunningTurn]) -> Session | None:
+        """The session that gives up its blocks next: an idle one, else one of these turns', last
+        ones first. The turn is put back. None where no other session has any."""
         idle = next(iter(self._idle_sessions()), None)
         if idle is not None:
             return idle

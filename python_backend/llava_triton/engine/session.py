@@ -110,7 +110,7 @@ class Session:
     tenant: str = NO_TENANT
     """Who opened it: nobody else can use it, nor find what it has computed."""
     tokens: list[int] = field(default_factory=list)
-    """Of the whole conversation, the turn under way included. The first `committed` of them are
+    """Of the whole conversation, the turn in flight included. The first `committed` of them are
     there to stay; the keys and values of the first `key_values.computed` exist."""
     spans: list[PictureSpan] = field(default_factory=list)
     """The pictures among `tokens`, in order."""
@@ -126,9 +126,9 @@ class Session:
     """What becomes of the session when its context is full, where a turn does not say."""
     key_values: KeyValues = field(default_factory=KeyValues)
     asked: int | None = None
-    """Where the answer under way begins; None: the session gives none."""
+    """Where the answer in flight begins; None: the session gives none."""
     taken_back: TakenBack | None = None
-    """What the turn under way has taken back: all of it is there again if that turn fails."""
+    """What the turn in flight has taken back: all of it is there again if that turn fails."""
     log: Log | None = None
     """What of it is in the journal; None where the server keeps none."""
 
@@ -175,7 +175,7 @@ class Session:
         return replace(mark, length=mark.committed, images=images, pending=0, forgotten=forgotten)
 
     def last_question(self) -> Mark | None:
-        """Where the last answer begins, which may be under way; None: there is none."""
+        """Where the last answer begins, which may be in flight; None: there is none."""
         if self.asked is not None:
             return replace(self.mark(len(self.turns)), length=self.asked, images=len(self.images))
         if not self.turns or self.turns[-1].number + 1 < self.answered:

@@ -31,7 +31,7 @@ class MemoryCounters:
     restored_by_computing: int = 0
     """Sessions whose forgotten keys and values were needed again."""
     prefix_cache_blocks: int = 0
-    """Blocks that a session took over from others instead of computing them."""
+    """Prefix cache hits: blocks that a session shares instead of computing them."""
     blocks_copied: int = 0
     """Shared blocks that were copied because one of their sessions went on differently."""
 
@@ -55,8 +55,10 @@ class SessionMemory:
         self.host_bytes = 0
         """In use by copies."""
         self._pages = pages
-        self._host_budget = host_bytes
-        self._transfers: list[Transfer] = []
+        self.host_budget = host_bytes
+        """Bytes of host memory that copies may take."""
+        self.transfers: list[Transfer] = []
+        """Moves to be done before the next step, in order."""
         self._on_host: OrderedDict[int, Session] = OrderedDict()
         """Sessions with a host copy by `id()`, longest there first."""
         self._on_device: OrderedDict[int, Session] = OrderedDict()
@@ -64,13 +66,17 @@ class SessionMemory:
 
     def take_transfers(self) -> list[Transfer]:
         """The moves to be done before the next step; they are the caller's now."""
-        transfers, self._transfers = self._transfers, []
+        transfers, self.transfers = self.transfers, []
         return transfers
 
     def on_device(self) -> Iterator[Session]:
         """The sessions that have blocks, longest unused first. None may gain or lose its blocks
         while the iterator is in use."""
         return iter(self._on_device.values())
+
+    def on_host(self) -> Iterator[Session]:
+        """The sessions with a copy in host memory, longest there first; as `on_device`."""
+        return iter(self._on_host.values())
 
     def used(self, session: Session) -> None:
         """A turn of the session has ended: of all that have blocks it is the last to lose them."""
@@ -115,12 +121,12 @@ class SessionMemory:
             return False
         if copied:
             source, target = kv.blocks[last], blocks.pop()
-            self._transfers.append(lambda: self._pages.copy(source, target))
+            self.transfers.append(lambda: self._pages.copy(source, target))
             self.pool.release(source)
             kv.blocks[last] = target
             self.counters.blocks_copied += 1
         elif partial:
-            self.pool.withdraw(kv.blocks[last])
+            self.pool.uncache(kv.blocks[last])
         kv.blocks.extend(blocks)
         self._note(session)
         return True
@@ -129,7 +135,7 @@ class SessionMemory:
         """Let a new session remember what another one does of the tokens that both begin with.
 
         Args:
-            source: may have a turn under way.
+            source: may have a turn in flight.
             copy: its tokens are the first ones of the source's; nothing is remembered of them.
         """
         theirs, kv = source.key_values, copy.key_values
@@ -138,7 +144,7 @@ class SessionMemory:
             return
         if theirs.host is not None:
             # The two share one copy in host memory. It counts for each, so that each may drop it.
-            if self.host_bytes + theirs.host.bytes > self._host_budget:
+            if self.host_bytes + theirs.host.bytes > self.host_budget:
                 kv.dropped = True
                 return
             kv.host = theirs.host
@@ -156,7 +162,7 @@ class SessionMemory:
         kv.computed += count
         while (len(kv.keys) + 1) * BLOCK_TOKENS <= kv.computed:
             key = block_key(session, kv.keys)
-            self.pool.publish(kv.blocks[len(kv.keys)], key)
+            self.pool.cache(kv.blocks[len(kv.keys)], key)
             kv.keys.append(key)
 
     def truncate(self, session: Session, length: int) -> None:
@@ -177,12 +183,11 @@ class SessionMemory:
         kv = session.key_values
         used = kv.blocks[: _blocks_for(kv.computed)]
         wanted = self._pages.host_bytes(len(used))
-        if used and wanted <= self._host_budget:
-            while self.host_bytes + wanted > self._host_budget:
-                oldest = next(iter(self._on_host.values()))
-                self._drop(oldest)
+        if used and wanted <= self.host_budget:
+            while self.host_bytes + wanted > self.host_budget:
+                self._drop(next(self.on_host()))
             copy = HostCopy(wanted)
-            self._transfers.append(lambda: _fill(copy, self._pages, used))
+            self.transfers.append(lambda: _fill(copy, self._pages, used))
             self.host_bytes += wanted
             self._on_host[id(session)] = session
             self.counters.evicted_to_host += 1
@@ -201,7 +206,7 @@ class SessionMemory:
     def forget(self, session: Session) -> None:
         """A step with this session failed: its blocks may hold anything. It is computed again."""
         for block in session.key_values.blocks:
-            self.pool.withdraw(block)
+            self.pool.uncache(block)
         self.truncate(session, 0)
 
     def _restore(self, session: Session) -> bool:
@@ -225,17 +230,17 @@ class SessionMemory:
             return False
         first = len(found)
         if fresh:
-            self._transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
+            self.transfers.append(lambda: _bring_back(copy, self._pages, first, fresh))
         kv.blocks = array("i", found + fresh)
         self._note(session)
         for block, key in zip(kv.blocks, kv.keys, strict=False):
-            self.pool.publish(block, key)
+            self.pool.cache(block, key)
         self._drop_copy(session)
         self.counters.restored_from_host += 1
         return True
 
     def _reuse_prefix(self, session: Session) -> None:
-        """Hold the blocks that are published for a session's tokens beyond what it has itself.
+        """Hold the blocks that are cached for a session's tokens beyond what it has itself.
 
         Never for all of them: the last one is computed, because its logits bring the next.
         """

@@ -71,6 +71,10 @@ class SessionTable:
         """All of them, longest unused first."""
         return iter(self._sessions.values())
 
+    def longest_open_first(self) -> Iterator[Session]:
+        """All of them."""
+        return iter(self._by_age.values())
+
     def room_for(self, session_id: SessionId) -> SessionError | None:
         """Why a session of this ID could not be opened now: UNAVAILABLE, there are as many as there
         may be, and none by this ID whose place it could take. For any thread."""
@@ -105,7 +109,7 @@ class SessionTable:
         return session
 
     def look(self, session_id: SessionId, tenant: str) -> Session | None:
-        """A tenant's open session of this ID; it may have a turn under way, so it is not closed
+        """A tenant's open session of this ID; it may have a turn in flight, so it is not closed
         where it has outlived its limits."""
         session = self._sessions.get(session_id)
         return session if session is not None and session.tenant == tenant else None
@@ -186,12 +190,12 @@ class SessionTable:
         """Close what has outlived its limits, except active sessions. Costs something for those and
         the active ones alone, however many others are open."""
         now = self._clock()
-        for by_time, is_over in (
-            (self._sessions, self._is_idle_too_long),
-            (self._by_age, self._is_open_too_long),
+        for in_order, is_over in (
+            (self.oldest_first, self._is_idle_too_long),
+            (self.longest_open_first, self._is_open_too_long),
         ):
             over = []
-            for session in by_time.values():
+            for session in in_order():
                 if session.id in active:
                     continue
                 if not is_over(session, now):

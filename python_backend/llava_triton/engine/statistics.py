@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llava_triton.engine.image_store import ImageStore
-from llava_triton.engine.session_memory import SessionMemory
+from llava_triton.engine.session_memory import MemoryCounters, SessionMemory
 
 if TYPE_CHECKING:
     from llava_triton.journal.writer import JournalCounters
@@ -42,7 +42,7 @@ class Histogram:
 
 
 @dataclass
-class Statistics:
+class Statistics(MemoryCounters):
     """Counts since the engine started, and how things stand now."""
 
     sessions_opened: int = 0
@@ -78,18 +78,7 @@ class Statistics:
     images: int = 0
     """Different pictures of the open sessions."""
 
-    # Counts of the memories.
-    evicted_to_host: int = 0
-    """Sessions whose keys and values went to host memory."""
-    evicted_by_dropping: int = 0
-    """Sessions whose keys and values were forgotten, to be computed again."""
-    restored_from_host: int = 0
-    restored_by_computing: int = 0
-    """Sessions whose forgotten keys and values were needed again."""
-    prefix_cache_blocks: int = 0
-    """Blocks that a session shared instead of computing them."""
-    blocks_copied: int = 0
-    """Shared blocks that were copied because a session went on differently."""
+    # Counts of the pictures' memory.
     image_hits: int = 0
     """Pictures that were there already when a session brought them."""
     images_evicted: int = 0

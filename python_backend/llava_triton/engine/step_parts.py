@@ -8,16 +8,16 @@ from llava_triton.engine.session import Session
 from llava_triton.model.step import Choice, ImageRows, StepPart
 
 
-def step_part(ids: Sequence[int], session: Session, under_way: int, choice: Choice) -> StepPart:
+def step_part(ids: Sequence[int], session: Session, in_flight: int, choice: Choice) -> StepPart:
     """The tokens `ids` of a session behind those it remembers, with the pictures among them.
 
     Args:
         ids: not empty.
         session: whose blocks have room for them.
-        under_way: tokens behind those it remembers that the step under way computes.
+        in_flight: tokens behind those it remembers that the step in flight computes.
         choice: of the token after them.
     """
-    start = session.key_values.computed + under_way
+    start = session.key_values.computed + in_flight
     end = start + len(ids)
     rows = []
     for span in session.pictures(start, end):

@@ -107,8 +107,8 @@ class Prepared:
 
 
 @dataclass(eq=False)
-class Turn:
-    """A turn on its way through the engine."""
+class QueuedTurn:
+    """A turn in its session's lane, from its arrival to its end."""
 
     request: TurnRequest
     listener: Listener
@@ -134,10 +134,10 @@ class Turn:
         return limit is not None and time.monotonic() - self.arrived_at >= limit
 
 
-def closing_turn(turn: Turn) -> Turn:
+def closing_turn(turn: QueuedTurn) -> QueuedTurn:
     """A turn that ends another one's session and that nobody waits for."""
     ending = TurnRequest(turn.request.session_id, end=True, tenant=turn.request.tenant)
-    return Turn(ending, lambda _: None, asked_for=False)
+    return QueuedTurn(ending, lambda _: None, asked_for=False)
 
 
 class Phase(Enum):
@@ -155,7 +155,7 @@ class RunningTurn:
     Its tokens are its session's, from the first one that is not committed.
     """
 
-    turn: Turn
+    turn: QueuedTurn
     session: Session
     prompt_tokens: int
     """Of the conversation, up to where the answer begins."""
@@ -192,7 +192,7 @@ class RunningTurn:
     """Set when the last token has been computed."""
     first_token_at: float | None = None
     last_token_at: float = 0.0
-    recorded: bool = False
+    journaled: bool = False
     """Whether the journal may have its end, which its session does not have yet."""
 
     @property
@@ -213,7 +213,7 @@ class RunningTurn:
 
     @property
     def decoding(self) -> bool:
-        """Whether the next step brings the next token of an answer under way."""
+        """Whether the next step brings the next token of an answer in flight."""
         return self.phase is Phase.COMPUTING and self.answer_tokens > 0 and self.uncomputed == 1
 
     def choice(self, ahead: Sequence[int]) -> Choice:

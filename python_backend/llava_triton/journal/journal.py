@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 
 from llava_triton.contract.sampling_parameters import Truncation
 from llava_triton.contract.settings import Settings
@@ -189,6 +190,10 @@ class Journal:
     def keep(self, key: str, name: str, item: bytes) -> None:
         """Write a picture under another name, behind everything else."""
         self._pictures.keep(key, name, item)
+
+    def flush(self) -> Future[None]:
+        """As `Writer.flush`."""
+        return self._writer.flush()
 
     def close(self) -> None:
         """Write what is not written yet, as far as that is soon, and end."""

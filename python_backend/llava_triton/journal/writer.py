@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass, field
 from functools import partial
@@ -240,6 +241,11 @@ class Writer:
         if not self._is_open(key):
             self._forget_soon(_Forget(Log(key), until, expired=True))
 
+    @property
+    def tidying(self) -> int:
+        """Sessions whose pictures are looked for soon."""
+        return len(self._to_tidy)
+
     async def settled(self, key: str) -> None:
         """Wait until all that was asked for is done to a session's log: who reads it then finds no
         session that has ended.
@@ -251,14 +257,19 @@ class Writer:
         if task is not None and not (await asyncio.wait({task}, timeout=SYNC_SECONDS))[0]:
             raise StoreError("what was said last has not been written yet")
 
-    def close(self) -> None:
-        """Write what is not written yet, as far as that is soon."""
+    def flush(self) -> Future[None]:
+        """Done when what was asked for until now is written and deleted; pictures of no session may
+        still be there."""
 
-        async def flush() -> None:
+        async def wait() -> None:
             await self._idle.wait()
 
+        return self._background.run(wait())
+
+    def close(self) -> None:
+        """Write what is not written yet, as far as that is soon."""
         try:
-            self._background.run(flush()).result(FLUSH_SECONDS)
+            self.flush().result(FLUSH_SECONDS)
         except NotInTime:
             with self._lock:
                 left = self.counters.waiting

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import cuda_graph, to_device
+from llava_triton.device import cuda_graph, graph_pool, to_device
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.model.step import StepPart
 
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Sequences of a step. One of fewer is filled up; one of more is computed without a record."""
+"""Sequences of a step. One of fewer is filled up; one of more is computed without a graph."""
 NARROWEST = 64
 """Blocks of the narrowest tables; each next ones are twice as wide."""
 
@@ -33,23 +33,23 @@ are written to) -> these logits; waits for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Record:
+class _Graph:
     """One shape of a step: S sequences with tables of B blocks."""
 
     given: Tensor
     """int32 [S * (2 + B)] on the device, where the step reads it: token IDs, contexts, tables."""
     run: Callable[[], Tensor]
-    """Computes the step; its logits hold until any record runs again."""
+    """Computes the step; its logits hold until any graph runs again."""
 
 
 class DecodeGraphs:
-    """The records of one model.
+    """The CUDA graphs of one model.
 
-    Made where nothing else uses the device: recording would take it in.
+    Made where nothing else uses the device: a capture would include it.
 
     Args:
         decode: the model.
-        device: where it computes. Other than a GPU, it computes in the same shapes unrecorded.
+        device: where it computes. Other than a GPU, it computes in the same shapes without graphs.
         spare_block: that no session has; what fills a step up is written there.
         sequences: at once at the most.
         context_length: of a sequence at the most, in tokens.
@@ -75,17 +75,17 @@ class DecodeGraphs:
         self._logits = torch.empty(
             (self._sizes[-1], vocabulary), dtype=torch.float32, device=device
         )
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._records: dict[tuple[int, int], _Record] = {}
+        self._pool = graph_pool(device)
+        self._graphs: dict[tuple[int, int], _Graph] = {}
         began = time.monotonic()
         # The largest first: the others' memory fits into theirs.
         for width in reversed(self._widths):
             for size in reversed(self._sizes):
-                self._records[size, width] = self._record(size, width)
-        log.info("%d decode steps recorded in %.1f s", len(self._records), time.monotonic() - began)
+                self._graphs[size, width] = self._capture(size, width)
+        log.info("%d decode steps captured in %.1f s", len(self._graphs), time.monotonic() - began)
 
     def takes(self, parts: Sequence[StepPart]) -> bool:
-        """Whether a step is one that was recorded."""
+        """Whether there is a graph for a step."""
         return (
             len(parts) <= self._sizes[-1]
             and all(len(part.ids) == 1 and not part.image_rows for part in parts)
@@ -100,10 +100,10 @@ class DecodeGraphs:
         """
         size = _first_from(self._sizes, len(parts))
         width = _first_from(self._widths, max(len(part.blocks) for part in parts))
-        record = self._records[size, width]
+        graph = self._graphs[size, width]
         # Not waited for: the step before may read `given` at this moment.
-        record.given.copy_(to_device(self._numbers(size, width, parts), self._device))
-        return record.run()[: len(parts)]
+        graph.given.copy_(to_device(self._numbers(size, width, parts), self._device))
+        return graph.run()[: len(parts)]
 
     def _numbers(
         self, size: int, width: int, parts: Sequence[StepPart]
@@ -118,8 +118,7 @@ class DecodeGraphs:
         tables[len(parts) :, 0] = self._spare_block
         return numbers
 
-    def _record(self, size: int, width: int) -> _Record:
-        on_gpu = self._device.type == "cuda"
+    def _capture(self, size: int, width: int) -> _Graph:
         given = to_device(self._numbers(size, width, ()), self._device)
         ids, contexts = given[:size], given[size : 2 * size]
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
@@ -129,7 +128,7 @@ class DecodeGraphs:
             rows = Rows(starts, contexts, tables, contexts.long())
             return self._decode(ids.long(), rows, self._logits[:size])
 
-        return _Record(given, cuda_graph(run, self._device, self._pool) if on_gpu else run)
+        return _Graph(given, cuda_graph(run, self._device, self._pool))
 
 
 def _up_to(ascending: Iterable[int], most: int) -> list[int]:

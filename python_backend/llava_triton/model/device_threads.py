@@ -8,6 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from llava_triton.model.runner import ModelRunner
 from llava_triton.model.step import Step, StepResult
 
+Done = Callable[[Future[StepResult]], None]
+"""Gets what comes of a step."""
+
 
 class DeviceThreads:
     """Steps go to the device one after another, and come back in that order.
@@ -24,7 +27,7 @@ class DeviceThreads:
         self._launching = ThreadPoolExecutor(1, "device", initializer=runner.use_threads)
         self._waiting = ThreadPoolExecutor(1, "results") if runner.steps_at_once > 1 else None
 
-    def compute(self, step: Step, done: Callable[[Future[StepResult]], None]) -> None:
+    def compute(self, step: Step, done: Done) -> None:
         """Launch a step behind those that were given before; `done` gets what comes of it, on one
         of these threads."""
         if self._waiting is None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_triton.device import host_bytes, to_device
+from llava_triton.device import host_bytes, policy_of, to_device
 from llava_triton.kernels.base import BLOCK_TOKENS, AttentionGeometry
 
 CHUNK_BLOCKS = 8
@@ -86,13 +86,13 @@ class Pages:
         shapes = [(CHUNK_BLOCKS, *each[:, 0].shape) for each in (self.keys, self.values)]
         kept, left = [], most
         while left >= (piece := self.host_bytes(CHUNK_BLOCKS)):
-            kept += [_host_memory(shape, self.keys.dtype) for shape in shapes]
+            kept += [pinned_memory(shape, self.keys.dtype) for shape in shapes]
             left -= piece
 
     def host_bytes(self, blocks: int) -> int:
         """Bytes of host memory that copies of so many blocks take."""
         device = self.keys.device
-        if device.type == "cuda":
+        if not policy_of(device).is_host:
             blocks = -(-blocks // CHUNK_BLOCKS) * CHUNK_BLOCKS
         chunks, rest = divmod(blocks, CHUNK_BLOCKS)
         return sum(
@@ -120,14 +120,15 @@ def _to_host(pages: Tensor, index: Tensor) -> Tensor:
     """Up to `CHUNK_BLOCKS` blocks, [n, layers, ...]."""
     # An index makes a copy, also where the device is the host.
     copied = pages.transpose(0, 1)[index].contiguous()
-    if pages.device.type != "cuda":
+    if policy_of(pages.device).is_host:
         return copied
-    host = _host_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
+    host = pinned_memory((CHUNK_BLOCKS, *copied.shape[1:]), copied.dtype)
     host[: len(copied)].copy_(copied, non_blocking=True)
     return host
 
 
-def _host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Of the host, of unspecified content."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 

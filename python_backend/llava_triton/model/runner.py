@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_triton.checkpoint.families import family_of
 from llava_triton.checkpoint.loader import Checkpoint
 from llava_triton.contract.settings import Settings
-from llava_triton.device import DeviceTimer, to_device, to_host
+from llava_triton.device import DeviceTimer, keep_for_current_stream, policy_of, to_device, to_host
 from llava_triton.kernels.base import BLOCK_TOKENS, Rows
 from llava_triton.kernels.cpu.attention import release_workers
 from llava_triton.model.decode_graphs import SIZES, DecodeGraphs
@@ -38,8 +38,6 @@ from llava_triton.model.text_model import TextModel
 log = logging.getLogger(__name__)
 
 SMALL_MODEL_PARAMETERS = 30_000_000
-PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
-"""By the device's type."""
 WARM_UP_TOKENS = (2, 16, 64, 256, 1024)
 """Of prompts: libraries choose other kernels for other numbers of rows."""
 PINNED_AT_START = 4 << 30
@@ -52,7 +50,7 @@ class ModelRunner:
     Args:
         checkpoint: what is to run, where and in what.
         settings: sizes of the memories.
-        record: compute steps of one token a sequence in recorded shapes; None: on a GPU.
+        record: compute decode steps in the shapes of CUDA graphs; None: on a GPU.
 
     Raises:
         ValueError: a text model that is not served; too little memory for one session.
@@ -77,9 +75,8 @@ class ModelRunner:
         self.context_length = self._text_model.context_length
         geometry, layers = self._text_model.geometry, self._text_model.layers
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)
-        self.prefill_chunk_tokens = (
-            settings.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[self.device.type]
-        )
+        policy = self._policy = policy_of(self.device)
+        self.prefill_chunk_tokens = settings.prefill_chunk_tokens or policy.prefill_chunk_tokens
         row_bytes = self.hidden_size * self._text_model.dtype.itemsize
         self.picture_tokens = family_of(config).photograph_tokens
         """Of one ordinary picture. Memory is planned for pictures of so many; what a session brings
@@ -107,24 +104,22 @@ class ModelRunner:
             keys_by_token=self._text_model.kernels.keys_by_token,
         )
         tensors = (self.pages.keys, self.pages.values)
-        self._prefault = Prefault(tensors) if self.device.type == "cpu" else None
+        self._prefault = Prefault(tensors) if policy.is_host else None
         self.host_kv_bytes, self.host_image_bytes = host_budgets(
             settings, host_memory(), self.device
         )
-        self.steps_at_once = 2 if self.device.type == "cuda" else 1
-        """Steps that the engine may launch before it has the first one's tokens. A GPU is never
-        idle between two then; a CPU's cores have nothing to gain from it, and a new turn would wait
-        for one step more."""
+        self.steps_at_once = policy.steps_at_once
+        """See `DevicePolicy`."""
         self._latest = torch.zeros(settings.max_sessions, dtype=torch.int64, device=self.device)
         """What followed each row of the step launched last."""
-        self._recorded: DecodeGraphs | None = None
-        if record if record is not None else self.device.type == "cuda":
+        self._decode_graphs: DecodeGraphs | None = None
+        if record if record is not None else policy.decode_graphs:
             self._warm_up()
             try:
-                self._recorded = self._record(settings.max_sessions)
+                self._decode_graphs = self._capture(settings.max_sessions)
             except RuntimeError as error:  # slower is better than not at all
                 log.warning("decode steps are computed unrecorded: %s", error)
-        if self.device.type == "cuda":
+        if not policy.is_host:
             self.pages.pin_host_memory(min(self.host_kv_bytes, PINNED_AT_START))
             left = device_memory(self.device) / (1 << 30)
             log.info("%d blocks of keys and values; %.1f GiB of the GPU are free", blocks, left)
@@ -149,7 +144,7 @@ class ModelRunner:
             raise RuntimeError(f"the kernels do not run on {self.device}: {error}") from error
 
     @torch.inference_mode()
-    def _record(self, sequences: int) -> DecodeGraphs:
+    def _capture(self, sequences: int) -> DecodeGraphs:
         blocks = self.pages.blocks  # no more sequences than blocks, and none with more than all
         return DecodeGraphs(
             lambda ids, rows, out: self._logits(
@@ -165,7 +160,7 @@ class ModelRunner:
     @property
     def has_decode_graphs(self) -> bool:
         """Whether decode steps are CUDA graphs."""
-        return self._recorded is not None
+        return self._decode_graphs is not None
 
     @property
     def device(self) -> torch.device:
@@ -186,13 +181,12 @@ class ModelRunner:
         """One picture's features [T, D] of any float dtype -> as the model computes them, a copy
         of their own."""
         placed = features.to(self.device, self._text_model.dtype, copy=True)
-        if features.is_cuda:  # made beside the stream that the copy waits in
-            features.record_stream(torch.cuda.current_stream(features.device))
+        keep_for_current_stream(features)  # made beside the one that the copy waits in
         return placed
 
     def use_threads(self) -> None:
         """Let the calling thread use as many CPU cores as are worth having."""
-        if self.device.type == "cpu":
+        if self._policy.is_host:
             torch.set_num_threads(self._threads)
 
     def leave_threads(self) -> None:
@@ -202,7 +196,7 @@ class ModelRunner:
         them than cores, none waits spinning for the next operation: every one costs a sleep and a
         waking, 3 ms in a decode step of 12 layers.
         """
-        if self.device.type == "cpu":
+        if self._policy.is_host:
             torch.set_num_threads(1)
             release_workers()
 
@@ -223,8 +217,8 @@ class ModelRunner:
         parts = step.parts
         if self._prefault is not None:
             self._prefault.used(max(part.blocks[-1] for part in parts))
-        if self._recorded is not None and self._recorded.takes(parts):
-            logits = self._recorded.logits(parts)
+        if self._decode_graphs is not None and self._decode_graphs.takes(parts):
+            logits = self._decode_graphs.logits(parts)
         else:
             ends = np.cumsum([len(part.ids) for part in parts]) - 1
             last = to_device(ends, self.device)

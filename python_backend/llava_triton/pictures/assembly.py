@@ -25,12 +25,11 @@ from llava_triton.contract.models import VIDEO
 from llava_triton.contract.settings import Settings
 from llava_triton.pictures.decode import (
     OpenPicture,
-    PixelValues,
-    Tiles,
     check_size,
     open_picture,
 )
 from llava_triton.pictures.frame_pixels import FramePixels
+from llava_triton.pictures.tiles import PixelValues, Tiles
 from llava_triton.pictures.video_decoder import VideoDecoder
 from llava_triton.pictures.videos import Video, is_video, video_of, with_num_frames
 

@@ -1,4 +1,4 @@
-"""From what clients send as a picture to the pixel values that the vision encoder takes."""
+"""From what clients send as a picture to its pixels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava_triton.checkpoint.image_processor import load_image_processor
 from llava_triton.contract.errors import SessionError, invalid
 from llava_triton.contract.models import IMAGE
 from llava_triton.contract.settings import Settings
@@ -184,20 +180,6 @@ def open_picture(item: bytes, settings: Settings) -> OpenPicture:
     return _open_file(encoded_image(item), settings)
 
 
-def decode_image(data: bytes, settings: Settings, side: int | None = None) -> Image.Image:
-    """Decode a picture file.
-
-    Args:
-        data: the file.
-        settings: limits.
-        side: see `OpenPicture.decode`.
-
-    Raises:
-        SessionError: INVALID_ARG; its sentence lacks a subject ("is truncated ...").
-    """
-    return _open_file(data, settings).decode(side)
-
-
 def _open_file(data: bytes, settings: Settings) -> OpenPicture:
     if len(data) > settings.max_image_bytes:
         raise _too_long(data, settings)
@@ -225,47 +207,6 @@ def _faults(data: bytes) -> Iterator[None]:
             f"is damaged or cut off ({str(error)[:100] or type(error).__name__}); send the whole "
             "file"
         ) from error
-
-
-class PixelValues:
-    """A checkpoint's own image processor.
-
-    Args:
-        directory: holds the checkpoint's `preprocessor_config.json` or `processor_config.json`.
-        whole: decode every picture at its full size, because its size decides its tiles.
-    """
-
-    def __init__(self, directory: Path, *, whole: bool = False) -> None:
-        self._processor: Any = load_image_processor(directory)
-        sizes = [each for each in dict(self._processor.size).values() if each]
-        shrinks = self._processor.do_resize and sizes and not whole
-        self._side = max(sizes) if shrinks else None
-
-    def of_open(self, picture: OpenPicture) -> Tiles:
-        """A picture -> its tiles. A photograph may be decoded at a smaller size first.
-
-        Raises:
-            SessionError: as `OpenPicture.decode`.
-        """
-        image = picture.decode(self._side)
-        return Tiles(self.tiles(image), height=image.height, width=image.width)
-
-    def tiles(self, image: Image.Image) -> np.ndarray:
-        """An RGB picture of any size -> float32 [N, 3, H, W]: one tile, or several."""
-        pixels = self._processor(images=[image], return_tensors="np")["pixel_values"]
-        tiles = np.reshape(pixels, (-1, *np.shape(pixels)[-3:]))
-        return np.ascontiguousarray(tiles, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A decoded picture as the vision encoder takes it."""
-
-    pixels: np.ndarray
-    """Float32 [N, 3, H, W]."""
-    height: int
-    """Of the picture as it was decoded, upright; pixels."""
-    width: int
 
 
 def check_size(width: int, height: int, most_pixels: int) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llava_triton.contract.errors import ErrorCode, SessionError, invalid, unavailable
 from llava_triton.contract.models import IMAGE
+from llava_triton.device import wait_for
 from llava_triton.pictures.decode import numbered
 from llava_triton.pictures.feature_cache import EncodedImages
 
@@ -88,7 +89,7 @@ none."""
 
 
 @dataclass(eq=False)
-class _Turn:
+class _TurnWithPictures:
     """One turn of a session."""
 
     lane: Hashable
@@ -167,24 +168,24 @@ class PictureEncoding:
         self._changed = threading.Condition()
         """Guards all that follows."""
         self._encoded = encoded
-        self._lanes: dict[Hashable, deque[_Turn]] = {}
+        self._lanes: dict[Hashable, deque[_TurnWithPictures]] = {}
         """Turns that are not answered yet, by session, in the order they came."""
         self._waiting = 0
-        self._ready: deque[_Turn] = deque()
+        self._ready: deque[_TurnWithPictures] = deque()
         """Whose next picture can be looked at, in the order of their last ones."""
-        self._held_back: deque[_Turn] = deque()
+        self._held_back: deque[_TurnWithPictures] = deque()
         """Of several pictures, while `most_begun` such turns are worked on."""
         self._begun = 0
-        self._openings: deque[_Turn] = deque()
+        self._openings: deque[_TurnWithPictures] = deque()
         """For which room is to be asked for."""
-        self._large: deque[tuple[_Turn, bytes, Picture]] = deque()
+        self._large: deque[tuple[_TurnWithPictures, bytes, Picture]] = deque()
         """Large pictures, one a turn, until none is decoded."""
         self._large_is_decoded = False
-        self._videos: deque[tuple[_Turn, bytes, Picture]] = deque()
+        self._videos: deque[tuple[_TurnWithPictures, bytes, Picture]] = deque()
         """Videos, one a turn, until their worker takes them."""
         self._decoded: deque[_Encoding] = deque()
         """Pictures some of whose tiles are to be encoded; whose turn is next first."""
-        self._coming: dict[bytes, list[tuple[_Turn, int]]] = {}
+        self._coming: dict[bytes, list[tuple[_TurnWithPictures, int]]] = {}
         """Who waits for a picture that is being decoded or encoded, by its key."""
         self._stopping = False
         loops = [self._work] * workers
@@ -217,7 +218,7 @@ class PictureEncoding:
         Raises:
             SessionError: UNAVAILABLE, too many turns wait; `answer` is not called then.
         """
-        turn = _Turn(lane, list(items), answer, tenant, opening)
+        turn = _TurnWithPictures(lane, list(items), answer, tenant, opening)
         with self._changed:
             if items and self._stopping:
                 raise unavailable("the server is shutting down")
@@ -233,6 +234,16 @@ class PictureEncoding:
                     self._start(turn)
                 return
         _tell(turn, [])
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no more pictures are taken."""
+        return self._stopping
+
+    @property
+    def waiting_to_encode(self) -> int:
+        """Decoded pictures that the encoder has not had the last tile of."""
+        return len(self._decoded)
 
     def shutdown(self) -> None:
         """Let pictures that are worked on finish; the turns that wait are refused."""
@@ -284,13 +295,13 @@ class PictureEncoding:
         most = self._max_batch
         return sum(min(each.left, most) for each in self._decoded) < 2 * most
 
-    def _next_large(self) -> tuple[_Turn, bytes, Picture] | None:
+    def _next_large(self) -> tuple[_TurnWithPictures, bytes, Picture] | None:
         if self._large_is_decoded or not self._large:
             return None
         self._large_is_decoded = True
         return self._large.popleft()
 
-    def _look_at_next(self, turn: _Turn) -> None:
+    def _look_at_next(self, turn: _TurnWithPictures) -> None:
         if turn.over:
             return
         number = turn.looked_at
@@ -321,7 +332,7 @@ class PictureEncoding:
             self._refuse_if_too_much(turn)
             self._go_on(turn)
 
-    def _open(self, turn: _Turn, key: bytes, item: bytes) -> None:
+    def _open(self, turn: _TurnWithPictures, key: bytes, item: bytes) -> None:
         try:
             picture = self._look(item)
         except Exception as error:
@@ -335,7 +346,7 @@ class PictureEncoding:
         else:
             self._decode(turn, key, picture)
 
-    def _decode(self, turn: _Turn, key: bytes, picture: Picture) -> None:
+    def _decode(self, turn: _TurnWithPictures, key: bytes, picture: Picture) -> None:
         try:
             decoded = picture.decode()
             tokens = decoded.tokens
@@ -353,7 +364,7 @@ class PictureEncoding:
             self._changed.notify_all()
         self._go_on(turn)
 
-    def _refuse_if_too_much(self, turn: _Turn) -> None:
+    def _refuse_if_too_much(self, turn: _TurnWithPictures) -> None:
         """End a turn whose pictures, as far as they are known, are longer than the context."""
         with self._changed:
             known = [each for each in turn.tokens if each]
@@ -369,7 +380,7 @@ class PictureEncoding:
         )
         self._end(turn, invalid(sentence, IMAGE.name))
 
-    def _go_on(self, turn: _Turn) -> None:
+    def _go_on(self, turn: _TurnWithPictures) -> None:
         """To the turn's next picture, behind all other sessions' next ones; or to its end."""
         with self._changed:
             if turn.over:
@@ -433,8 +444,7 @@ class PictureEncoding:
             features = self._encode(np.concatenate(batch))
             # Copies: a row of a batch would keep the whole batch in memory.
             copies = [each.clone() for each in features]
-            if features.is_cuda:  # only begun yet, and `features` is another's when this returns
-                torch.cuda.current_stream(features.device).synchronize()
+            wait_for(features)  # only begun yet, and `features` is another's when this returns
             return list(copies)
         except Exception as error:
             if len(batch) == 1:
@@ -466,7 +476,7 @@ class PictureEncoding:
                 self._refuse_if_too_much(turn)
                 self._end_if_complete(turn)
 
-    def _end_if_complete(self, turn: _Turn) -> None:
+    def _end_if_complete(self, turn: _TurnWithPictures) -> None:
         with self._changed:
             features = [each for each in turn.features if each is not None]
         if len(features) == len(turn.items):
@@ -496,7 +506,7 @@ class PictureEncoding:
 
     # Lanes.
 
-    def _start(self, turn: _Turn) -> None:
+    def _start(self, turn: _TurnWithPictures) -> None:
         """A turn with pictures has become its session's first; the lock is held."""
         if len(turn.items) > 1 and self._begun >= self._most_begun:
             self._held_back.append(turn)
@@ -505,7 +515,7 @@ class PictureEncoding:
         self._ready.append(turn)
         self._changed.notify_all()
 
-    def _end(self, turn: _Turn, outcome: list[Tensor] | SessionError) -> None:
+    def _end(self, turn: _TurnWithPictures, outcome: list[Tensor] | SessionError) -> None:
         """Answer a turn, unless that was done, and those behind it that have no picture."""
         with self._changed:
             if turn.over:
@@ -531,7 +541,7 @@ class PictureEncoding:
             _tell(turn, [])
 
 
-def _tell(turn: _Turn, outcome: list[Tensor] | SessionError) -> None:
+def _tell(turn: _TurnWithPictures, outcome: list[Tensor] | SessionError) -> None:
     try:
         turn.answer(outcome)
     except Exception as error:  # such as no memory for all of them, or none that is shared

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_triton.checkpoint.configuration import llava_config
 from llava_triton.checkpoint.vision_tower import load_vision_encoder
 from llava_triton.checkpoint.weights import CheckpointWeights
-from llava_triton.device import cuda_graph
+from llava_triton.device import cuda_graph, graph_pool, name_of, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +46,17 @@ class TorchEncoding:
             return lambda: encoder(self._pixels[:size]).float()
 
         self._runs = {size: run(size) for size in self._sizes}
-        where = "the CPU"
-        if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
-            try:
-                self._record(device)
-            except RuntimeError as error:  # slower is better than not at all
-                log.warning("the vision encoder runs unrecorded: %s", error)
-        self.name = f"torch {torch.__version__} on {where} ({str(dtype).removeprefix('torch.')})"
+        try:
+            self._record(device)
+        except RuntimeError as error:  # slower is better than not at all
+            log.warning("the vision encoder runs unrecorded: %s", error)
+        self.name = (
+            f"torch {torch.__version__} on {name_of(device)} ({str(dtype).removeprefix('torch.')})"
+        )
 
     @torch.inference_mode()
     def _record(self, device: torch.device) -> None:
-        pool = torch.cuda.graph_pool_handle()
+        pool = graph_pool(device)
         for size in reversed(self._sizes):  # the others' memory fits into the largest's
             self._runs[size] = cuda_graph(self._runs[size], device, pool)
 
@@ -70,6 +69,5 @@ class TorchEncoding:
             self._pixels[: len(part)].copy_(part)
             parts.append(self._runs[size]()[: len(part)].clone())
         features = torch.cat(parts)
-        if features.is_cuda:  # another process is going to read them
-            torch.cuda.current_stream(features.device).synchronize()
+        wait_for(features)  # another process is going to read them
         return features

@@ -39,7 +39,7 @@ def vision_encoding(repository: Path, settings: Settings) -> VisionEncoding:
         repository: the exported model repository.
         settings: its settings.
     """
-    if _has_driver():
+    if has_driver():
         # torch and transformers take seconds and 300 MiB, for nothing where there is no GPU.
         from llava_triton.device import compute_dtype, default_device
         from llava_triton.pictures.torch_tower import TorchEncoding
@@ -55,7 +55,7 @@ def vision_encoding(repository: Path, settings: Settings) -> VisionEncoding:
     return OnnxEncoding(repository / "vision_encoder" / "1" / "model.onnx")
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
     """Whether NVIDIA's driver is installed; torch knows whether there is a GPU behind it."""
     try:
         ctypes.CDLL("libcuda.so.1")

@@ -87,6 +87,11 @@ class VideoDecoder:
             raise _refused(outcome)
         return outcome
 
+    @property
+    def pid(self) -> int | None:
+        """Of the child; None where there is none."""
+        return self._child.pid if self._child is not None else None
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None

@@ -20,7 +20,7 @@ from llava_triton.server.restarts import POLL_SECONDS, RESTARTS, RESTARTS_SECOND
 from llava_triton.server.server_error import ServerError
 from llava_triton.server.triton_server import TritonServer
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Companion(Protocol):
@@ -52,12 +52,12 @@ class Companion(Protocol):
         """End it. Twice does no harm."""
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     """End the command once; more signals must not disturb the clean-up."""
-    for each in _SIGNALS:
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     # Python drops what is raised in a finalizer: once more, then, until `serve` has heard of it.
-    signal.signal(signal.SIGALRM, _interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     raise KeyboardInterrupt
 
@@ -100,8 +100,8 @@ def serve(
     Returns:
         An exit status: 0 after a signal, 1 where one did not start or died too often.
     """
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     if not is_loopback(servers[0].host):
         print(OPEN_PORTS.format(host=servers[0].host), file=sys.stderr, flush=True)
     if companion is not None and not is_loopback(companion.host):

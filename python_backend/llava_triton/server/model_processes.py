@@ -1,7 +1,7 @@
 """The processes of Triton's Python models, which nobody else looks after.
 
 Triton does not notice that one has died: it calls itself and the model ready, every request to the
-model fails, and answers under way fall silent. It takes one that has not moved for a second for
+model fails, and answers in flight fall silent. It takes one that has not moved for a second for
 dead, frees what its requests hold, and crashes when the process goes on and answers them (seen with
 2.51). So neither can be waited out: the server is of no use any more, and is to be started again.
 """

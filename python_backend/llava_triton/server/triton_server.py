@@ -310,7 +310,7 @@ class TritonServer:
         """Stop the server and everything it started, within 3 seconds; twice does no harm.
 
         Args:
-            at_once: kill it. Triton's own end waits for answers under way, which may never come.
+            at_once: kill it. Triton's own end waits for answers in flight, which may never come.
         """
         guard, run_folder = self._guard, self._run_folder
         if guard is not None and guard.stdin is not None and guard.stdout is not None:

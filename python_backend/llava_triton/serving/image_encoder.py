@@ -27,7 +27,7 @@ from llava_triton.contract.models import (
     VIDEO,
 )
 from llava_triton.contract.settings import Settings
-from llava_triton.device import default_device
+from llava_triton.device import default_device, policy_of
 from llava_triton.pictures.assembly import PictureAssembly
 from llava_triton.pictures.encoding import MOST_BEGUN, PictureEncoding
 from llava_triton.pictures.feature_cache import EncodedImages
@@ -68,7 +68,7 @@ class ImageEncoder:
         checkpoint = repository.parent / "language_model" / "1" / "checkpoint"
         assembly = self._assembly = PictureAssembly(checkpoint, processor, self._settings)
         # Features stay where they are computed; the language model's are there too.
-        on_gpu = default_device().type == "cuda"
+        on_gpu = not policy_of(default_device()).is_host
         self._features_memory = pb_utils.PreferredMemory(
             pb_utils.TRITONSERVER_MEMORY_GPU if on_gpu else pb_utils.TRITONSERVER_MEMORY_CPU
         )

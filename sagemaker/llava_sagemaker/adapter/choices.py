@@ -19,7 +19,7 @@ import grpc
 
 from llava_sagemaker.adapter.engines import Engines
 from llava_sagemaker.adapter.session_ids import new_session_id
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn, packed
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, TritonTurn, packed
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
@@ -49,7 +49,7 @@ class ChoicePiece(Delta):
         return self.is_last
 
 
-async def choices(engines: Engines, turn: Turn, count: int) -> AsyncGenerator[Delta, None]:
+async def choices(engines: Engines, turn: TritonTurn, count: int) -> AsyncGenerator[Delta, None]:
     """Ask a question for several answers; their pieces as they come.
 
     Closing the generator early cancels all. Errors as for `Triton.pieces`: one ends all.
@@ -86,7 +86,7 @@ async def choices(engines: Engines, turn: Turn, count: int) -> AsyncGenerator[De
             _end(engines, turn)
 
 
-async def whole_choices(engines: Engines, turn: Turn, count: int) -> list[Delta]:
+async def whole_choices(engines: Engines, turn: TritonTurn, count: int) -> list[Delta]:
     """The same, each answer as one piece."""
     answers: list[list[Delta]] = [[] for _ in range(count)]
     async with aclosing(choices(engines, turn, count)) as pieces:
@@ -97,7 +97,10 @@ async def whole_choices(engines: Engines, turn: Turn, count: int) -> list[Delta]
 
 
 async def _ask(
-    engines: Engines, turn: Turn, index: int, pieces: asyncio.Queue[tuple[int, Delta | Exception]]
+    engines: Engines,
+    turn: TritonTurn,
+    index: int,
+    pieces: asyncio.Queue[tuple[int, Delta | Exception]],
 ) -> None:
     """Put the pieces of one answer into the queue, or why there are none."""
     try:
@@ -111,7 +114,7 @@ async def _ask(
         pieces.put_nowait((index, error))
 
 
-def _another(turn: Turn, index: int, late: float) -> Turn:
+def _another(turn: TritonTurn, index: int, late: float) -> TritonTurn:
     """The turn of another answer, so many seconds later: the same sampling, but for the seed, which
     is as many higher, and the time, which is as much less."""
     tensors = {}
@@ -125,15 +128,15 @@ def _another(turn: Turn, index: int, late: float) -> Turn:
             sampling["max_seconds"] = max(given - late, min(given, LEAST_SECONDS))
         tensors[SAMPLING_PARAMETERS.name] = packed([json.dumps(sampling).encode()])
     again = Operation(fork=turn.session_id, regenerate=True).to_parameters()
-    return Turn(new_session_id(), True, True, tensors, turn.tenant, again)
+    return TritonTurn(new_session_id(), True, True, tensors, turn.tenant, again)
 
 
-def _end(engines: Engines, turn: Turn) -> None:
+def _end(engines: Engines, turn: TritonTurn) -> None:
     """End a turn's session, once it is answered or given up."""
 
     async def end() -> None:
         with contextlib.suppress(SessionError, grpc.aio.AioRpcError):  # it is ended already
-            await engines.whole(Turn(turn.session_id, end=True, tenant=turn.tenant))
+            await engines.whole(TritonTurn(turn.session_id, end=True, tenant=turn.tenant))
 
     task = asyncio.create_task(end())
     _ending.add(task)

@@ -5,7 +5,7 @@ after a restart of the adapter: then the engines are asked. So a session may hav
 client may have chosen it.
 
 - A new session opens on the engine with the fewest.
-- A turn without a session goes to the engine with the fewest turns under way.
+- A turn without a session goes to the engine with the fewest turns in flight.
 - A session that no engine has is resumed from the journal, where there is one, on the engine with
   the fewest.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from llava_sagemaker.adapter.session_ids import is_named
-from llava_sagemaker.adapter.turns import Triton, Turn
+from llava_sagemaker.adapter.turns import Triton, TritonTurn
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
@@ -54,7 +54,7 @@ class Engine:
     serves_since: float = 0.0
     """On time.monotonic's clock."""
     turns: int = 0
-    """Under way."""
+    """In flight."""
     sessions: int = 0
     """That are known to be there."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,7 +69,7 @@ class _Home:
     used_at: float
     """When a turn of it last began or ended, on time.monotonic's clock."""
     turns: int = 0
-    """Under way."""
+    """In flight."""
 
 
 class Engines:
@@ -90,9 +90,9 @@ class Engines:
         self._looks: dict[SessionKey, asyncio.Task[Engine | None]] = {}
         self._watches = [asyncio.create_task(self._watch(engine)) for engine in self.all]
 
-    async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
+    async def pieces(self, turn: TritonTurn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer, and its errors, as for `Triton.pieces`."""
-        again: Turn | None = turn
+        again: TritonTurn | None = turn
         del turn  # with its pictures: the answer may take long
         tried = False
         while again is not None:
@@ -108,7 +108,7 @@ class Engines:
                 tried = True
                 again = await self._resuming(again)
 
-    async def whole(self, turn: Turn) -> Delta:
+    async def whole(self, turn: TritonTurn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
         pieces = [piece async for piece in self.pieces(turn)]
         if not pieces or not pieces[-1].is_final:
@@ -124,7 +124,7 @@ class Engines:
         for engine in self.all:
             await engine.triton.close()
 
-    async def _at(self, engine: Engine, turn: Turn) -> AsyncGenerator[Delta, None]:
+    async def _at(self, engine: Engine, turn: TritonTurn) -> AsyncGenerator[Delta, None]:
         """A turn, sent to an engine; what is known of its session follows from how it ends."""
         is_open, end, key = False, turn.end, _key(turn)
         start = turn.start and RESUME not in turn.parameters
@@ -150,7 +150,7 @@ class Engines:
 
     # Where a turn goes.
 
-    async def _place(self, turn: Turn) -> Engine:
+    async def _place(self, turn: TritonTurn) -> Engine:
         if self._journal and not self._any_serves.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WAIT_SECONDS):
@@ -193,18 +193,18 @@ class Engines:
 
     # Bringing sessions back.
 
-    def _may_resume(self, turn: Turn, error: SessionError) -> bool:
+    def _may_resume(self, turn: TritonTurn, error: SessionError) -> bool:
         """Whether a turn that was refused may be answered from the journal."""
         is_new = turn.start and FORK not in turn.parameters  # or resumed already
         return self._journal and error.code is ErrorCode.NOT_FOUND and not is_new
 
-    async def _resuming(self, turn: Turn) -> Turn:
+    async def _resuming(self, turn: TritonTurn) -> TritonTurn:
         """The same turn, its session brought back first. Errors as for `pieces`."""
         self.resumed += 1
         source = turn.parameters.get(FORK)
         if source is None:
             return _resumed(turn)
-        await self.whole(_resumed(Turn(str(source), tenant=turn.tenant)))
+        await self.whole(_resumed(TritonTurn(str(source), tenant=turn.tenant)))
         return turn
 
     # Which engines serve.
@@ -309,7 +309,7 @@ class _Homes:
 async def _look(engines: list[Engine], key: SessionKey) -> Engine | None:
     """The engine that has a session, by what all say to a turn that asks for nothing; where none
     has it for certain, one that may: elsewhere it would live twice."""
-    nothing = Turn(key[1], tenant=key[0])
+    nothing = TritonTurn(key[1], tenant=key[0])
     said = await asyncio.gather(*(_has(engine, nothing) for engine in engines))
     for wanted in (True, None):
         if wanted in said:
@@ -317,7 +317,7 @@ async def _look(engines: list[Engine], key: SessionKey) -> Engine | None:
     return None
 
 
-async def _has(engine: Engine, nothing: Turn) -> bool | None:
+async def _has(engine: Engine, nothing: TritonTurn) -> bool | None:
     """Whether an engine has the session of a turn that asks for nothing; None: it does not say."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
@@ -333,10 +333,10 @@ async def _has(engine: Engine, nothing: Turn) -> bool | None:
     return True
 
 
-def _key(turn: Turn) -> SessionKey:
+def _key(turn: TritonTurn) -> SessionKey:
     return turn.tenant, turn.session_id
 
 
-def _resumed(turn: Turn) -> Turn:
+def _resumed(turn: TritonTurn) -> TritonTurn:
     """A turn that brings its session back, or goes on in the open one."""
     return replace(turn, start=True, parameters={**turn.parameters, RESUME: True})

@@ -16,7 +16,7 @@ LINGER_SECONDS = 5.0
 """A request that was answered before all of it had come may go on so long: closing the connection
 at once could keep the answer from the client."""
 MOST_PIPELINED = 16
-"""Requests that a connection may send before the one under way is answered."""
+"""Requests that a connection may send before the one in flight is answered."""
 
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
@@ -122,7 +122,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise _RefusedError
 
     def _refuse(self) -> None:
-        # An answer under way must not get another one inside of it.
+        # An answer in flight must not get another one inside of it.
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             told = (
                 f"the request has more than {MAX_HEADER_BYTES} bytes besides its body; send fewer "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from llava_sagemaker.adapter.errors import AdapterError, invalid_request
 from llava_sagemaker.adapter.remembered import SessionTurn
 from llava_sagemaker.adapter.session_ids import NEW_SESSION, new_session_id
-from llava_sagemaker.adapter.turns import Turn
+from llava_sagemaker.adapter.turns import TritonTurn
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.protocol import NO_TENANT
@@ -107,7 +107,7 @@ class Invocation:
 
     kind: str
     """For the metrics."""
-    turn: Turn
+    turn: TritonTurn
     format: AnswerFormat
     stream: bool = False
     opened: str | None = None
@@ -122,7 +122,9 @@ class Invocation:
     """The turn asks for nothing but that its session is there."""
 
 
-def in_session(kind: str, turn: Turn, answer: AnswerFormat, stream: bool = False) -> Invocation:
+def in_session(
+    kind: str, turn: TritonTurn, answer: AnswerFormat, stream: bool = False
+) -> Invocation:
     """An invocation that opens or closes what the turn's flags say. (Both: no session at all.)"""
     return Invocation(
         kind,

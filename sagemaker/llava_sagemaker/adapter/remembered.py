@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from llava_sagemaker.adapter.chat_messages import NOTHING_SAID, Conversation, answered
 from llava_sagemaker.adapter.errors import unavailable
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, TritonTurn
 from llava_triton.contract.models import HISTORY, IMAGE, TEXT_INPUT, VIDEO
 from llava_triton.contract.operations import Operation
 
@@ -28,7 +28,7 @@ _REFUSED = ("invalid_request", "image_invalid", "video_invalid")
 
 
 @dataclass(frozen=True)
-class Asked:
+class KnownQuestion:
     """A question of a session."""
 
     before: bytes | None
@@ -45,7 +45,7 @@ class Said:
 
     digest: bytes | None = None
     """None where it is not known."""
-    questions: tuple[Asked, ...] | None = None
+    questions: tuple[KnownQuestion, ...] | None = None
     """Those that were answered; None where it is not known which."""
 
     def before_question(self, number: int) -> Said:
@@ -68,7 +68,7 @@ class Said:
         later = (self.questions or ())[turns:]
         return frozenset(picture for question in later for picture in question.pictures)
 
-    def and_answered(self, question: Asked, answer: str) -> Said:
+    def and_answered(self, question: KnownQuestion, answer: str) -> Said:
         """The same, a question and its answer."""
         questions = None if self.questions is None else (*self.questions, question)
         if questions is not None and len(questions) > MOST_QUESTIONS:
@@ -87,7 +87,7 @@ class Known:
     turns: int = 0
     """Begun so far."""
     opening: bool = False
-    """A turn is under way that opens it, perhaps anew."""
+    """A turn is in flight that opens it, perhaps anew."""
 
     @property
     def digest(self) -> bytes | None:
@@ -97,7 +97,7 @@ class Known:
 
 @dataclass(eq=False)
 class SessionTurn:
-    """A turn under way in a session that is known. It must be told how it ended."""
+    """A turn in flight in a session that is known. It must be told how it ended."""
 
     _remembered: Remembered
     _session_id: str
@@ -105,7 +105,7 @@ class SessionTurn:
     _opens: bool
     _left: Said
     """What is said when it begins, if it is what it should be."""
-    _question: Asked | None
+    _question: KnownQuestion | None
     _before: tuple[Said, frozenset[bytes]] = field(init=False)
     _number: int = field(init=False)
     _opened: bool = field(init=False, default=False)
@@ -163,13 +163,13 @@ class Remembered:
         self._limit = limit
         self._known: OrderedDict[str, Known] = OrderedDict()
         self.opening: dict[str, Known] = {}
-        """Sessions whose opening is under way: one that is refused pushes nobody out."""
+        """Sessions whose opening is in flight: one that is refused pushes nobody out."""
 
     def known(self, session_id: str) -> Known | None:
         """What is known of a session; None: nothing, it may have been shown anything."""
         return self._known.get(session_id) or self.opening.get(session_id)
 
-    def other_turn_begins(self, turn: Turn) -> SessionTurn | None:
+    def other_turn_begins(self, turn: TritonTurn) -> SessionTurn | None:
         """A session gets a turn that is no chat completion.
 
         Returns:
@@ -204,7 +204,7 @@ class Remembered:
         elif operation.regenerate:
             left = Said()
         if asks:
-            question = Asked(left.digest, _unknown, pictures)
+            question = KnownQuestion(left.digest, _unknown, pictures)
         elif shows and not turn.start:  # messages that continue it would show the picture
             left = Said()
         return self._begins(turn.session_id, turn.start, pictures, left, question)
@@ -240,7 +240,7 @@ class Remembered:
         else:
             left = known.said if known is not None else Said()
             left = Said(before, (left if kept is None else left.before_question(kept)).questions)
-        question = Asked(
+        question = KnownQuestion(
             before,
             lambda answer: None if digest is None else answered(digest, answer),
             frozenset(asked.question_digests),
@@ -266,7 +266,7 @@ class Remembered:
         opens: bool,
         pictures: frozenset[bytes],
         left: Said,
-        question: Asked | None,
+        question: KnownQuestion | None,
     ) -> SessionTurn | None:
         known = self._known.get(session_id) or self.opening.get(session_id)
         # A second opening would close the first one's session, with its picture.

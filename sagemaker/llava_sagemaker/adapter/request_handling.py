@@ -50,7 +50,7 @@ from llava_sagemaker.adapter.triton_format import (
     json_size,
     triton_request,
 )
-from llava_sagemaker.adapter.turns import LENGTH_BYTES, Turn, limited
+from llava_sagemaker.adapter.turns import LENGTH_BYTES, TritonTurn, limited
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.errors import ErrorCode, SessionError
 from llava_triton.contract.models import TEXTS
@@ -184,7 +184,9 @@ class RequestHandler:
         """Raises SessionError, NOT_FOUND, where the tenant has no such session."""
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                await _while_connected(http, self._engines.whole(Turn(session_id, tenant=tenant)))
+                await _while_connected(
+                    http, self._engines.whole(TritonTurn(session_id, tenant=tenant))
+                )
         except SessionError as error:
             if error.code is not ErrorCode.INVALID_ARG:  # there is one, and it was asked nothing
                 raise
@@ -245,7 +247,7 @@ class RequestHandler:
         check_open = partial(self._check_open, http, request.tenant)
         return await chat_request(request, fields, self._pictures, self._remembered, check_open)
 
-    def _check_texts(self, turn: Turn) -> None:
+    def _check_texts(self, turn: TritonTurn) -> None:
         """As the models would, but before all is copied to them."""
         most = self._settings.max_text_bytes
         for spec in TEXTS:

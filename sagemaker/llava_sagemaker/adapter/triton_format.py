@@ -17,7 +17,7 @@ from llava_sagemaker.adapter.invocation import (
     in_session,
 )
 from llava_sagemaker.adapter.json_body import PIECE_BYTES, LongString
-from llava_sagemaker.adapter.turns import Tensor, Turn, packed, utf8
+from llava_sagemaker.adapter.turns import Tensor, TritonTurn, packed, utf8
 from llava_triton.contract.answers import ANSWER
 from llava_triton.contract.delta import Delta
 from llava_triton.contract.models import INPUTS
@@ -67,7 +67,7 @@ def triton_request(request: Request, fields: dict[str, Any], size: int) -> Invoc
     if not isinstance(end, bool):
         raise invalid_request("the parameter sequence_end must be true or false")
     flags = request.session_flags(end)
-    turn = Turn(
+    turn = TritonTurn(
         **flags,
         tensors=dict(_tensors(fields.get("inputs"), request.body, size)),
         parameters=Operation.from_parameters(

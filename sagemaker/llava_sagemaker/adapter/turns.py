@@ -76,7 +76,7 @@ class Tensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
+class TritonTurn:
     """One turn of one session, as the models take it."""
 
     session_id: str
@@ -153,7 +153,7 @@ def turn(
     sampling: dict[str, Any] | None = None,
     history: str | None = None,
     parameters: Mapping[str, int | str] | None = None,
-) -> Turn:
+) -> TritonTurn:
     """A turn from plain values; those that are empty are left out.
 
     Args:
@@ -174,7 +174,7 @@ def turn(
         HISTORY.name: [utf8(history)] if history else [],
     }
     tensors = {name: packed(values) for name, values in strings.items() if values}
-    return Turn(session_id, start, end, tensors, parameters=parameters or {})
+    return TritonTurn(session_id, start, end, tensors, parameters=parameters or {})
 
 
 def _json(sampling: dict[str, Any]) -> bytes:
@@ -221,7 +221,7 @@ class Triton:
         self.channel = grpc.aio.insecure_channel(address, _OPTIONS)
         self._infer = self.channel.stream_stream(
             _METHOD,
-            request_serializer=None,  # `Turn.written`
+            request_serializer=None,  # `TritonTurn.written`
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
         self._idle: list[Any] = []
@@ -230,7 +230,7 @@ class Triton:
         self._left: set[asyncio.Task[None]] = set()
         """What undoes turns that nobody waits for."""
 
-    async def pieces(self, turn: Turn) -> AsyncGenerator[Delta, None]:
+    async def pieces(self, turn: TritonTurn) -> AsyncGenerator[Delta, None]:
         """Send a turn; the pieces of its answer as they come, the last one final.
 
         Closing the generator early undoes the turn. (Turns side by side have calls of their own:
@@ -261,7 +261,7 @@ class Triton:
             elif not ended:
                 reading.cancel()
 
-    async def _read(self, turn: Turn, answer: _Answer) -> None:
+    async def _read(self, turn: TritonTurn, answer: _Answer) -> None:
         """Send a turn and read its answer to the end."""
         call, usable = None, False
         try:
@@ -302,7 +302,7 @@ class Triton:
     async def _undo(self, answer: _Answer, reading: asyncio.Task[None]) -> None:
         """Undo a turn whose client has gone, by a request. Where the call of a turn that waits is
         cancelled, Triton 2.51 ends the whole sequence."""
-        undoing = Turn(
+        undoing = TritonTurn(
             uuid.uuid4().hex,
             start=True,
             end=True,
@@ -326,7 +326,7 @@ class Triton:
                 return call
         return self._infer()
 
-    async def whole(self, turn: Turn) -> Delta:
+    async def whole(self, turn: TritonTurn) -> Delta:
         """Send a turn; its whole answer as one final piece. Errors as for `pieces`."""
         return ANSWER.joined([piece async for piece in self.pieces(turn)])
 
@@ -434,7 +434,7 @@ def _delta(response: Any) -> Delta:
     return ANSWER.from_raw(dict(zip(names, response.raw_output_contents, strict=True)))
 
 
-def limited(turn: Turn, seconds: float) -> Turn:
+def limited(turn: TritonTurn, seconds: float) -> TritonTurn:
     """The same turn, its answer cut when so many seconds have passed; a shorter limit of its own
     stands. Sampling parameters that cannot be read are left for the engine to refuse."""
     given = turn.tensors.get(SAMPLING_PARAMETERS.name)

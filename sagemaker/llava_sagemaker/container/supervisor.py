@@ -151,7 +151,7 @@ class Supervisor:
             self._engines.stop()
             self._engines = None
         if self._adapter is not None:
-            # Turns that were under way have failed by now; it has only to tell that.
+            # Turns that were in flight have failed by now; it has only to tell that.
             self._adapter.stop(patience=2.0)
             self._adapter = None
         for tail in self._tails:
