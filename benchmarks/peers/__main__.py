@@ -31,6 +31,8 @@ from benchmarks.peers.report import report
 from benchmarks.report import Rounds
 from benchmarks.script import Script
 
+ENVIRONMENTS = findings.ROOT
+"""Folder of the peers' environments: `.venv-NAME` each."""
 PATIENCE_SECONDS = 900.0
 """A process that takes longer hangs: the slowest one needs four minutes."""
 
@@ -86,7 +88,7 @@ def interpreter(peer: str) -> Path:
     Raises:
         PeerFailedError: it is not installed.
     """
-    folder = findings.ROOT / f".venv-{peer}"
+    folder = ENVIRONMENTS / f".venv-{peer}"
     if not (folder / "installed").exists():
         messages = folder / "pip-messages"
         errors = [
@@ -101,7 +103,7 @@ def interpreter(peer: str) -> Path:
 
 def release(peer: str) -> str | None:
     """Of the peer's package; None where it is not installed."""
-    folder = findings.ROOT / f".venv-{peer}"
+    folder = ENVIRONMENTS / f".venv-{peer}"
     wanted = PEERS[peer]
     for packages in folder.glob("lib/python*/site-packages"):
         for found in importlib.metadata.distributions(path=[str(packages)]):
@@ -134,33 +136,38 @@ def run(
             text=True,
             start_new_session=True,
         )
-        assert part.stdout is not None
-        late = threading.Timer(PATIENCE_SECONDS, _kill, (part.pid,))
-        late.start()
-        said = []
+        said: list[str] = []
+        reader = threading.Thread(target=_read, args=(part, said, quiet))
+        reader.start()
         try:
-            for line in part.stdout:
-                said.append(line)
-                if not quiet and " at once: " in line:
-                    print(f"{'':11}{line}", end="", flush=True)
-            code = part.wait()
+            code: int | None = part.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
         finally:
-            late.cancel()
-            _kill(part.pid)  # what it has started and not ended would disturb the next one
+            # What it has started and not ended would disturb the next one, and keep the reader.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(part.pid, signal.SIGKILL)
             part.wait()
+            reader.join()
     told = log.read_text(errors="replace")
     if code != 0:
         log.write_text("".join(said) + told)
         lines = [line.strip() for line in told.splitlines() if line.strip()]
-        why = lines[-1] if lines and code > 0 else f"it ended with code {code}"
+        if code is None:
+            why = f"it has not ended in {PATIENCE_SECONDS:.0f} s"
+        else:
+            why = lines[-1] if lines and code > 0 else f"it ended with code {code}"
         raise PeerFailedError(f"{why}\nAll it said is in {log}.")
     log.unlink()
     return "".join(said) + told
 
 
-def _kill(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _read(part: subprocess.Popen[str], said: list[str], quiet: bool) -> None:
+    assert part.stdout is not None
+    for line in part.stdout:
+        said.append(line)
+        if not quiet and " at once: " in line:
+            print(f"{'':11}{line}", end="", flush=True)
 
 
 class PeersBench:
@@ -339,4 +346,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # So that whatever runs is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())
