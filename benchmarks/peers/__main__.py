@@ -62,7 +62,6 @@ PEERS = {
             # Else it leaves out the processors that it takes for hyperthreads.
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
             "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, ample for the sessions
-            "VLLM_CACHE_ROOT": str(findings.ROOT / ".venv-vllm" / "cache"),
             "VLLM_NO_USAGE_STATS": "1",
         },
         "benchmarks/peers/vllm_site",
@@ -291,6 +290,8 @@ class PeersBench:
             path = os.pathsep.join(str(findings.ROOT / root) for root in roots if root)
             variables = environment(WAYS["K"]) | dict(peer.variables)
             variables |= {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+            # vLLM keeps what it has compiled for a checkpoint's path: the next pass begins sooner.
+            variables |= {"XDG_CACHE_HOME": str(self._folder / "cache")}
         command += ["--output", str(output), "--sessions", *map(str, counts)]
         run(command, variables, self._logs.with_name(f"{self._logs.name}-{name}.log"))
         return read_loads(output)
