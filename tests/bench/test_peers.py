@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,5 +255,5 @@ def test_what_this_program_uses_is_not_others(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(processes, "busy_seconds", lambda: next(machine))
     monkeypatch.setattr(processes, "with_descendants", lambda _pid: [Own()])
-    monkeypatch.setattr(processes.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: next(now)))
     assert processes.OtherPrograms().cores() == pytest.approx(0.4)
