@@ -20,6 +20,9 @@ INSTANCES ?= 2
 SAGEMAKER_PORT ?= 8090
 TESTS ?= tests
 INPUTS ?= 1000000
+PEERS ?= transformers vllm openvino
+SESSIONS ?= 1 4 16
+PASSES ?= 2
 STEP ?= 1
 
 SHELL := /bin/bash
@@ -77,6 +80,11 @@ lint: .venv/development ## Style and types
 bench: .venv/bench compiler ## Speed beside plain transformers and the hardware's limits (25 minutes)
 	$(python) -m benchmarks.bench
 
+# Those that cannot be installed are named in the table, with pip's words.
+bench-peers: .venv/bench compiler ## Speed beside vLLM, OpenVINO and transformers (25 minutes; PEERS=, SESSIONS=, PASSES=)
+	for peer in $(filter-out transformers,$(PEERS)); do $(MAKE) .venv-$$peer/installed || true; done
+	$(python) -m benchmarks.peers --peers $(PEERS) --sessions $(SESSIONS) --passes $(PASSES)
+
 screenshot: .venv/development compiler chromium ## The README's picture of the page, by its test
 	LLAVA_SCREENSHOT=docs/images/chat.png $(python) -m pytest -q tests/server/test_web_page.py
 
@@ -126,14 +134,14 @@ clean: ## Remove what was built, except the virtual environment
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf .venv .venv-clients .venv-aiperf tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
+	rm -rf .venv .venv-clients .venv-aiperf .venv-vllm .venv-openvino tests/clients/vercel/node_modules python_backend/*.egg-info *.egg-info
 
 help: ## This list
 	awk 'BEGIN {FS = ":.*## "} \
 	    /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	    /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz chaos profile train evaluate clean distclean help
+.PHONY: demo serve chat screenshot export sagemaker-local test check lint bench bench-peers bench-adapter bench-bodies accuracy gpu-wheels gpu-check soak hostile fuzz chaos profile train evaluate clean distclean help
 .PHONY: repository clients aiperf compiler libb64 curl chromium force
 
 # ---- model repositories ----
@@ -214,6 +222,15 @@ aiperf: .venv-aiperf/installed
 	'$(PYTHON)' -m venv --clear .venv-aiperf
 	.venv-aiperf/bin/python -m pip install -q -r tests/clients/aiperf-requirements.txt \
 	    -c tests/clients/aiperf-constraints.txt
+	touch $@
+
+# Other engines, for `make bench-peers`. Their files list all that they need, because releases that
+# fit together are not always those that they ask for: hence --no-deps.
+.venv-vllm/installed .venv-openvino/installed: .venv-%/installed: benchmarks/peers/%-requirements.txt | .venv/checkout
+	echo "installing $* into .venv-$*: some minutes"
+	'$(PYTHON)' -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install -q --no-deps -r $< 2> .venv-$*/pip-messages || { \
+	    cat .venv-$*/pip-messages >&2; exit 1; }
 	touch $@
 
 tests/clients/vercel/node_modules: tests/clients/vercel/package-lock.json

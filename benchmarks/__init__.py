@@ -3,8 +3,9 @@
 Shared by all, lower files first:
 
     findings       the JSON, the tables, targets and verdicts
-    processes, process_watch     memory of processes; do all live?
+    processes, process_watch     processors and memory of processes; do all live?
     pictures, workload, export   what is asked, of which checkpoint, in which repository
+    script         the same written out, for processes without torch
     limits         what the hardware allows
     load           Ask, Answer, Way: turns put to anything that answers, and whole sessions of them
     engine_way     a way: our engine in this process
@@ -13,6 +14,6 @@ Shared by all, lower files first:
 
 A file a command: bench (with part, fairness, distance, report, plots), accuracy, adapter_cost,
 large_bodies (piece_server), soak (soak_clients), profile (perf_analyzer), hibernate, beside_plain,
-hostile/, chaos/, gpu_check/; `make fuzz` is tests/fuzz;
+hostile/, chaos/, gpu_check/, peers/; `make fuzz` is tests/fuzz;
 decoupled_bls and payload_backlog show faults of Triton's and use nothing of ours but the server.
 """

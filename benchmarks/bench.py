@@ -31,7 +31,7 @@ from benchmarks.export import ExportFailedError, export
 from benchmarks.growth import Point, growth_text, read_points
 from benchmarks.limits import Limits, best_of, read_limits
 from benchmarks.load import Load, read_loads
-from benchmarks.processes import busy_seconds
+from benchmarks.processes import OtherPrograms
 from benchmarks.report import CPU_TARGETS, GPU_TARGETS, Rounds, report, rows
 from benchmarks.workload import GEOMETRIES, Workload
 from llava_triton.device import compute_dtype, default_device
@@ -103,25 +103,6 @@ def environment(way: Contender) -> dict[str, str]:
     return clean
 
 
-class OtherPrograms:
-    """How much of the machine they use, from now on."""
-
-    def __init__(self) -> None:
-        self._began, self._busy, self._own = self._now()
-
-    def share(self) -> float:
-        """0 to 1, until now; what is waited for counts as this program's own."""
-        ended, busy, own = self._now()
-        used = (busy - self._busy) - (own - self._own)
-        return max(0.0, used / (ended - self._began) / (os.cpu_count() or 1))
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        times = os.times()
-        own = times.user + times.system + times.children_user + times.children_system
-        return time.monotonic(), busy_seconds(), own
-
-
 class Bench:
     """A run of the benchmark.
 
@@ -144,7 +125,8 @@ class Bench:
         self._geometry = geometry or ("quick" if quick else usual)
         self._began = time.monotonic()
         self._repositories: dict[str, Path] = {}
-        self._checkpoint = folder / "checkpoint"
+        self.checkpoint = folder / "checkpoint"
+        """Where `prepare` writes it."""
         self._limits: list[dict[str, Limits]] = []
         self.fairness: dict[str, list[dict[str, Any]]] = defaultdict(list)
         """By the way's name: fields of `Fairness`, for each round."""
@@ -158,11 +140,11 @@ class Bench:
         self._say(f"writing a checkpoint with random weights ({self._geometry})")
         # In a process of its own, as everything that uses a GPU: its memory is free afterwards.
         written = ["-m", "benchmarks.workload", "--geometry", self._geometry]
-        self._run([*written, "--output", str(self._checkpoint)], dict(os.environ))
+        self._run([*written, "--output", str(self.checkpoint)], dict(os.environ))
         for dtype in sorted({self._ways[name].dtype for name in ways if self._ways[name].ours}):
             self._say(f"exporting it for {dtype}")
             self._repositories[dtype] = self._folder / f"served-{dtype}"
-            export(self._checkpoint, self._repositories[dtype], {"dtype": dtype})
+            export(self.checkpoint, self._repositories[dtype], {"dtype": dtype})
 
     def ceiling(self) -> Ceiling:
         """What the hardware allows the checkpoint: the best rates of all rounds; after `measure`.
@@ -170,7 +152,7 @@ class Bench:
         A machine whose memory is slow for a minute has not got another limit.
         """
         best = {dtype: best_of([each[dtype] for each in self._limits]) for dtype in self._limits[0]}
-        return Ceiling(AutoConfig.from_pretrained(self._checkpoint), best)
+        return Ceiling(AutoConfig.from_pretrained(self.checkpoint), best)
 
     def _measure_limits(self, ways: Sequence[str], number: int) -> None:
         self._say(f"round {number + 1}: what the hardware allows")
@@ -241,13 +223,13 @@ class Bench:
 
     def _note(self, part: str, others: OtherPrograms) -> None:
         if not self._quick:  # where the parts run side by side
-            self.disturbances.append((part, others.share()))
+            self.disturbances.append((part, others.cores() / (os.cpu_count() or 1)))
 
     def workload(self, way: str) -> Workload:
         """What a way's processes read; after `prepare`."""
         dtype = self._ways[way].dtype
         repository = self._repositories.get(dtype, Path("none"))
-        workload = Workload(str(self._checkpoint), str(repository), dtype)
+        workload = Workload(str(self.checkpoint), str(repository), dtype)
         if not self._quick:
             return workload
         return dataclasses.replace(
@@ -320,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     text = "\n".join([text, growth_text(bench.growth), distance_text(far, ceiling)])
     findings.write_results(options.output, text, values, about)
-    _draw(options.output)
+    draw_plots(options.output)
     return 0
 
 
@@ -353,7 +335,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _draw(results: Path) -> None:
+def draw_plots(results: Path) -> None:
+    """Beside the JSON that a command wrote, where matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         # A machine that measures need not have it.
         print(f"no plots: matplotlib is missing; later: python -m benchmarks.plots {results}")

@@ -16,14 +16,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from benchmarks.processes import device_memory_mib, this_process, with_descendants
+from benchmarks.processes import (
+    OtherPrograms,
+    device_memory_mib,
+    this_process,
+    with_descendants,
+)
+from benchmarks.script import WARM_UP
 from llava_triton.client.transport import Transport, TurnMessage
 from llava_triton.contract.delta import Delta
-
-if TYPE_CHECKING:  # it needs torch, which clients of a server do not
-    from benchmarks.workload import Workload
 
 PATIENCE_SECONDS = 300.0
 """Nothing comes for so long: it hangs."""
@@ -206,6 +209,24 @@ def _send_all(transport: Transport, turns: queue.SimpleQueue[tuple[Ask, Answer] 
 # Whole sessions.
 
 
+class Asked(Protocol):
+    """What sessions are asked: a `Workload`, or a `Script` where torch is missing."""
+
+    @property
+    def turns(self) -> int:
+        """Of a session."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of each answer."""
+
+    def picture(self, load: int, session: int) -> bytes:
+        """Encoded."""
+
+    def question(self, load: int, session: int, turn: int) -> str:
+        """Of a turn."""
+
+
 @dataclass(frozen=True)
 class TurnTimes:
     """One answered turn. Times are in milliseconds."""
@@ -240,6 +261,8 @@ class Load:
     device_peak_mib: float | None = None
     """Of the GPU's memory, what is in use when the last answer is there: allocators keep what they
     once had. Whoever uses it counts. None without a GPU."""
+    others_cores: float = 0.0
+    """Of the machine's processors, how many other programs kept busy meanwhile."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -254,13 +277,14 @@ class Load:
 
 def hold(
     way: Way,
-    workload: Workload,
+    workload: Asked,
     load: int,
     sessions: int,
     turns: int,
     server: int | None = None,
 ) -> Load:
-    """Sessions at once; each asks again when its last answer is complete.
+    """Sessions at once; each asks again when its last answer is complete, and its next time to the
+    first token counts from there.
 
     Args:
         way: who is asked.
@@ -294,20 +318,22 @@ def hold(
 
     for session in range(sessions):
         way.connect(name(session))
+    others = OtherPrograms()
     began = time.perf_counter()
     for session in range(sessions):
         ask(session, 0, began)  # who is asked one by one keeps the last ones waiting
     while len(done) < sessions * turns:
         answer = ended.get(timeout=PATIENCE_SECONDS)
-        now = time.perf_counter()
         session, turn = on_their_way.pop(answer)
         done.append(_times(answer, session, turn, by_engine=way.tells_by_engine))
         if turn + 1 < turns:
-            ask(session, turn + 1, now)
+            # Not now: a way that answers within `ask` has kept this session waiting.
+            ask(session, turn + 1, answer.ended_at)
     seconds = time.perf_counter() - began
+    others_cores = others.cores()
     processes = [this_process()] if server is None else with_descendants(server)
     peak = sum(process.peak_mib for process in processes)
-    return Load(sessions, seconds, peak, done, device_memory_mib())
+    return Load(sessions, seconds, peak, done, device_memory_mib(), others_cores)
 
 
 def _times(answer: Answer, session: int, turn: int, *, by_engine: bool) -> TurnTimes:
@@ -333,7 +359,21 @@ def _times(answer: Answer, session: int, turn: int, *, by_engine: bool) -> TurnT
     )
 
 
-def check_complete(load: Load, workload: Workload) -> Load:
+def hold_all(
+    way: Way, workload: Asked, sessions: Sequence[int], server: int | None = None
+) -> list[Load]:
+    """Warm up, hold every number of sessions, and say so."""
+    hold(way, workload, *WARM_UP, 2)
+    loads = []
+    for count in sessions:
+        load = hold(way, workload, count, count, workload.turns, server)
+        check_complete(load, workload)
+        print(f"{count} at once: {load.tokens_per_second:.1f} tokens/s", flush=True)
+        loads.append(load)
+    return loads
+
+
+def check_complete(load: Load, workload: Asked) -> Load:
     """The load, if every answer is there in its full length.
 
     Raises:

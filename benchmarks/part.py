@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.engine_way import EngineWay
 from benchmarks.fairness import measure_fairness
-from benchmarks.load import Load, TransportWay, Way, check_complete, hold, write_loads
+from benchmarks.load import TransportWay, Way, hold_all, write_loads
 from benchmarks.references import Transformers, TransformersWay
 from benchmarks.workload import Workload
 from llava_triton.client.grpc import GrpcTransport
@@ -42,20 +42,6 @@ def way_of(options: argparse.Namespace, workload: Workload) -> Iterator[tuple[Wa
         way = TransformersWay(reference, kept=options.kept)
     yield way, None
     way.close()
-
-
-def hold_all(
-    way: Way, workload: Workload, sessions: Sequence[int], server: int | None
-) -> list[Load]:
-    """Warm up, hold every number of sessions, and say so."""
-    hold(way, workload, 0, 1, 2)
-    loads = []
-    for count in sessions:
-        load = hold(way, workload, count, count, workload.turns, server)
-        check_complete(load, workload)
-        print(f"{count} at once: {load.tokens_per_second:.1f} tokens/s", flush=True)
-        loads.append(load)
-    return loads
 
 
 def main() -> int:

@@ -1,4 +1,7 @@
-"""Draws what `make bench` measured: `python -m benchmarks.plots RESULTS.json` draws it again."""
+"""Draws what `make bench` and `make bench-peers` measured.
+
+`python -m benchmarks.plots RESULTS.json` draws it again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-NEEDS = ("about", "rows", "distances")
+NEEDS = ("about", "rows", "quick")
 LOOKS = {
     "S": ("#000000", "s", ":"),
     "K": ("#E69F00", "D", "-."),
@@ -23,9 +26,14 @@ LOOKS = {
     "E16": ("#56B4E9", "o", "--"),
     "T16": ("#CC79A7", "^", "--"),
     "E8": ("#009E73", "v", "--"),
+    "V": ("#000000", "P", "-"),
+    "V16": ("#000000", "P", "--"),
+    "O": ("#B8A900", "X", "-"),
+    "O16": ("#B8A900", "X", "--"),
 }
-"""Colour, marker and line of each way: Okabe and Ito's colours, which colour-blind people can tell
-apart, and shapes that need no colour."""
+"""Colour, marker and line of each way: Okabe and Ito's colours (the yellow darker), which
+colour-blind people can tell apart, and shapes that need no colour. S and V are never in one
+plot."""
 STYLE: Any = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -46,13 +54,13 @@ def draw(results: Path) -> list[Path]:
     """Draw PNG files beside the results, which give them their names.
 
     Args:
-        results: JSON that `make bench` wrote.
+        results: JSON that `make bench` or `make bench-peers` wrote.
 
     Returns:
-        The files: first token, throughput, limits, growth where the results have it.
+        The files: first token, openings, throughput; limits and growth where the results have them.
 
     Raises:
-        ValueError: the file is no result of `make bench`, or one of an older release.
+        ValueError: the file is no such result, or one of an older release.
     """
     values = _read(results)
     about = values["about"]
@@ -61,9 +69,11 @@ def draw(results: Path) -> list[Path]:
         under += ", a quick run: the figures say nothing about speed"
     drawings: dict[str, Callable[[dict[str, Any]], Figure]] = {
         "first-token": _first_token,
+        "openings": _openings,
         "throughput": _throughput,
-        "limits": _limits,
     }
+    if values.get("distances"):
+        drawings["limits"] = _limits
     if values.get("growth"):
         drawings["growth"] = _growth
     files = []
@@ -85,7 +95,7 @@ def _read(results: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"{results} has no {', '.join(missing)}: it was not written by this release's "
-            "`make bench`; run that again"
+            "`make bench` or `make bench-peers`; run that again"
         )
     return dict(values)
 
@@ -132,6 +142,14 @@ def _first_token(values: dict[str, Any]) -> Figure:
     for way, (row,) in _by_way(rows).items():
         times = row["first_token_by_turn_ms"]
         _line(axes, way, row["title"], range(1, len(times) + 1), times)
+    _milliseconds_axis(axes)
+    axes.set_xticks(range(1, max(len(row["first_token_by_turn_ms"]) for row in rows) + 1))
+    axes.set_xlabel("turn (the picture comes with the first)")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _milliseconds_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     # Round numbers on an axis that is often shorter than a power of ten.
@@ -140,9 +158,24 @@ def _first_token(values: dict[str, Any]) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(_numbers))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("milliseconds (logarithmic)")
-    axes.set_xticks(range(1, max(len(row["first_token_by_turn_ms"]) for row in rows) + 1))
-    axes.set_xlabel("turn (the picture comes with the first)")
-    figure.legend(loc="outside lower center", ncols=2)
+
+
+def _openings(values: dict[str, Any]) -> Figure:
+    figure, panels = _figure("Time to the first token where so many sessions ask at once", panels=2)
+    metrics = {
+        "first_token_first_turn_ms": "first turn, with the picture",
+        "first_token_later_turns_ms": "later turns",
+    }
+    for axes, (metric, title) in zip(panels, metrics.items(), strict=True):
+        for way, rows in _by_way(values["rows"]).items():
+            x, y = [row["sessions"] for row in rows], [row[metric] for row in rows]
+            _line(axes, way, rows[0]["title"], x, y)
+        axes.set_title(title, fontsize=12)
+        _sessions_axis(axes, values["rows"])
+    _milliseconds_axis(panels[0])
+    panels[1].set_ylabel("")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -210,7 +243,7 @@ def _growth(values: dict[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
-    parser.add_argument("results", type=Path, help="JSON that `make bench` wrote")
+    parser.add_argument("results", type=Path, help="JSON that a command wrote")
     options = parser.parse_args(arguments)
     try:
         files = draw(options.results)

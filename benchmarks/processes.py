@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,17 @@ class Process:
         """Resident memory that is neither a file's nor shared."""
         return self._status("RssAnon")
 
+    @property
+    def busy_seconds(self) -> float:
+        """Processor seconds that it and those of its children that have ended have used; 0 where it
+        has ended itself, and its parent's hold them."""
+        try:
+            fields = (_PROC / str(self.pid) / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        # utime, stime, cutime, cstime
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
     def _status(self, field: str) -> float:
         for line in (_PROC / str(self.pid) / "status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -50,6 +62,25 @@ def busy_seconds() -> float:
     user, nice, system, _idle, _waiting, interrupt, soft_interrupt, stolen = map(int, fields[:8])
     ticks = user + nice + system + interrupt + soft_interrupt + stolen
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class OtherPrograms:
+    """How many processors they keep busy, from now on: all programs but this process and those that
+    it has started."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = self._now()
+
+    def cores(self) -> float:
+        """Until now."""
+        ended, busy, own = self._now()
+        used = (busy - self._busy) - (own - self._own)
+        return max(0.0, used / (ended - self._began))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        family = with_descendants(os.getpid())
+        return time.monotonic(), busy_seconds(), sum(each.busy_seconds for each in family)
 
 
 def device_memory_mib() -> float | None:

@@ -25,6 +25,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.load import Answer, Ask, Way
+from benchmarks.script import turn_text
 from llava_triton.contract.delta import Delta
 
 
@@ -195,8 +196,6 @@ class TransformersWay(Way):
         self._open.clear()
 
     def _message(self, question: str, start: bool) -> list[int]:
-        """A turn's message as the checkpoint's chat template renders it."""
-        opening = "<s>USER: " + "<image>" * self._image_tokens + "\n" if start else "</s>USER: "
         tokenizer = self._reference.processor.tokenizer
-        text = f"{opening}{question} ASSISTANT:"
+        text = turn_text(question, start=start, image_tokens=self._image_tokens)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
