@@ -19,7 +19,9 @@ import torch  # noqa: F401
 from llava_triton.private_folder import is_private
 
 _FOLDER = Path(__file__).parent
-SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("attention", "products", "layers"))
+SOURCES = tuple(
+    _FOLDER / f"{name}.cpp" for name in ("attention", "products", "int4_products", "layers")
+)
 _HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "tiles", "sharing"))
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
