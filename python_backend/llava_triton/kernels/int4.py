@@ -6,6 +6,7 @@ matrix, whose rounding shows most, are left as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,40 @@ class Int4Weight:
             integers[part] = rounded.flatten(1)[:, :inputs]
             scales[part], zeros[part] = scale, zero
         return cls(integers, scales, zeros, GROUP, weight.dtype)
+
+    @classmethod
+    def of_parts(
+        cls, integers: Tensor, scales: Tensor, zeros: Tensor, group: int, dtype: torch.dtype
+    ) -> Int4Weight:
+        """As a checkpoint has it.
+
+        Args:
+            integers: uint8 [outputs, inputs].
+            scales: float32 [outputs, groups].
+            zeros: uint8 [outputs, groups].
+            group: inputs, one of `GROUPS` or a multiple of `GROUP`, which becomes several groups
+                with the same scale; below 0: all inputs.
+            dtype: of the tokens.
+        """
+        if group not in GROUPS:
+            count = -(-integers.shape[1] // GROUP)
+            times = count if group < 0 else group // GROUP
+            scales, zeros = (
+                each.repeat_interleave(times, dim=1)[:, :count] for each in (scales, zeros)
+            )
+            group = GROUP
+        return cls(integers.contiguous(), scales.contiguous(), zeros.contiguous(), group, dtype)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int4Weight]) -> Int4Weight:
+        """Matrices of the same inputs, in the same groups, one below the other."""
+        first = parts[0]
+        assert all((each.group, each.dtype) == (first.group, first.dtype) for each in parts)
+        integers, scales, zeros = (
+            torch.cat([getattr(each, name) for each in parts])
+            for name in ("integers", "scales", "zeros")
+        )
+        return cls(integers, scales, zeros, first.group, first.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The rounded matrix as floats, [outputs, inputs]."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llava_triton.checkpoint.configuration import text_model_fault
 from llava_triton.checkpoint.loader import Checkpoint
-from llava_triton.kernels import ROUNDINGS, kernels_for
+from llava_triton.kernels import ROUNDINGS, Weight, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
+from llava_triton.kernels.int4 import Int4Weight
 from llava_triton.kernels.layers import HiddenStates, Layer, Stack
 
 
@@ -28,10 +29,12 @@ class TextModel:
 
     Args:
         checkpoint: of a LLaVA family.
-        weights: what those of the layers are rounded to, as in `Settings.weights`.
+        weights: what those of the layers are rounded to, as in `Settings.weights`; those that are
+            4-bit integers in the checkpoint stay so.
 
     Raises:
-        ValueError: a family or a feature of one that is not computed here.
+        ValueError: a family or a feature of one that is not computed here; weights that cannot be
+            rounded so.
         CheckpointError: the weights cannot be read.
     """
 
@@ -54,7 +57,7 @@ class TextModel:
         self.vocabulary = int(config.vocab_size)
         """How many tokens there are logits for."""
         self.kernels = kernels_for(self.device)
-        self._weights, self._round = checkpoint.weights, ROUNDINGS[weights]
+        self._weights, self._rounding = checkpoint.weights, weights
         attentions: dict[int | None, PagedAttention] = {}
         layers: list[Layer] = []
         for index in range(len(text.layers)):
@@ -98,8 +101,24 @@ class TextModel:
         biases = [f"{name}.bias" for name in modules if f"{name}.bias" in self._weights]
         if biases and len(biases) != len(modules):
             raise ValueError("some projections of a layer have a bias and others have none")
-        weight = self._round(self._read(*(f"{name}.weight" for name in modules)))
-        return self.kernels.make_linear(weight, self._read(*biases) if biases else None)
+        bias = self._read(*biases) if biases else None
+        return self.kernels.make_linear(self._weight(*modules), bias)
+
+    def _weight(self, *modules: str) -> Weight:
+        """The modules' matrices one below the other, rounded as the checkpoint or the setting has
+        it."""
+        packed = [name for name in modules if self._weights.is_packed(name)]
+        if not packed:
+            return ROUNDINGS[self._rounding](self._read(*(f"{name}.weight" for name in modules)))
+        if len(packed) != len(modules):
+            raise ValueError("some projections of a layer have 4-bit weights and others have not")
+        if self._rounding == "int8":
+            raise ValueError(
+                "the checkpoint's weights are 4-bit integers already; the setting weights is "
+                "'int8' and must be 'unrounded' or 'int4'"
+            )
+        parts = [self._weights.packed(name, self.device) for name in packed]
+        return Int4Weight.joined([Int4Weight.of_parts(*each, dtype=self.dtype) for each in parts])
 
     def _read(self, *names: str) -> Tensor:
         """The tensors one below the other, where and in what the model computes."""
