@@ -23,6 +23,7 @@ LOOKS = {
     "E16": ("#56B4E9", "o", "--"),
     "T16": ("#CC79A7", "^", "--"),
     "E8": ("#009E73", "v", "--"),
+    "E4": ("#F0E442", "P", "--"),
 }
 """Colour, marker and line of each way: Okabe and Ito's colours, which colour-blind people can tell
 apart, and shapes that need no colour."""
