@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 SOURCES = tuple(
     _FOLDER / f"{name}.cpp" for name in ("attention", "products", "int4_products", "layers")
 )
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "tiles", "sharing"))
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "panels", "tiles", "sharing"))
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

@@ -13,16 +13,14 @@
 
 #include <cmath>
 
+#include "panels.h"
 #include "sharing.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int kPanelVectors = 2;
-constexpr int64_t kPanelOutputs = kPanelVectors * kLanes;  // linear.PANEL_OUTPUTS
 constexpr int64_t kWordInputs = 8;
-constexpr double kSerialOperations = 1 << 16;  // multiply-adds not worth a second thread
-constexpr int64_t kAheadBytes = 8192, kVectorBytes = kLanes * sizeof(uint32_t);
+constexpr int64_t kVectorBytes = kLanes * sizeof(uint32_t);
 constexpr float kLargestInput = 32767.0f;
 constexpr int64_t kMostGroup = 128;  // the largest of int4.GROUPS
 
@@ -132,17 +130,6 @@ void add_group(const uint32_t* w, int64_t steps, const Block& block, int64_t fir
   }
 }
 
-// Calls visit(rows as a compile-time constant).
-template <int Rows = kMostRows, typename Visit>
-void with_constant(int64_t rows, const Visit& visit) {
-  if (rows == Rows) return visit(std::integral_constant<int, Rows>());
-  if constexpr (Rows > 1) with_constant<Rows - 1>(rows, visit);
-}
-
-// As products.cpp has them.
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-
 // One row's group, `count` inputs of `group`, as integers: pair p to pairs[p * stride].
 template <typename T>
 void round_group(const T* x, int64_t count, int64_t group, int64_t stride, int32_t* pairs,
@@ -244,7 +231,7 @@ void int4_products(const T* x, const char* weight, const T* bias, T* y, int64_t 
         // Many rows unpack once. What they ask for ahead, all of them together, is in a cache soon.
         if (blocks > 1) unpack(weights.words, group, unpacked);
         for (int64_t block = 0; block < blocks; ++block)
-          with_constant(rounded.count(block), [&](auto Rows) {
+          with_constant<kMostRows>(rounded.count(block), [&](auto Rows) {
             const Inputs some = rounded.of(block, g);
             float* const sums = totals.get() + rounded.first_row(block) * kPanelOutputs;
             for (int v = 0; v < kPanelVectors; v += kWidth)
