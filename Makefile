@@ -88,7 +88,7 @@ bench-peers: .venv/bench compiler ## Speed beside vLLM, OpenVINO and transformer
 screenshot: .venv/development compiler chromium ## The README's picture of the page, by its test
 	LLAVA_SCREENSHOT=docs/images/chat.png $(python) -m pytest -q tests/server/test_web_page.py
 
-accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16 and int8 weights cost and gain (4 minutes)
+accuracy: .venv/runtime compiler $(demo_repository) ## What bfloat16, int8 and int4 weights cost and gain (5 minutes)
 	$(python) -m benchmarks.accuracy
 
 bench-adapter: .venv/runtime compiler ## What the session adapter costs beside gRPC (7 minutes)

@@ -33,8 +33,10 @@ REPOSITORY = ROOT / "build" / "repositories" / "demo"
 PRECISIONS = {
     "float32": ("float32", "unrounded"),
     "float32, int8 weights": ("float32", "int8"),
+    "float32, int4 weights": ("float32", "int4"),
     "bfloat16": ("bfloat16", "unrounded"),
     "bfloat16, int8 weights": ("bfloat16", "int8"),
+    "bfloat16, int4 weights": ("bfloat16", "int4"),
 }
 """Values of `Settings.dtype` and `Settings.weights`."""
 MAX_TOKENS = 96

@@ -53,10 +53,8 @@ class Contender:
     every_round: bool = True
     """Else in the first round only."""
 
-    @property
-    def int8(self) -> bool:
-        """Whether the weights of its layers are integers."""
-        return "int8" in self.options
+    weights: str = "unrounded"
+    """The engine's `Settings.weights`."""
 
     @property
     def ours(self) -> bool:
@@ -71,11 +69,10 @@ WAYS = {
     "T": Contender("engine in Triton", "triton"),
     "E16": Contender("engine, bfloat16", "engine", dtype="bfloat16"),
     "T16": Contender("engine in Triton, bfloat16", "triton", dtype="bfloat16"),
-    "E8": Contender(
-        "engine, bfloat16, int8 weights", "engine", ("--weights", "int8"), dtype="bfloat16"
-    ),
+    "E8": Contender("engine, bfloat16, int8 weights", "engine", dtype="bfloat16", weights="int8"),
+    "E4": Contender("engine, bfloat16, int4 weights", "engine", dtype="bfloat16", weights="int4"),
 }
-DEFAULT_WAYS = ("S", "K", "E", "T", "E16", "E8")
+DEFAULT_WAYS = ("S", "K", "E", "T", "E16", "E8", "E4")
 
 
 def ways_on(device: torch.device) -> dict[str, Contender]:
@@ -86,7 +83,7 @@ def ways_on(device: torch.device) -> dict[str, Contender]:
     return {
         name: dataclasses.replace(way, dtype=dtype)
         for name, way in WAYS.items()
-        if way.dtype == "float32" or way.int8
+        if way.dtype == "float32" or way.weights != "unrounded"
     }
 
 
@@ -201,7 +198,8 @@ class Bench:
         workload = self._folder / f"workload-{name}.json"
         self.workload(name).write(workload)
         output = self._folder / f"loads-{name}-{number}.json"
-        command = ["-m", "benchmarks.part", way.kind, *way.options, "--workload", str(workload)]
+        command = ["-m", "benchmarks.part", way.kind, *way.options, "--weights", way.weights]
+        command += ["--workload", str(workload)]
         command += ["--output", str(output), "--sessions", *(str(count) for count in sessions)]
         fairness = self._folder / f"fairness-{name}-{number}.json"
         if way.kind == "engine":
@@ -217,7 +215,7 @@ class Bench:
 
     def _grow(self, way: Contender, workload: Path) -> list[Point]:
         output = workload.with_name(f"growth-{workload.name}")
-        command = ["-m", "benchmarks.growth", *way.options, "--workload", str(workload)]
+        command = ["-m", "benchmarks.growth", "--weights", way.weights, "--workload", str(workload)]
         self._run([*command, "--output", str(output)], environment(way))
         return read_points(output)
 
@@ -288,8 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     titles = bench.titles(ways)
     targets = CPU_TARGETS if default_device().type == "cpu" else GPU_TARGETS
     text, values = report(rounds, titles, bench.fairness, bench.disturbances, targets)
-    int8 = {name for name in ways if WAYS[name].int8}
-    far = distances(rows(rounds, titles), bench.dtypes(ways), int8, ceiling)
+    kept = {name: WAYS[name].weights for name in ways}
+    far = distances(rows(rounds, titles), bench.dtypes(ways), kept, ceiling)
     about = bench.about(ways)
     values |= {
         "quick": options.quick,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from benchmarks.report import Row
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a weight, key or value."""
+BYTES_OF_ROUNDED = {"int8": 1, "int4": 35 / 64}
+"""Of a layer's weight. For every 128 of 4 bits there are a scale of 4 bytes and a zero point of 2.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,26 @@ class Ceiling:
         """Those with the highest rate: the memory is the same for every dtype."""
         return max(self.limits.values(), key=lambda limit: limit.memory_bytes_per_second)
 
-    def decode_ms(self, dtype: str, sessions: int, context: float, *, int8: bool = False) -> float:
+    def decode_ms(
+        self, dtype: str, sessions: int, context: float, *, weights: str = "unrounded"
+    ) -> float:
         """One step for all sessions: weights, keys and values read once.
 
         Args:
             dtype: of all of them.
             sessions: in the batch.
             context: tokens that each attends to.
-            int8: the layers' weights are integers, a byte each.
+            weights: how the layers keep theirs, as in `Settings.weights`.
         """
+        each = BYTES_OF_ROUNDED.get(weights, BYTES[dtype])
         size = decode_step_bytes(
             self.config.text_config,
             [context] * sessions,
-            bytes_per_weight=1 if int8 else BYTES[dtype],
+            bytes_per_weight=each,
             bytes_per_value=BYTES[dtype],
         )
-        if int8:  # the last matrix is none of a layer
-            size += head_weights(self.config.text_config) * (BYTES[dtype] - 1)
+        # The last matrix is none of a layer, and not rounded.
+        size += head_weights(self.config.text_config) * (BYTES[dtype] - each)
         return 1000.0 * size / self.memory.memory_bytes_per_second
 
     def opening_ms(self, dtype: str, sessions: int, prompt_tokens: float) -> float:
@@ -89,20 +95,20 @@ class Distance:
 
 
 def distances(
-    rows: Sequence[Row], dtypes: Mapping[str, str], int8: Collection[str], ceiling: Ceiling
+    rows: Sequence[Row], dtypes: Mapping[str, str], weights: Mapping[str, str], ceiling: Ceiling
 ) -> list[Distance]:
     """One for every row.
 
     Args:
         rows: what was measured.
         dtypes: of the ways, by their names.
-        int8: names of those whose weights are integers.
+        weights: how their layers keep them, by their names.
         ceiling: what would be possible.
     """
     made = []
     for row in rows:
         dtype = dtypes[row.way]
-        decode = ceiling.decode_ms(dtype, row.sessions, row.mean_context, int8=row.way in int8)
+        decode = ceiling.decode_ms(dtype, row.sessions, row.mean_context, weights=weights[row.way])
         opening = ceiling.opening_ms(dtype, row.sessions, row.opening_tokens)
         made.append(
             Distance(

@@ -149,6 +149,8 @@ CPU_TARGETS = [
     *_ours("E16", (0.6, 0.3, 3.0, 10.0, 0.5)),
     *_server("T16", "E16"),
     *_ours("E8", (0.6, 0.3, 3.0, 10.0, 0.5)),
+    *_ours("E4", (0.6, 0.3, 3.0, 10.0, 0.5)),
+    Target("time between tokens, E4 / E8", BETWEEN, Side("E4", 1), Side("E8", 1), 0.75),
 ]
 GPU_TARGETS = _server("T", "E")
 """How far the engine is from the hardware's limits is shown, not judged."""

@@ -177,6 +177,7 @@ def launch_everything(capability: int) -> None:
         int8_product,
         silu_multiply,
     )
+    from llava_triton.kernels.gpu.linear import PackedInt4, int4_product
     from llava_triton.kernels.gpu.sampling import draw_tokens
 
     # float32 is for one capability only: it takes no tensor cores, whose tiles differ.
@@ -193,6 +194,10 @@ def launch_everything(capability: int) -> None:
             x = torch.zeros(rows_of_x, 4096, dtype=dtype)
             weight = torch.zeros(64, 4096, dtype=torch.int8)
             int8_product(x, weight, torch.zeros(64), None)
+            if dtype == torch.bfloat16:
+                nibbles = weight.view(torch.uint8).view(64, 32, 128)[..., :64].contiguous()
+                scales = torch.zeros(32, 64)
+                int4_product(x, PackedInt4(nibbles, scales, scales.to(torch.uint8)), None)
     logits = torch.zeros(2, 32064)
     draw_tokens(logits, logits[:, 0].clone(), torch.zeros(1, 6), torch.zeros(2).long())
     for dependent in (False, True)[: 2 if capability >= 90 else 1]:
@@ -227,7 +232,7 @@ def launches_of_a_step(rows: int) -> dict[str, int]:
     functional.linear = counted  # type: ignore[assignment]
 
     def product(outputs: int, inputs: int) -> Any:
-        return kernels.make_linear(torch.zeros(outputs, inputs), None, False)
+        return kernels.make_linear(torch.zeros(outputs, inputs), None)
 
     layer = Layer(
         torch.ones(width),

@@ -94,6 +94,7 @@ class EngineHarness:
         record: as for ModelRunner.
         steps_at_once: of the runner, if not its own.
         device: where it computes.
+        tower: a checkpoint whose vision tower transformers reads, where it cannot read this one's.
         **limits: settings.
     """
 
@@ -104,10 +105,11 @@ class EngineHarness:
         record: bool | None = None,
         steps_at_once: int | None = None,
         device: str = "cpu",
+        tower: Path | None = None,
         **limits: Any,
     ) -> None:
         self.clock = Clock()
-        self._checkpoint = checkpoint
+        self._tower = tower or checkpoint
         self.settings = Settings(**{**SMALL_MEMORIES, **limits})
         dtype = compute_dtype(self.settings.dtype, torch.device(device))
         loaded = load_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -150,7 +152,7 @@ class EngineHarness:
 
     def features(self, images: Sequence[Image]) -> tuple[torch.Tensor, ...]:
         """Image features [T, D] of each, the same bits whichever others are beside it."""
-        return tuple(_features_of(self._checkpoint, _Picture(image)) for image in images)
+        return tuple(_features_of(self._tower, _Picture(image)) for image in images)
 
     def submit(
         self,

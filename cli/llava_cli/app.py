@@ -48,7 +48,7 @@ Weights = Annotated[
     str | None,
     typer.Option(
         envvar="LLAVA_WEIGHTS",
-        help="How its weights are kept: unrounded or int8.",
+        help="How its weights are kept: unrounded, int8 or int4.",
         show_default=False,
     ),
 ]

@@ -204,10 +204,11 @@ def test_rows_are_held_against_the_bytes_and_flops_of_their_dtype() -> None:
     assert gpu.opening_ms("bfloat16", 1, 30) == pytest.approx(opening)
     turns = [TurnTimes(0, turn, 100.0, 8.0, 4, 0, 30 + 20 * turn, "red") for turn in range(2)]
     table = rows([{"E": [Load(1, 1.0, 1.0, turns)]}], {"E": "engine"})
-    (far,) = distances(table, {"E": "float32"}, set(), ceiling)
-    (integers,) = distances(table, {"E": "float32"}, {"E"}, ceiling)
-    fewer = layer_weights(text) * 3 / 2e3  # milliseconds: a byte instead of four
-    assert integers.decode_limit_ms == pytest.approx(far.decode_limit_ms - fewer)
+    (far,) = distances(table, {"E": "float32"}, {"E": "unrounded"}, ceiling)
+    for weights, fewer in (("int8", 3.0), ("int4", 4 - 0.546875)):  # bytes of each of a layer
+        (integers,) = distances(table, {"E": "float32"}, {"E": weights}, ceiling)
+        milliseconds = layer_weights(text) * fewer / 2e3
+        assert integers.decode_limit_ms == pytest.approx(far.decode_limit_ms - milliseconds)
     assert far.mean_context == 42
     assert far.decode_share == ceiling.decode_ms("float32", 1, 42) / 8.0
     assert far.opening_share == ceiling.opening_ms("float32", 1, 30) / 100.0

@@ -50,6 +50,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     assert measured == {
         *(("S", 1), ("K", 1), ("E", 1), ("E", 4)),
         *(("T", 1), ("T", 4), ("E16", 1), ("E16", 4), ("E8", 1), ("E8", 4)),
+        *(("E4", 1), ("E4", 4)),
     }
     told_rows = [cells_of(line)[:3] for line in told.splitlines()]
     for row in values["rows"]:
@@ -61,7 +62,7 @@ def test_bench_measures_all_ways_side_by_side(tmp_path: Path) -> None:
     equal = values["equal_answers"]
     assert {way: equal[way] for way in "SKET"} == dict.fromkeys("SKET", "3 of 3")
     assert values["fairness"]["E"][0]["prompt_tokens"] >= 500
-    assert set(values["growth"]) == {"E", "E16", "E8"}
+    assert set(values["growth"]) == {"E", "E16", "E8", "E4"}
     for points in values["growth"].values():
         assert [point["idle_sessions"] for point in points] == [0, 0, 1, 50]
         assert 100 < points[0]["context"] == points[2]["context"] < 300 < points[1]["context"]
@@ -101,7 +102,7 @@ def test_seven_billion_weights_are_refused_without_a_gpu(
 def test_on_a_gpu_every_way_computes_in_its_half_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     ways = bench.ways_on(torch.device("cuda"))
-    expected = dict.fromkeys(["S", "K", "E", "T", "E8"], "bfloat16")
+    expected = dict.fromkeys(["S", "K", "E", "T", "E8", "E4"], "bfloat16")
     assert {name: way.dtype for name, way in ways.items()} == expected
     assert ways["K"].options == ("--kept",)
     on_cpu = bench.ways_on(torch.device("cpu"))
@@ -130,7 +131,7 @@ def test_a_reduced_precisions_cost_and_gain_are_measured(
     precisions = [
         f"{dtype}{weights}"
         for dtype in ("float32", "bfloat16")
-        for weights in ("", ", int8 weights")
+        for weights in ("", ", int8 weights", ", int4 weights")
     ]
     assert list(values) == precisions
     assert values["float32"]["other_than_first"] == 0

@@ -9,7 +9,13 @@ import pytest
 from tests.engine_harness import EngineHarness
 from tests.small_engine import PICTURES, Ask
 
-PRECISIONS = [("float32", "unrounded"), ("bfloat16", "unrounded"), ("float32", "int8")]
+PRECISIONS = [
+    ("float32", "unrounded"),
+    ("bfloat16", "unrounded"),
+    ("float32", "int8"),
+    ("float32", "int4"),
+    ("bfloat16", "int4"),
+]
 """8-bit weights with bfloat16 do not: docs/architecture.md."""
 SESSIONS = 6
 TURNS = 3

@@ -21,6 +21,7 @@ from transformers import (
 
 from demo.random_checkpoint import write_random_llava
 from llava_triton.checkpoint.loader import load_checkpoint
+from llava_triton.contract.settings import WEIGHTS
 from llava_triton.kernels import kernels_for
 from llava_triton.kernels.cpu.attention import add_rms_norm, silu_multiply
 from llava_triton.kernels.layers import HiddenStates, OneByOne, Stack
@@ -87,10 +88,10 @@ def test_conversations_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", ["llama with biases", "llama with wide heads", "qwen2"])
 def test_all_layers_in_one_call_equal_one_operation_after_another(
-    name: str, dtype: torch.dtype, int8: bool, tmp_path: Path
+    name: str, dtype: torch.dtype, weights: str, tmp_path: Path
 ) -> None:
     config, options = SHAPES[name]
     checkpoint = write_random_llava(tmp_path / "model", VISION, config, TEXT | options, seed=5)
@@ -104,7 +105,7 @@ def test_all_layers_in_one_call_equal_one_operation_after_another(
     with patch("llava_triton.model.text_model.kernels_for") as made:
         made.return_value = replace(kernels, join=both)
         loaded = load_checkpoint(checkpoint, dtype=dtype)
-        model = TextModel(loaded, int8_weights=int8)
+        model = TextModel(loaded, weights=weights)
 
     def run(sequences: list[tuple[int, int]], wanted: torch.Tensor | None = None) -> torch.Tensor:
         results = []

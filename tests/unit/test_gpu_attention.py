@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_triton.kernels import gpu, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Rows
+from llava_triton.kernels.int4 import Int4Weight
 from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.reference import ReferenceAttention
 from llava_triton.model.sampling import Draw, gpu_draws, next_tokens
@@ -39,6 +40,7 @@ if ON_GPU or INTERPRETED:
         int8_product,
         silu_multiply,
     )
+    from llava_triton.kernels.gpu.linear import GpuLinear
     from llava_triton.kernels.gpu.parameters import Parameters
     from llava_triton.kernels.gpu.sampling import draw_tokens
 
@@ -270,6 +272,31 @@ def test_int8_product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
     tolerance = TOLERANCES[dtype]
     for shift in (bias, None):
         result = int8_product(x, weight.integers, weight.scales, shift)
+        expected = (exact if shift is None else exact + shift.double()).to(dtype)
+        torch.testing.assert_close(result, expected, atol=tolerance * 10, rtol=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "group"),
+    [(1, 256, 40, 128), (3, 300, 17, 128), (17, 72, 16, 32), (70, 64, 33, 64)],
+)
+def test_int4_product(dtype: torch.dtype, rows: int, inputs: int, outputs: int, group: int) -> None:
+    torch.manual_seed(rows)
+    x, bias = torch.randn(rows, inputs).to(DEVICE, dtype), torch.randn(outputs).to(DEVICE, dtype)
+    groups = -(-inputs // group)
+    weight = Int4Weight(
+        torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE),
+        torch.rand(outputs, groups, device=DEVICE) / 4,
+        torch.randint(0, 16, (outputs, groups), dtype=torch.uint8, device=DEVICE),
+        group,
+        dtype,
+    )
+    exact = x.double() @ weight.dequantized(torch.float64).T
+    tolerance = TOLERANCES[dtype]
+    for shift in (bias, None):
+        result = GpuLinear(weight, shift)(x)
         expected = (exact if shift is None else exact + shift.double()).to(dtype)
         torch.testing.assert_close(result, expected, atol=tolerance * 10, rtol=tolerance)
 

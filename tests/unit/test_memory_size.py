@@ -29,7 +29,13 @@ TOWER = 304_000_000 + 21_000_000
 """Parameters of its vision tower and projector, about."""
 LAYERS = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 TABLES = 2 * 32064 * 4096
-WEIGHTS = {"unrounded": 2 * (LAYERS + TABLES), "int8": LAYERS + 2 * TABLES}
+GROUP_BYTES = 5
+"""A scale and a zero point."""
+WEIGHTS = {
+    "unrounded": 2 * (LAYERS + TABLES),
+    "int8": LAYERS + 2 * TABLES,
+    "int4": LAYERS // 2 + LAYERS // 128 * GROUP_BYTES + 2 * TABLES,
+}
 """Bytes of its text model, by the setting."""
 MIB, GIB = 1 << 20, 1 << 30
 CARDS = {"24 GB": 22 * GIB, "80 GB": 79 * GIB}
@@ -65,7 +71,9 @@ def test_a_7b_model_fits_a_24_gb_card() -> None:
     assert cache >= 4 * 1000 // 16 * BLOCK
     assert features >= 200 * PICTURE
     check_blocks(cache // BLOCK, PICTURE_TOKENS, settings, GPU)
-    assert shares(settings, GPU, budget("24 GB", "int8"))[1] > 2 * cache
+    smaller = [shares(settings, GPU, budget("24 GB", weights))[1] for weights in ("int8", "int4")]
+    assert smaller[0] > 2 * cache
+    assert smaller[1] > 1.2 * smaller[0]
 
 
 def test_a_host_of_16_gib_is_enough_to_load_and_serve_it() -> None:
@@ -99,7 +107,9 @@ def test_what_others_use_besides_is_not_shared_out() -> None:
 def test_too_little_memory_is_an_error_that_says_what_to_do() -> None:
     least = (PICTURE_TOKENS + LEAST_TEXT_TOKENS) // 16
     assert check_blocks(least, PICTURE_TOKENS, Settings(), GPU) == least
-    with pytest.raises(ValueError, match=r"room for the keys and values of 816 tokens .*int8"):
+    with pytest.raises(
+        ValueError, match=r"room for the keys and values of 816 tokens .*int8.*int4"
+    ):
         check_blocks(least - 1, PICTURE_TOKENS, Settings(), GPU)
     # What an operator has named is taken, unless it is nothing at all.
     named = Settings(kv_cache_bytes=1)

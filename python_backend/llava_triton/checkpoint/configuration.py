@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from llava_triton.checkpoint.families import FAMILIES, Config
+from llava_triton.checkpoint.packed import UnreadPackingError, packing_of
 from llava_triton.checkpoint.weights import CONFIG, CheckpointError
 
 TEXT_FAMILIES = ("llama", "mistral", "qwen2")
@@ -100,19 +101,16 @@ def _fault_of_json(raw: dict[str, Any], name: str) -> str | None:
         )
     if kind not in FAMILIES:
         return f"a checkpoint of type {kind!r}; give one whose config.json has model_type {served}"
-    quantized = raw.get("quantization_config") or _of_text(raw).get("quantization_config")
-    if quantized:
-        library = quantized.get("quant_method") or "an unnamed library"
+    try:
+        packing_of(raw)
+    except UnreadPackingError as how:
         return (
-            f"a checkpoint quantized by {library}, whose weights are not read; give the one it was "
-            'made from, and the setting "weights": "int8" if memory is short'
+            f"a checkpoint quantized by {how}, whose weights are not read: of quantized ones those "
+            'of awq (version "gemm") and of compressed-tensors ("pack-quantized") are, with 4 bits '
+            'in groups; give the one it was made from, and the setting "weights": "int8" or "int4" '
+            "if memory is short"
         )
     return None
-
-
-def _of_text(raw: dict[str, Any]) -> dict[str, Any]:
-    text = raw.get("text_config")
-    return text if isinstance(text, dict) else {}
 
 
 def _fault_of_tower(config: Any) -> str | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_triton.checkpoint.packed import Packing, UnpackedMatrix, UnreadPackingError, packing_of
+
 if TYPE_CHECKING:
     from io import RawIOBase
 
@@ -25,9 +27,13 @@ _INDEX = "model.safetensors.index.json"
 _WRAPPERS = {"model", "vision_model", "language_model"}
 _COMPUTED = ("position_ids", "inv_freq")
 """Buffers that some published checkpoints contain and no release of transformers reads."""
+_LAYERS = "layers."
+"""How the canonical names of the text model's layers begin."""
 _VISION = ("vision_tower.", "multi_modal_projector.")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """torch's names of what safetensors calls the types that weights are read in."""
+_INTEGERS = {"I32": "int32", "I64": "int64"}
+"""Likewise of words that hold several packed weights, and of a matrix's shape."""
 PIECE_BYTES = 32 * 1024 * 1024
 """What is in host memory at a time of a tensor that is read to a GPU or into another type."""
 
@@ -86,6 +92,7 @@ class CheckpointWeights:
         for file in _weight_files(directory):
             for tensor in _read_header(file):
                 self._tensors[canonical_name(tensor.name)] = tensor
+        self._packing = _packing(directory)
 
     def __contains__(self, name: str) -> bool:
         return canonical_name(name) in self._tensors
@@ -94,6 +101,13 @@ class CheckpointWeights:
         """Of a tensor by any release's name; None: there is none."""
         stored = self._tensors.get(canonical_name(name))
         return None if stored is None else stored.shape
+
+    def is_packed(self, module: str) -> bool:
+        """Whether a module of the text model's layers, by any release's name, has 4-bit weights in
+        place of a `weight`."""
+        packing, name = self._packing, canonical_name(module)
+        in_layer = name.startswith(_LAYERS)
+        return packing is not None and in_layer and f"{name}.{packing.telling}" in self._tensors
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
         """Compare names and shapes with what the model needs.
@@ -106,7 +120,14 @@ class CheckpointWeights:
             CheckpointError: a weight is missing, unexpected or of the wrong shape. transformers
                 would fill it with random numbers and go on.
         """
-        shapes = {canonical_name(name): shape for name, shape in expected.items()}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in expected.items():
+            module = canonical_name(name).removesuffix(".weight")
+            if self._packing is not None and name.endswith(".weight") and self.is_packed(module):
+                packed = self._packing.shapes(*shape)
+                shapes |= {f"{module}.{end}": each for end, each in packed.items()}
+            else:
+                shapes[canonical_name(name)] = shape
         present = {name for name in self._tensors if not name.endswith(_COMPUTED)}
         faults = {
             "missing": sorted(
@@ -142,24 +163,48 @@ class CheckpointWeights:
             self.read_into(name, loaded[name])
         return loaded
 
+    def packed(self, module: str, device: torch.device) -> UnpackedMatrix:
+        """The 4-bit weights of a module that `is_packed`.
+
+        Args:
+            module: by any release's name.
+            device: where they are unpacked.
+
+        Raises:
+            CheckpointError: as `read_into`.
+        """
+        import torch
+
+        packing, name = self._packing, canonical_name(module)
+        assert packing is not None
+        tensors = {}
+        for end in packing.shapes(8, 8):
+            stored = self._tensors[f"{name}.{end}"]
+            kind = getattr(torch, _INTEGERS.get(stored.dtype, "float32"))
+            tensors[end] = torch.empty(stored.shape, dtype=kind, device=device)
+            self.read_into(f"{name}.{end}", tensors[end])
+        return packing.unpacked(tensors)
+
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Read a tensor from its file to where it is used, without another copy of the whole.
 
         Args:
             name: of any release.
-            target: of its shape, contiguous, of any float type, on any device.
+            target: of its shape, contiguous, on any device: of any float type, or of integers where
+                it is of such.
 
         Raises:
             KeyError: the checkpoint has none of that name; see `check`.
-            CheckpointError: it is of another shape, of no float type, or its file has changed.
+            CheckpointError: it is of another shape, of no such type, or its file has changed.
         """
         import torch
 
         stored = self._tensors[canonical_name(name)]
-        if stored.dtype not in _DTYPES:
+        dtypes = _DTYPES if target.dtype.is_floating_point else _INTEGERS
+        if stored.dtype not in dtypes:
             raise CheckpointError(
                 f"{name} in {stored.file} is stored as {stored.dtype}; weights are read from "
-                f"{', '.join(_DTYPES)}: give the checkpoint that it was made from"
+                f"{', '.join(dtypes)}: give the checkpoint that it was made from"
             )
         if tuple(target.shape) != stored.shape:
             raise CheckpointError(
@@ -167,7 +212,7 @@ class CheckpointWeights:
                 f"{list(target.shape)}; give a checkpoint that fits its config.json"
             )
         assert target.is_contiguous()
-        dtype: torch.dtype = getattr(torch, _DTYPES[stored.dtype])
+        dtype: torch.dtype = getattr(torch, dtypes[stored.dtype])
         flat = target.view(-1)
         step = PIECE_BYTES // dtype.itemsize
         between = None
@@ -239,6 +284,14 @@ def _read_header(file: Path) -> list[StoredTensor]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is no intact safetensors file: {error}") from error
     return tensors
+
+
+def _packing(directory: Path) -> Packing | None:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        return packing_of(config) if isinstance(config, dict) else None
+    except (OSError, ValueError, UnreadPackingError):
+        return None  # `llava_config` says what is wrong with it
 
 
 def _read_exactly(file: RawIOBase, target: torch.Tensor, stored: StoredTensor) -> None:

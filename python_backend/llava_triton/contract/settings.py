@@ -16,7 +16,7 @@ FILE_NAME = "settings.json"
 VARIABLE = "LLAVA_CHANGED_SETTINGS"
 """An environment variable: settings that differ from the repository's, a JSON object."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("unrounded", "int8")
+WEIGHTS = ("unrounded", "int8", "int4")
 JOURNAL_SCHEMES = ("file:///", "s3://")
 _COLOUR = re.compile("#[0-9a-fA-F]{6}")
 
@@ -78,9 +78,11 @@ class Settings:
     """In what the language model computes: float32, bfloat16, float16 or auto (float32 on a CPU, a
     half type on a GPU)."""
     weights: str = "unrounded"
-    """How the language model's layers keep their weights: "unrounded", in `dtype`, or as "int8"
-    with a scale a row. That is a half or a quarter of what a decode step reads; it rounds every
-    answer a little (`make accuracy`)."""
+    """How the language model's layers keep their weights: "unrounded", in `dtype`, as "int8" with
+    a scale a row, or as "int4" with a scale and a zero point for every 128 of a row. Integers of 8
+    bits are a half or a quarter of what a decode step reads, those of 4 bits about half of that;
+    they round every answer, 8 bits a little, 4 bits more (`make accuracy`). Weights that the
+    checkpoint has as 4-bit integers stay so, unless this is "int8"."""
     max_image_pixels: int = 50_000_000
     """Larger pictures are refused before they are decoded."""
     max_image_bytes: int = 32 * 1024 * 1024

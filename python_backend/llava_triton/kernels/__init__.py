@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
+from llava_triton.kernels.int4 import Int4Weight
+from llava_triton.kernels.int8 import Int8Weight
 from llava_triton.kernels.layers import HiddenStates, OneByOne, Stack
+
+Weight = Tensor | Int8Weight | Int4Weight
+"""A matrix, of floats or rounded."""
+ROUNDINGS: dict[str, Callable[[Tensor], Weight]] = {
+    "unrounded": lambda weight: weight,
+    "int8": Int8Weight.of,
+    "int4": Int4Weight.of,
+}
+"""By the setting `weights`."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +31,9 @@ class Kernels:
     """The operations of a text model's layer."""
 
     make_attention: Callable[[AttentionGeometry], PagedAttention]
-    make_linear: Callable[[Tensor, Tensor | None, bool], Linear]
-    """(weight [outputs, inputs], bias [outputs] or None, int8: round the weights to 8-bit integers)
-    -> the product with them. The weight is not used any more afterwards."""
+    make_linear: Callable[[Weight, Tensor | None], Linear]
+    """(weight [outputs, inputs], bias [outputs] or None) -> the product with them. The weight is
+    not used any more afterwards."""
     join: Callable[[Stack], HiddenStates]
     """The way through layers made of these operations."""
     keys_by_token: bool = False

@@ -21,13 +21,16 @@ class Int8Weight:
     """int8 [outputs, inputs], contiguous."""
     scales: Tensor
     """float32 [outputs]: W is about `integers * scales[:, None]`."""
+    dtype: torch.dtype
+    """Of the tokens that are multiplied with it."""
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8Weight:
         """Round a matrix [outputs, inputs] of any float type."""
         exact = weight.float()
         scales = (exact.abs().amax(dim=1) / 127.0).clamp_min(torch.finfo(torch.float32).tiny)
-        return cls((exact / scales[:, None]).round_().to(torch.int8), scales)
+        integers = (exact / scales[:, None]).round_().to(torch.int8)
+        return cls(integers, scales, weight.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The rounded matrix as floats, [outputs, inputs]."""

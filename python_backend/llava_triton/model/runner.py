@@ -71,7 +71,7 @@ class ModelRunner:
         ]
         """Tokens that stand for pictures and videos."""
         self.eos_token_ids = _eos_token_ids(model, checkpoint.tokenizer)
-        self._text_model = TextModel(checkpoint, int8_weights=settings.weights == "int8")
+        self._text_model = TextModel(checkpoint, weights=settings.weights)
         self.context_length = self._text_model.context_length
         geometry, layers = self._text_model.geometry, self._text_model.layers
         self.block_bytes = block_bytes(layers, geometry, self._text_model.dtype)

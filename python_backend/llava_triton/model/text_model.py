@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llava_triton.checkpoint.configuration import text_model_fault
 from llava_triton.checkpoint.loader import Checkpoint
-from llava_triton.kernels import kernels_for
+from llava_triton.kernels import ROUNDINGS, Weight, kernels_for
 from llava_triton.kernels.base import AttentionGeometry, Linear, PagedAttention
+from llava_triton.kernels.int4 import Int4Weight
 from llava_triton.kernels.layers import HiddenStates, Layer, Stack
 
 
@@ -28,14 +29,16 @@ class TextModel:
 
     Args:
         checkpoint: of a LLaVA family.
-        int8_weights: round those of the layers to 8-bit integers.
+        weights: what those of the layers are rounded to, as in `Settings.weights`; those that are
+            4-bit integers in the checkpoint stay so.
 
     Raises:
-        ValueError: a family or a feature of one that is not computed here.
+        ValueError: a family or a feature of one that is not computed here; weights that cannot be
+            rounded so.
         CheckpointError: the weights cannot be read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, int8_weights: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, weights: str = "unrounded") -> None:
         text = checkpoint.skeleton.model.language_model
         config = checkpoint.skeleton.config.get_text_config()
         fault = text_model_fault(config)
@@ -54,7 +57,7 @@ class TextModel:
         self.vocabulary = int(config.vocab_size)
         """How many tokens there are logits for."""
         self.kernels = kernels_for(self.device)
-        self._weights, self._int8 = checkpoint.weights, int8_weights
+        self._weights, self._rounding = checkpoint.weights, weights
         attentions: dict[int | None, PagedAttention] = {}
         layers: list[Layer] = []
         for index in range(len(text.layers)):
@@ -74,7 +77,7 @@ class TextModel:
         head = self.embedding
         if "lm_head.weight" in self._weights:  # else it is the embedding's
             head = self._read("lm_head.weight")
-        self._head = self.kernels.make_linear(head, None, False)
+        self._head = self.kernels.make_linear(head, None)
 
     def logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[N, W] -> float32 [N, V]; `out`, of that type and shape, is where it is written to."""
@@ -98,8 +101,24 @@ class TextModel:
         biases = [f"{name}.bias" for name in modules if f"{name}.bias" in self._weights]
         if biases and len(biases) != len(modules):
             raise ValueError("some projections of a layer have a bias and others have none")
-        weight = self._read(*(f"{name}.weight" for name in modules))
-        return self.kernels.make_linear(weight, self._read(*biases) if biases else None, self._int8)
+        bias = self._read(*biases) if biases else None
+        return self.kernels.make_linear(self._weight(*modules), bias)
+
+    def _weight(self, *modules: str) -> Weight:
+        """The modules' matrices one below the other, rounded as the checkpoint or the setting has
+        it."""
+        packed = [name for name in modules if self._weights.is_packed(name)]
+        if not packed:
+            return ROUNDINGS[self._rounding](self._read(*(f"{name}.weight" for name in modules)))
+        if len(packed) != len(modules):
+            raise ValueError("some projections of a layer have 4-bit weights and others have not")
+        if self._rounding == "int8":
+            raise ValueError(
+                "the checkpoint's weights are 4-bit integers already; the setting weights is "
+                "'int8' and must be 'unrounded' or 'int4'"
+            )
+        parts = [self._weights.packed(name, self.device) for name in packed]
+        return Int4Weight.joined([Int4Weight.of_parts(*each, dtype=self.dtype) for each in parts])
 
     def _read(self, *names: str) -> Tensor:
         """The tensors one below the other, where and in what the model computes."""

@@ -50,6 +50,7 @@ class CpuKernels(NamedTuple):
     silu_multiply: Callable[..., None]
     products: Callable[..., None]
     int8_products: Callable[..., None]
+    int4_products: Callable[..., None]
     hidden_states: Callable[..., None]
 
 
@@ -78,6 +79,7 @@ def cpu_kernels(dtype: torch.dtype) -> CpuKernels:
         silu_multiply=function("silu_multiply", pointer, pointer, count, count),
         products=function("products", *[pointer] * 5, *[count] * 3),
         int8_products=function("int8_products", *[pointer] * 5, *[count] * 3),
+        int4_products=function("int4_products", *[pointer] * 4, *[count] * 4),
         hidden_states=function(
             "hidden_states", *[pointer] * 4, count, pointer, count, pointer, count, *[pointer] * 2
         ),

@@ -19,8 +19,10 @@ import torch  # noqa: F401
 from llava_triton.private_folder import is_private
 
 _FOLDER = Path(__file__).parent
-SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("attention", "products", "layers"))
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "tiles", "sharing"))
+SOURCES = tuple(
+    _FOLDER / f"{name}.cpp" for name in ("attention", "products", "int4_products", "layers")
+)
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("vectors", "panels", "tiles", "sharing"))
 # No -ffast-math: masks rely on infinities. What is given up here is errno and traps alone.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

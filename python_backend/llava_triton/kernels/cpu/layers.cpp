@@ -19,6 +19,7 @@ struct Linear {
   const void* bias;  // or null
   int64_t inputs, outputs;
   int64_t integer_rows;  // up to so many rows are multiplied by integers
+  int64_t group;         // of 4-bit weights, which have all rows multiplied; 0: they are others
 };
 
 // layers.Layer.
@@ -59,6 +60,8 @@ struct Kernels;
                          int64_t, int);                                                            \
   void int8_products_##SUFFIX(const T*, const int8_t*, const float*, const T*, T*, int64_t,        \
                               int64_t, int64_t, int);                                              \
+  void int4_products_##SUFFIX(const T*, const char*, const T*, T*, int64_t, int64_t, int64_t,      \
+                              int64_t, int);                                                       \
   }                                                                                                \
   namespace {                                                                                      \
   template <>                                                                                      \
@@ -69,6 +72,7 @@ struct Kernels;
     static constexpr auto silu_multiply = silu_multiply_##SUFFIX;                                  \
     static constexpr auto products = products_##SUFFIX;                                            \
     static constexpr auto int8_products = int8_products_##SUFFIX;                                  \
+    static constexpr auto int4_products = int4_products_##SUFFIX;                                  \
   };                                                                                               \
   }
 
@@ -80,7 +84,10 @@ namespace {
 template <typename T>
 void multiply(const Linear& linear, const T* x, T* y, int64_t rows, int threads) {
   const T* bias = static_cast<const T*>(linear.bias);
-  if (linear.integers && rows <= linear.integer_rows)
+  if (linear.group)
+    Kernels<T>::int4_products(x, static_cast<const char*>(linear.weight), bias, y, rows,
+                              linear.inputs, linear.outputs, linear.group, threads);
+  else if (linear.integers && rows <= linear.integer_rows)
     Kernels<T>::int8_products(x, static_cast<const int8_t*>(linear.integers), linear.scales, bias,
                               y, rows, linear.inputs, linear.outputs, threads);
   else

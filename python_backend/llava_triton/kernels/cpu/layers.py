@@ -25,6 +25,7 @@ class _Linear(ctypes.Structure):
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
         ("integer_rows", ctypes.c_int64),
+        ("group", ctypes.c_int64),
     )
 
 
@@ -155,5 +156,6 @@ def _linear(product: CpuLinear) -> _Linear:
         None if bias is None else bias.data_ptr(),
         product.inputs,
         product.outputs,
-        INT8_ROWS[product.weight.dtype],
+        INT8_ROWS[product.dtype],
+        product.group,
     )

@@ -8,18 +8,12 @@
 
 #include <omp.h>
 
-#include <type_traits>
-
+#include "panels.h"
 #include "sharing.h"
 #include "tiles.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int kPanelVectors = 2;
-constexpr int64_t kPanelOutputs = kPanelVectors * kLanes;  // linear.PANEL_OUTPUTS
-constexpr double kSerialOperations = 1 << 16;  // multiply-adds not worth a second thread
-constexpr int64_t kAheadBytes = 8192;
 
 // Of a panel's vectors, and of rows, as many at once as sums stay in registers beside the weights.
 #ifdef __AVX512F__
@@ -29,9 +23,6 @@ constexpr int kWidth = 1, kMostRows = 6;  // on AVX2 12 sums, 2 of weights and a
 #endif
 
 typedef Vector Sums[kWidth];
-
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 // What is multiplied in one step, by the type of the weights: here one input, as float32.
 template <typename W>
@@ -109,13 +100,6 @@ void sum_panel(const W* w, const typename Step<W>::Input* x, int64_t steps, cons
     for (int v = 0; v < kWidth; ++v) store(result + r * kPanelOutputs + v * kLanes, sums[r][v]);
 }
 
-// Calls visit(rows as a compile-time constant).
-template <int Rows = kMostRows, typename Visit>
-void with_constant(int64_t rows, const Visit& visit) {
-  if (rows == Rows) return visit(std::integral_constant<int, Rows>());
-  if constexpr (Rows > 1) with_constant<Rows - 1>(rows, visit);
-}
-
 #ifdef __AMX_BF16__
 static_assert(kTilePanelOutputs == kPanelOutputs, "a panel is two tiles wide");
 
@@ -179,7 +163,7 @@ void products(const T* x, const W* weight, const float* scales, const T* bias, T
         const char* ahead =
             blocks == 1 ? here + kAheadBytes : here + (last ? 0 : bytes) + block * (bytes / blocks);
         const int64_t stride = bytes / steps / blocks;
-        with_constant(count, [&](auto Rows) {
+        with_constant<kMostRows>(count, [&](auto Rows) {
           alignas(64) float sums[Rows * kPanelOutputs];
           for (int v = 0; v < kPanelVectors; v += kWidth)
             sum_panel<Rows>(w + v * kLanes * kInputs, packed + first * steps, steps, ahead, stride,

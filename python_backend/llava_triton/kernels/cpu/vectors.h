@@ -174,6 +174,10 @@ inline Bits widened(const BFloat16* p) {
 #endif
 }
 
+inline Integers widened(const uint16_t* p) {
+  return bit_cast<Integers>(widened(reinterpret_cast<const BFloat16*>(p)));
+}
+
 inline Integers widened(const int8_t* p) {
 #if defined(__AVX512F__)
   return bit_cast<Integers>(_mm512_cvtepi8_epi32(Memory<__m128i>::read(p)));

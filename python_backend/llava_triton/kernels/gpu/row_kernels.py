@@ -95,3 +95,51 @@ def int8_product(
     place = out + row[:, None] * OUTPUTS + output[None, :]
     mask = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def int4_product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    BIAS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+) -> None:
+    """x [rows, INPUTS] times 4-bit weights, transposed: bytes [OUTPUTS, GROUPS, HALF], the first
+    half of a group in their low bits; scales and zero points [GROUPS, OUTPUTS]. Grid: (tiles of M
+    rows, tiles of N outputs)."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    output = tl.program_id(1) * N + tl.arange(0, N)
+    column = tl.arange(0, HALF)
+    is_row, is_output = row < rows, output < OUTPUTS
+    x_place = x + row[:, None] * INPUTS + column[None, :]
+    weight_place = weight + output[:, None].to(tl.int64) * (GROUPS * HALF) + column[None, :]
+    total = tl.zeros((M, N), dtype=tl.float32)
+    for group in range(0, GROUPS):
+        first = group * 2 * HALF
+        in_low, in_high = first + column < INPUTS, first + HALF + column < INPUTS
+        low_x = tl.load(x_place + first, mask=is_row[:, None] & in_low[None, :], other=0.0)
+        high_x = tl.load(x_place + first + HALF, mask=is_row[:, None] & in_high[None, :], other=0.0)
+        both = tl.load(weight_place + group * HALF, mask=is_output[:, None], other=0)
+        place = group * OUTPUTS + output
+        zero = tl.load(zeros + place, mask=is_output, other=0).to(tl.float32)[:, None]
+        # Through float32, as in `int8_product`; whole numbers up to 15 are exact in every type.
+        low = ((both & 15).to(tl.float32) - zero).to(x.dtype.element_ty)
+        high = ((both >> 4).to(tl.float32) - zero).to(x.dtype.element_ty)
+        sums = dot(low_x, tl.trans(low), tl.zeros((M, N), dtype=tl.float32))
+        sums = dot(high_x, tl.trans(high), sums)
+        total += sums * tl.load(scales + place, mask=is_output, other=0.0)[None, :]
+    if BIAS:
+        shift = tl.load(bias + output, mask=is_output, other=0.0)
+        total += shift.to(tl.float32)[None, :]
+    place = out + row[:, None] * OUTPUTS + output[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
