@@ -229,6 +229,8 @@ def results(path: Path, **changes: Any) -> Path:
                 "title": way,
                 "sessions": count,
                 "first_token_by_turn_ms": [400.0, 50.0, 60.0],
+                "first_token_first_turn_ms": 400.0,
+                "first_token_later_turns_ms": 55.0,
                 "tokens_per_second": 20.0 * count,
             }
             for way, count, _ in counts
@@ -253,7 +255,7 @@ def test_plots_are_drawn_again_from_the_results(
 ) -> None:
     file = results(tmp_path / "some.json")
     assert plots.main([str(file)]) == 0
-    names = [f"some-{name}.png" for name in ("first-token", "throughput", "limits")]
+    names = [f"some-{name}.png" for name in ("first-token", "openings", "throughput", "limits")]
     assert sorted(names) == sorted(each.name for each in tmp_path.glob("*.png"))
     told = capsys.readouterr().out
     orange = tuple(int(plots.LOOKS["T"][0][at : at + 2], 16) for at in (1, 3, 5))
@@ -269,7 +271,7 @@ def test_results_of_an_older_release_are_not_drawn(
 ) -> None:
     (tmp_path / "old.json").write_text('{"rows": []}')
     assert plots.main([str(tmp_path / "old.json")]) == 2
-    assert "has no about, distances: it was not written by this" in capsys.readouterr().err
+    assert "has no about, quick: it was not written by this" in capsys.readouterr().err
     assert plots.main([str(tmp_path / "none.json")]) == 2
     assert "cannot be read as JSON" in capsys.readouterr().err
 
