@@ -26,7 +26,7 @@ LOOKS = {
     "E16": ("#56B4E9", "o", "--"),
     "T16": ("#CC79A7", "^", "--"),
     "E8": ("#009E73", "v", "--"),
-    "E4": ("#F0E442", "D", "--"),
+    "E4": ("#B8A900", "D", "--"),
     "V": ("#000000", "P", "-"),
     "V16": ("#000000", "P", "--"),
     "O": ("#B8A900", "X", "-"),
@@ -34,7 +34,7 @@ LOOKS = {
 }
 """Colour, marker and line of each way: Okabe and Ito's colours (the yellow darker), which
 colour-blind people can tell apart, and shapes that need no colour. S and V are never in one
-plot."""
+plot, nor are E4 and O."""
 STYLE: Any = {
     "font.size": 12,
     "axes.titlesize": 13,

@@ -53,6 +53,10 @@ class RandomWeights(CheckpointWeights):
         """See `CheckpointWeights`."""
         return self._shapes.get(canonical_name(name))
 
+    def is_packed(self, module: str) -> bool:
+        """Never: they are made as floats."""
+        return False
+
     def read_into(self, name: str, target: Tensor) -> None:
         """Standard deviation 1 / sqrt(inputs); norms are 1."""
         if target.dim() == 1:

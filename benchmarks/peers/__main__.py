@@ -30,6 +30,7 @@ from benchmarks.load import Load, read_loads
 from benchmarks.peers.report import report
 from benchmarks.report import Rounds
 from benchmarks.script import Script
+from llava_triton.device import default_device
 
 ENVIRONMENTS = findings.ROOT
 """Folder of the peers' environments: `.venv-NAME` each."""
@@ -280,7 +281,7 @@ class PeersBench:
             way = WAYS[name]
             workload.write(asked)
             command = [sys.executable, "-m", "benchmarks.part", way.kind, *way.options]
-            command += ["--workload", str(asked)]
+            command += ["--weights", way.weights, "--workload", str(asked)]
             variables = environment(way)
         else:
             Script.of_workload(workload, peer.ways[name][1], counts).write(asked)
@@ -307,6 +308,13 @@ class PeersBench:
 def main(arguments: list[str] | None = None) -> int:
     """Measure; print the tables, write them, every figure as JSON, and plots; see `--help`."""
     options = _options(arguments)
+    if default_device().type != "cpu":
+        print(
+            "error: the peers are built for CPUs, and torch sees a GPU here; hide it: "
+            "CUDA_VISIBLE_DEVICES= make bench-peers",
+            file=sys.stderr,
+        )
+        return 1
     output: Path = options.output
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="llava-peers-") as folder:

@@ -106,6 +106,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llava", quantized("bitsandbytes"), ["quantized by bitsandbytes", '"weights": "int8"']),
         ("llava_next", quantized("awq"), ["quantized by awq", "give the one it was made from"]),
         ("llava_onevision", quantized("gptq"), ["quantized by gptq"]),
+        ("llava", config(quantization_config="text"), ["quantization_config is not understood"]),
+        (
+            "llava",
+            config(
+                quantization_config={
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {"group_0": None},
+                }
+            ),
+            ["quantization_config is not understood"],
+        ),
         (
             "llava",
             config(model_type="video_llava"),

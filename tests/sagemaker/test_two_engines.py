@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,8 +150,11 @@ def test_the_death_of_one_disturbs_no_stream_of_the_other(
         if pieces[-1].get("finish_reason") == "length"
     }
     assert len(whole) == 1  # the same answer, undisturbed
-    died = "engine 0: the process of language_model has died (signal 9)"
-    container.wait_until(lambda: died in container.output, "its supervisor's word")
+    # Of the model's process, or of Triton itself, which may not survive that.
+    container.wait_until(
+        lambda: bool(re.search("engine 0: the .* starting Triton again", container.output)),
+        "its supervisor's word",
+    )
     after = [container.invoke(question(QUESTIONS[0]), session) for session in sessions]
     assert sorted(answer.status for answer in after) == [200, 200, 400, 400]
     lost = [session for session, answer in zip(sessions, after, strict=True) if _is_lost(answer)]

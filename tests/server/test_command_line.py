@@ -91,7 +91,7 @@ def test_bench_measures_every_session(server: TritonServer) -> None:
         (("bench", "--image", __file__), f"{__file__} is no picture that can be read"),
         (("export", "no-such-model"), "no-such-model does not exist"),
         (("export", "demo", "--precision", "fp16"), "--precision fp16 is for --target gpu"),
-        (("serve", "--weights", "int4"), "setting weights is 'int4'; it must be one of"),
+        (("serve", "--weights", "int2"), "setting weights is 'int2'; it must be one of"),
         (("serve", "--settings", "no-such.json"), "no-such.json does not hold settings"),
     ],
 )

@@ -139,11 +139,14 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
         quantized = text.get("quantization_config")
     if not quantized:
         return None
-    method = quantized.get("quant_method") or "an unnamed library"
-    if method == "awq":
-        return _awq(quantized)
-    if method == "compressed-tensors":
-        return _compressed_tensors(quantized)
+    try:
+        method = quantized.get("quant_method") or "an unnamed library"
+        if method == "awq":
+            return _awq(quantized)
+        if method == "compressed-tensors":
+            return _compressed_tensors(quantized)
+    except (AttributeError, TypeError) as error:  # a value of another type than is written
+        raise UnreadPackingError("a library whose quantization_config is not understood") from error
     raise UnreadPackingError(method)
 
 

@@ -60,14 +60,15 @@ class Session:
                 SageMaker runtime than AWS's, such as a local one.
             image: a picture or several, to begin with.
             video: one to begin with, behind the pictures: a file, or its frames as pictures.
-            num_frames: how many of a video file's frames are evenly over its length; None:
-                as many as the server shows.
+            num_frames: how many of a video file's frames are shown, evenly over its length;
+                None: as many as the server shows.
             session_id: the correlation ID; by default a random one, which nobody can guess. On
                 SageMaker the server chooses it.
             replay: when the server has lost the session (it expired, or the server died), open a
-                new one, tell it all that was said and and ask again. For that the client
-                keeps the texts and the encoded pictures in memory. They go out in one request,
-                which must fit: at most as many pictures as a turn may have, on SageMaker 6 MiB.
+                new one, tell it all that was said and shown, and ask again. For that the
+                client keeps the texts and the encoded pictures in memory. They go out in one
+                request, which must fit: at most as many pictures as a turn may have, on SageMaker
+                6 MiB.
             tenant: whose session it is, 1 to 128 letters, digits and . _ : @ / + = -. The server
                 shares nothing of it with other tenants' sessions.
             history: what was said before, in another session or anywhere else; `image` then begins
@@ -113,8 +114,8 @@ class Session:
             text: the question.
             image: pictures that join the conversation with it.
             video: a video that joins it, behind the pictures: a file, or its frames as pictures.
-            num_frames: how many of a video file's frames are evenly over its length; None:
-                as many as the server shows.
+            num_frames: how many of a video file's frames are shown, evenly over its length;
+                None: as many as the server shows.
             image_positions: before which character of the text each picture stands, and at last
                 the video; None: all of them before it.
             sampling: the fields of `SamplingParameters`, such as max_tokens or temperature.

@@ -82,7 +82,7 @@ class Settings:
     a scale a row, or as "int4" with a scale and a zero point for every 128 of a row. Integers of 8
     bits are a half or a quarter of what a decode step reads, those of 4 bits about half of that;
     they round every answer, 8 bits a little, 4 bits more (`make accuracy`). Weights that the
-    checkpoint has as 4-bit integers stay so, unless this is "int8"."""
+    checkpoint has as 4-bit integers stay so; with "int8" such a checkpoint is refused."""
     max_image_pixels: int = 50_000_000
     """Larger pictures are refused before they are decoded."""
     max_image_bytes: int = 32 * 1024 * 1024

@@ -1,1 +1,1 @@
-"""From what was said to tokens, and back."""
+"""From what was said to tokens (`renderer.py`), and back (`detokenizer.py`)."""

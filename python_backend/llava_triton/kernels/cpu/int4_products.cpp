@@ -38,7 +38,7 @@ inline void add_pairs(const Bits& pairs, int32_t x, Integers& sums) {
                                                 _mm512_set1_epi32(x)));
 #elif defined(__AVX512BW__)
   sums += bit_cast<Integers>(_mm512_madd_epi16(bit_cast<__m512i>(pairs), _mm512_set1_epi32(x)));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
   const Pair<__m256i> both = bit_cast<Pair<__m256i>>(pairs);
   const __m256i inputs = _mm256_set1_epi32(x);
   sums += bit_cast<Integers>(
