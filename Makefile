@@ -38,6 +38,8 @@ sources := python_backend export sagemaker cli demo benchmarks examples tests
 demo_repository := build/repositories/demo/settings.json
 # Whether REPOSITORY was named, by the command line or the environment.
 named := $(filter-out file,$(origin REPOSITORY))
+# A file's tests share what they start. In the order of their names: it begins with long ones.
+two_processes := -n 2 --dist loadfile --no-loadscope-reorder
 export_inputs := $(wildcard demo/checkpoint/* model_repository/*/config.pbtxt \
     model_repository/*/1/*.py export/llava_export/*.py export/llava_export/*/*.py \
     $(addprefix python_backend/llava_triton/,contract/settings.py checkpoint/*.py \
@@ -66,10 +68,10 @@ sagemaker-local: .venv/runtime compiler repository ## A local SageMaker endpoint
 ##@ Checking and measuring
 
 test: .venv/development clients aiperf compiler libb64 curl chromium lint ## Everything: lint, types, tests (TESTS= picks some)
-	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(python) -m pytest $(two_processes) $(TESTS)
 
 check: .venv/development compiler lint ## Lint, types, and the parts by themselves (2 minutes)
-	$(python) -m pytest -q tests/unit
+	$(python) -m pytest -q $(two_processes) tests/unit
 
 lint: .venv/development ## Style and types
 	$(python) -m ruff check .
@@ -81,7 +83,7 @@ bench: .venv/bench compiler ## Speed beside plain transformers and the hardware'
 	$(python) -m benchmarks.bench
 
 # Those that cannot be installed are named in the table, with pip's words.
-bench-peers: .venv/bench compiler ## Speed beside vLLM, OpenVINO and transformers (25 minutes; PEERS=, SESSIONS=, PASSES=)
+bench-peers: .venv/bench compiler ## Speed beside vLLM, OpenVINO and transformers (8 minutes a pass, and transformers; PEERS=, SESSIONS=, PASSES=)
 	for peer in $(filter-out transformers,$(PEERS)); do $(MAKE) .venv-$$peer/installed || true; done
 	$(python) -m benchmarks.peers --peers $(PEERS) --sessions $(SESSIONS) --passes $(PASSES)
 

@@ -102,6 +102,31 @@ def test_a_packed_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
         load_checkpoint(packed)
 
 
+@pytest.mark.parametrize("told", [[512, 248], [512, 264], [504, 256], [-1, 0]])
+def test_a_matrix_that_tells_another_shape_is_named(told: list[int], tmp_path: Path) -> None:
+    packed, _ = pack(checkpoint(tmp_path), tmp_path, WAYS["compressed-tensors"])
+    file = packed / "model.safetensors"
+    tensors = load_file(file)
+    name = f"{LAYER}.up_proj.weight_shape"
+    assert tensors[name].tolist() == [512, 256]
+    tensors[name] = torch.tensor(told)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of the wrong shape \(layers.0.mlp.up_proj.weight_s"):
+        load_checkpoint(packed)
+
+
+def test_a_projection_that_is_not_packed_as_its_neighbours_are_is_named(tmp_path: Path) -> None:
+    packed, floats = pack(checkpoint(tmp_path), tmp_path, WAYS["awq"])
+    file, name = packed / "model.safetensors", f"{LAYER}.up_proj"
+    tensors = load_file(file)
+    for end in ("qweight", "qzeros", "scales"):
+        del tensors[f"{name}.{end}"]
+    tensors[f"{name}.weight"] = load_file(floats / "model.safetensors")[f"{name}.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="gate_proj have 4-bit weights, and what is multiplied"):
+        TextModel(load_checkpoint(packed))
+
+
 def changed(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return config | fields
 

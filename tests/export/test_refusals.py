@@ -103,7 +103,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             original("somebody/their-own"),
             ["layout of the original LLaVA code", "huggingface.co/llava-hf"],
         ),
-        ("llava", quantized("bitsandbytes"), ["quantized by bitsandbytes", '"weights": "int8"']),
+        ("llava", quantized("bitsandbytes"), ["quantized by bitsandbytes", '"weights": "int4"']),
         ("llava_next", quantized("awq"), ["quantized by awq", "give the one it was made from"]),
         ("llava_onevision", quantized("gptq"), ["quantized by gptq"]),
         ("llava", config(quantization_config="text"), ["quantization_config is not understood"]),

@@ -107,8 +107,8 @@ def _fault_of_json(raw: dict[str, Any], name: str) -> str | None:
         return (
             f"a checkpoint quantized by {how}, whose weights are not read: of quantized ones those "
             'of awq (version "gemm") and of compressed-tensors ("pack-quantized") are, with 4 bits '
-            'in groups; give the one it was made from, and the setting "weights": "int8" or "int4" '
-            "if memory is short"
+            'in groups; give the one it was made from, and the setting "weights": "int4" if '
+            "memory is short"
         )
     return None
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 WHOLE_ROW = -1
 """As a group size: a row has one scale."""
+TOLD_SHAPE = "weight_shape"
+"""The end of the name of a tensor that tells a matrix's outputs and inputs."""
 SMALL_GROUPS, GROUP_MULTIPLE = (32, 64), 128
 """Sizes of groups that are read, and what others are a multiple of."""
 
@@ -104,7 +106,7 @@ class CompressedTensors:
         shapes: dict[str, Shape] = {
             "weight_packed": (outputs, -(-inputs // 8)),
             "weight_scale": (outputs, groups),
-            "weight_shape": (2,),
+            TOLD_SHAPE: (2,),
         }
         if not self.symmetric:
             shapes["weight_zero_point"] = (-(-outputs // 8), groups)
@@ -114,7 +116,7 @@ class CompressedTensors:
         """See `Packing`."""
         import torch
 
-        outputs, inputs = tensors["weight_shape"].tolist()
+        outputs, inputs = tensors[TOLD_SHAPE].tolist()
         scales = tensors["weight_scale"]
         if self.symmetric:
             zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=scales.device)

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_triton.checkpoint.packed import Packing, UnpackedMatrix, UnreadPackingError, packing_of
+from llava_triton.checkpoint.packed import (
+    TOLD_SHAPE,
+    Packing,
+    UnpackedMatrix,
+    UnreadPackingError,
+    packing_of,
+)
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -121,11 +127,16 @@ class CheckpointWeights:
                 would fill it with random numbers and go on.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        untrue: set[str] = set()
+        """Tensors that tell another shape of a packed matrix."""
         for name, shape in expected.items():
             module = canonical_name(name).removesuffix(".weight")
             if self._packing is not None and name.endswith(".weight") and self.is_packed(module):
                 packed = self._packing.shapes(*shape)
                 shapes |= {f"{module}.{end}": each for end, each in packed.items()}
+                told = f"{module}.{TOLD_SHAPE}"
+                if self.shape(told) == (2,) and self._integers(told) != list(shape):
+                    untrue.add(told)
             else:
                 shapes[canonical_name(name)] = shape
         present = {name for name in self._tensors if not name.endswith(_COMPUTED)}
@@ -137,7 +148,7 @@ class CheckpointWeights:
             "of the wrong shape": sorted(
                 name
                 for name in present & shapes.keys()
-                if self._tensors[name].shape != tuple(shapes[name])
+                if self._tensors[name].shape != tuple(shapes[name]) or name in untrue
             ),
         }
         found = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
@@ -146,6 +157,13 @@ class CheckpointWeights:
                 f"the weights in {self.directory} do not fit its config.json: {'; '.join(found)}; "
                 "give a complete checkpoint"
             )
+
+    def _integers(self, name: str) -> list[int]:
+        import torch
+
+        values = torch.empty(self.shape(name) or (), dtype=torch.int64)
+        self.read_into(name, values)
+        return [int(value) for value in values]
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors in float32, under the names they are asked for by.

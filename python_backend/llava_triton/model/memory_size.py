@@ -166,8 +166,7 @@ def check_blocks(blocks: int, picture_tokens: int, settings: Settings, device: t
         raise ValueError(
             f"the {where}'s memory has room for the keys and values of {blocks * BLOCK_TOKENS} "
             f"tokens beside the model, and a conversation about one picture needs {tokens}; end "
-            'what else uses it, take the setting "weights": "int8" or "int4", or a machine with '
-            "more memory"
+            'what else uses it, take the setting "weights": "int4", or a machine with more memory'
         )
     return blocks
 

@@ -111,7 +111,11 @@ class TextModel:
         if not packed:
             return ROUNDINGS[self._rounding](self._read(*(f"{name}.weight" for name in modules)))
         if len(packed) != len(modules):
-            raise ValueError("some projections of a layer have 4-bit weights and others have not")
+            raise ValueError(
+                f"{', '.join(packed)} have 4-bit weights, and what is multiplied together with "
+                "them has not; give a checkpoint that has all of a layer in 4 bits, or the one it "
+                "was made from"
+            )
         if self._rounding == "int8":
             raise ValueError(
                 "the checkpoint's weights are 4-bit integers already; the setting weights is "
