@@ -137,7 +137,8 @@ def test_a_stopped_check_reports_what_it_found_and_leaves_nothing(
         _, left = psutil.wait_procs(processes_with(f"TMPDIR={scratch}"), timeout=10.0)
     finally:
         for each in processes_with(f"TMPDIR={scratch}"):  # the check itself, too
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
     assert left == []
     assert process.returncode == 1, told + rest + errors

@@ -10,6 +10,7 @@ import shutil
 import signal
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ class Server:
     def kill(self) -> None:
         """As a machine that is lost; then another one, at the same address."""
         for process in (self._server.pid, *self._server.stubs()):
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # models may end as soon as their Triton has
+                os.kill(process, signal.SIGKILL)
         self.stop()
         self._server = TritonServer(self._repository, *self._ports)
         self._server.start()

@@ -5,6 +5,7 @@ Counted in lines of Python that are executed, not in time.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -43,11 +44,14 @@ def operations(action: Callable[[], object]) -> int:
         return count
 
     before = sys.gettrace()
+    gc.collect()
+    gc.disable()  # else what other tests have left is finalized here, line by line
     sys.settrace(count)
     try:
         action()
     finally:
         sys.settrace(before)
+        gc.enable()
     return lines
 
 
